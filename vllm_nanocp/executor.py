@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""N x TP workers in one world under one engine. Touches vLLM 0.32's ``MultiprocExecutor``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import vllm.envs as envs
+from vllm.utils.network_utils import get_open_ports_list
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.outputs import ModelRunnerOutput
+
+from . import capacity
+from . import config as nanocp_config
+from .sched.output import NanoCPGrammarOutput
+
+if TYPE_CHECKING:
+    _Base = MultiprocExecutor
+else:
+    _Base = object
+
+# vLLM takes one port for each process group that its workers build for data parallelism, and some to spare.
+_NUM_PORTS = 5
+
+
+class RankGather:
+    """Picks each rank's answer out of all workers'. Has the shape of vLLM's output aggregators."""
+
+    def __init__(self, workers_per_rank: int) -> None:
+        self.stride = workers_per_rank
+
+    def aggregate(self, outputs: Sequence[Any], output_rank: int = 0) -> list[Any] | None:
+        """One output a rank, from its first worker; None when the ranks wait for ``sample_tokens``."""
+        parts = list(outputs[:: self.stride])
+        return None if any(part is None for part in parts) else parts
+
+
+class OneWorld(_Base):
+    """Mixed into vLLM's executor: its world spans all ranks, and a step's result is one output a rank."""
+
+    def _get_parallel_sizes(self) -> tuple[int, int, int]:
+        raw = self.vllm_config.additional_config
+        assert isinstance(raw, dict)
+        config = nanocp_config.parse(raw[nanocp_config.KEY])
+        capacity.install(config.degree_limit)
+        parallel = self.parallel_config
+        parallel.world_size = parallel.tensor_parallel_size * config.ranks
+        parallel._data_parallel_master_port_list = get_open_ports_list(_NUM_PORTS)
+        tp_size, pp_size, pcp_size = super()._get_parallel_sizes()
+        self.rank_gather: Any = RankGather(tp_size)
+        return tp_size * config.ranks, pp_size, pcp_size
+
+    def execute_model(  # type: ignore[override]
+        self, scheduler_output: SchedulerOutput, non_block: bool = False
+    ) -> list[ModelRunnerOutput] | None | Future[list[ModelRunnerOutput] | None]:
+        return self.collective_rpc(
+            "execute_model",
+            args=(scheduler_output,),
+            unique_reply_rank=0,
+            non_block=non_block,
+            timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+            kv_output_aggregator=self.rank_gather,
+        )
+
+    def sample_tokens(  # type: ignore[override]
+        self, grammar_output: NanoCPGrammarOutput | None, non_block: bool = False
+    ) -> list[ModelRunnerOutput] | Future[list[ModelRunnerOutput]]:
+        return self.collective_rpc(
+            "sample_tokens",
+            args=(grammar_output,),
+            unique_reply_rank=0,
+            non_block=non_block,
+            timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+            kv_output_aggregator=self.rank_gather,
+        )
+
+
+class NanoCPMultiprocExecutor(OneWorld, MultiprocExecutor):
+    """The executor for ranks that are processes of this machine."""

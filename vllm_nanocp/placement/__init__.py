@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policy: which ranks hold which blocks of a request. Pure Python over plain numbers: no torch, no vLLM."""
+
+from .place import RankLoad, cdiv, place, queue_at
+from .shard_map import Run, ShardMap
+
+__all__ = ["RankLoad", "Run", "ShardMap", "cdiv", "place", "queue_at"]

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a request's KV goes: degree, participants, shares, home.
+
+After NanoCP (arXiv 2605.21100) and its published engine: the degree starts at the request's length over the
+segment size and grows only for room; ranks are taken by batch, then by room; poor ranks are swapped for rich
+ones; blocks are poured into the participants so that the fullest stays as low as possible (water filling); the
+home is the participant with the smallest batch. A request's share on a rank is one run of consecutive blocks, the
+home's the last, so that a prefill chunk is never cut at a border that balance does not need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .shard_map import Run, ShardMap
+
+
+@dataclass(frozen=True)
+class RankLoad:
+    """What placement knows of a rank, in blocks and requests.
+
+    Attributes:
+        free_blocks: blocks nobody holds and no admitted request was promised.
+        used_blocks: the others, without vLLM's null block.
+        batch: requests that compute there, or wait to.
+        slots: how many more requests may.
+    """
+
+    free_blocks: int
+    used_blocks: int
+    batch: int
+    slots: int
+
+    @property
+    def total_blocks(self) -> int:
+        return self.free_blocks + self.used_blocks
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def start_degree(num_tokens: int, segment_size: int, max_degree: int) -> int:
+    """Ranks a request of this length starts with."""
+    return max(1, min(max_degree, cdiv(num_tokens, segment_size)))
+
+
+def water_fill(amount: int, used: Sequence[int], room: Sequence[int], least: Sequence[int]) -> list[int]:
+    """Pour ``amount`` units so that the fullest vessel ends as low as possible.
+
+    Args:
+        amount: units to pour, at most ``sum(room)`` and at least ``sum(least)``.
+        used: what each vessel holds already.
+        room: what each can still take.
+        least: what each must take at least, within its room.
+
+    Returns:
+        Units poured into each vessel; they sum to ``amount``.
+
+    Raises:
+        ValueError: the amount does not fit, or is less than what must be poured.
+    """
+    if amount > sum(room) or amount < sum(least) or any(x > r for x, r in zip(least, room)):
+        raise ValueError(f"cannot pour {amount} into room {list(room)} with minima {list(least)}")
+
+    def poured(level: int) -> list[int]:
+        return [min(r, max(x, level - u)) for u, r, x in zip(used, room, least)]
+
+    low, high = 0, max(u + r for u, r in zip(used, room))
+    while low < high:  # the lowest level at which everything fits
+        level = (low + high) // 2
+        if sum(poured(level)) >= amount:
+            high = level
+        else:
+            low = level + 1
+    shares = poured(low)
+    excess = sum(shares) - amount
+    for i in range(len(shares)):
+        # At level - 1 it does not fit, so each vessel at the level gives back at most one unit.
+        if excess and shares[i] > least[i] and used[i] + shares[i] == low:
+            shares[i] -= 1
+            excess -= 1
+    return shares
+
+
+def _participants(
+    order: list[int], degree: int, need: int, room: Sequence[int], pinned: int | None, swap: bool
+) -> list[int] | None:
+    """The first ``degree`` ranks of ``order``, poor ones swapped for rich ones until ``need`` fits; or None."""
+    chosen = order[:degree]
+    if pinned is not None and pinned not in chosen:
+        chosen[-1] = pinned
+    others = [r for r in order if r not in chosen] if swap else []
+    while sum(room[r] for r in chosen) < need:
+        movable = [r for r in chosen if r != pinned]
+        if not movable or not others:
+            return None
+        poorest = min(movable, key=lambda r: room[r])
+        richest = max(others, key=lambda r: room[r])
+        if room[richest] <= room[poorest]:
+            return None
+        chosen[chosen.index(poorest)] = richest
+        others[others.index(richest)] = poorest
+    return chosen
+
+
+def place(
+    num_tokens: int,
+    block_size: int,
+    loads: Sequence[RankLoad],
+    *,
+    segment_size: int,
+    max_degree: int,
+    policy: str = "balanced",
+    turn: int = 0,
+    home: int | None = None,
+    headroom_blocks: int = 1,
+) -> ShardMap | None:
+    """Place a request, or say that there is no room now.
+
+    Args:
+        num_tokens: tokens the request has now (prompt, and output so far when it was preempted).
+        block_size: tokens a block holds.
+        loads: one a rank.
+        segment_size: tokens a shard should hold before another rank is used.
+        max_degree: most ranks the request may use.
+        policy: ``balanced``, or ``round_robin``: ranks in turn, equal shares, whatever the load.
+        turn: how many requests were placed before (``round_robin``).
+        home: a rank that must be the home, because it has the request's sampling state.
+        headroom_blocks: free blocks that the home should have beyond the request, for the first new tokens.
+
+    Returns:
+        Its shard map; None when the ranks cannot take the request now. A request of one segment waits for room on
+        one rank rather than be split, unless no rank could ever hold it or its home is given.
+    """
+    need = cdiv(num_tokens, block_size)
+    limit = min(max_degree, len(loads))
+    degree = start_degree(num_tokens, segment_size, limit)
+    room = [load.free_blocks if load.slots > 0 else 0 for load in loads]
+    if home is not None and room[home] < 1 + headroom_blocks:
+        return None
+    if policy == "round_robin":
+        order = [(turn + i) % len(loads) for i in range(len(loads))]
+    else:
+        order = sorted(range(len(loads)), key=lambda r: (loads[r].batch, -room[r], r))
+    fits_one = need + headroom_blocks <= max(load.total_blocks for load in loads)
+    may_grow = degree > 1 or home is not None or not fits_one
+    for d in range(degree, (limit if may_grow else degree) + 1):
+        chosen = _participants(order, d, need + headroom_blocks, room, home, swap=policy == "balanced")
+        if chosen is not None:
+            return _pour(need, block_size, loads, room, chosen, home, headroom_blocks, policy)
+    return None
+
+
+def _pour(
+    need: int,
+    block_size: int,
+    loads: Sequence[RankLoad],
+    room: Sequence[int],
+    chosen: list[int],
+    home: int | None,
+    headroom: int,
+    policy: str,
+) -> ShardMap | None:
+    if home is None:
+        able = [r for r in chosen if room[r] > headroom]
+        if not able:
+            return None
+        home = able[0] if policy == "round_robin" else min(able, key=lambda r: (loads[r].batch, -room[r], r))
+    used = [0 if policy == "round_robin" else loads[r].used_blocks for r in chosen]
+    space = [room[r] - headroom if r == home else room[r] for r in chosen]
+    least = [1 if r == home else 0 for r in chosen]
+    shares = dict(zip(chosen, water_fill(need, used, space, least)))
+    runs: list[Run] = []
+    at = 0
+    for rank in [*sorted(r for r in chosen if r != home), home]:
+        if shares[rank]:
+            runs.append(Run(rank, at, at + shares[rank]))
+            at += shares[rank]
+    return ShardMap(block_size, tuple(runs))
+
+
+def queue_at(
+    num_tokens: int, block_size: int, loads: Sequence[RankLoad], idle: Sequence[bool], home: int | None = None
+) -> ShardMap | None:
+    """A rank at which a request that found no room may wait by itself; None when there is none.
+
+    vLLM's scheduler knows better than free-block counts when a request fits (its prefix may be cached), and starts
+    it in the very step in which there is room; so one request a rank may wait there instead of in the common queue.
+
+    Args:
+        num_tokens: tokens the request has now.
+        block_size: tokens a block holds.
+        loads: one a rank.
+        idle: for each rank, whether nobody waits there.
+        home: the only rank allowed, if not None.
+    """
+    need = cdiv(num_tokens, block_size)
+    able = [
+        r
+        for r, load in enumerate(loads)
+        if idle[r] and load.slots > 0 and load.total_blocks >= need and home in (None, r)
+    ]
+    if not able:
+        return None
+    rank = min(able, key=lambda r: (-loads[r].free_blocks, loads[r].batch, r))
+    return ShardMap(block_size, (Run(rank, 0, need),))

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler's output for all ranks, in the shape EngineCore expects of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
+
+from ..plan import StepPlan
+
+
+@dataclass
+class NanoCPSchedulerOutput(SchedulerOutput):
+    """vLLM's scheduler outputs, one a rank, and the step plan.
+
+    The inherited fields are the ranks' taken together: what EngineCore, its logs and its metrics read.
+
+    Attributes:
+        ranks: what rank i's model runner is given.
+        plan: the same for all ranks.
+    """
+
+    ranks: list[SchedulerOutput] = field(default_factory=list)
+    plan: StepPlan = field(default_factory=StepPlan)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The workers read their rank's part and the plan; sending the union as well would double the message.
+        return merge, (self.ranks, self.plan)
+
+
+@dataclass
+class NanoCPGrammarOutput:
+    """Bitmasks for structured output, one entry a rank (None: no such request there)."""
+
+    ranks: list[GrammarOutput | None]
+
+
+def merge(ranks: list[SchedulerOutput], plan: StepPlan) -> NanoCPSchedulerOutput:
+    """Take the ranks' outputs together."""
+    cached = CachedRequestData.make_empty()
+    out = NanoCPSchedulerOutput(
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=cached,
+        num_scheduled_tokens={},
+        total_num_scheduled_tokens=0,
+        scheduled_spec_decode_tokens={},
+        scheduled_encoder_inputs={},
+        finished_req_ids=set(),
+        free_encoder_mm_hashes=[],
+        ranks=ranks,
+        plan=plan,
+    )
+    for part in ranks:
+        out.total_num_scheduled_tokens += part.total_num_scheduled_tokens
+        out.num_scheduled_tokens.update(part.num_scheduled_tokens)
+        out.scheduled_new_reqs.extend(part.scheduled_new_reqs)
+        cached.req_ids.extend(part.scheduled_cached_reqs.req_ids)
+        cached.resumed_req_ids |= part.scheduled_cached_reqs.resumed_req_ids
+        cached.new_block_ids.extend(part.scheduled_cached_reqs.new_block_ids)
+        cached.num_computed_tokens.extend(part.scheduled_cached_reqs.num_computed_tokens)
+        cached.num_output_tokens.extend(part.scheduled_cached_reqs.num_output_tokens)
+        out.finished_req_ids |= part.finished_req_ids
+        out.has_structured_output_requests |= part.has_structured_output_requests
+        out.pending_structured_output_tokens |= part.pending_structured_output_tokens
+        if part.scheduled_encoder_inputs:
+            out.scheduled_encoder_inputs.update(part.scheduled_encoder_inputs)
+    return out

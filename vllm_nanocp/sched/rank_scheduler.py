@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank's vLLM scheduler, with the few doors the composition needs. Touches vLLM 0.32 internals; nothing else
+in ``sched`` reaches into a ``Scheduler`` or a ``KVCacheManager``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from ..placement import RankLoad
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+class RankDoors(_Base):
+    """Mixed into vLLM's scheduler: hooks on leaving, and shards that no queue knows of."""
+
+    on_preempt: Callable[[Request], None]
+    on_free: Callable[[Request], None]
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self.on_preempt(request)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        result = super()._free_request(request, *args, **kwargs)
+        self.on_free(request)
+        return result
+
+    # -- shards ------------------------------------------------------------------------------------------------
+
+    @property
+    def _manager(self) -> Any:
+        """The manager of the one KV cache group (checked when the engine starts)."""
+        return self.kv_cache_manager.coordinator.single_type_managers[0]
+
+    @property
+    def block_pool(self) -> BlockPool:
+        return self.kv_cache_manager.block_pool
+
+    def open_shard(self, member: Request, first_block: int, end_block: int) -> int:
+        """Allocate blocks ``first_block`` to ``end_block`` - 1 of a request; null blocks stand for the earlier ones.
+
+        A shard that starts at block 0 takes what the rank's prefix cache has of it.
+
+        Args:
+            member: the request as this rank's scheduler will know it; it must hold no blocks here.
+
+        Returns:
+            Tokens of the shard whose KV is there already.
+
+        Raises:
+            ValueError: the rank has not enough free blocks.
+        """
+        manager, request_id = self._manager, member.request_id
+        assert not manager.req_to_blocks.get(request_id)
+        if end_block - first_block > self.block_pool.get_num_free_blocks():
+            raise ValueError(f"{request_id}: {end_block - first_block} blocks asked for, not free")
+        hits = 0
+        if first_block == 0:
+            blocks, hits, _ = self.kv_cache_manager.get_computed_blocks(member)
+            if hits:
+                self.kv_cache_manager.coordinator.allocate_new_computed_blocks(request_id, blocks.blocks, hits, 0)
+            self.kv_cache_manager.record_prefix_cache_stats(member, hits)
+        else:
+            manager.req_to_blocks[request_id] = [self.block_pool.null_block] * first_block
+        manager.num_cached_block[request_id] = first_block + hits // manager.block_size
+        end_token = end_block * manager.block_size
+        manager.allocate_new_blocks(request_id, end_token, end_token)
+        return hits
+
+    def shard_blocks(self, member: Request, first_block: int) -> list[int]:
+        """Block ids of a shard, in order."""
+        return [block.block_id for block in self._manager.req_to_blocks[member.request_id][first_block:]]
+
+    def close_shard(self, member: Request) -> None:
+        """Give a shard's blocks back. The member must not be in the scheduler's queues."""
+        self.kv_cache_manager.free(member)
+
+    def holds(self, member: Request) -> bool:
+        return bool(self._manager.req_to_blocks.get(member.request_id))
+
+    # -- members -----------------------------------------------------------------------------------------------
+
+    def enter(self, request: Request) -> None:
+        """Let a request wait here: a new one, a member with its shard open, or one that was preempted here."""
+        events = len(request.events)
+        if request.request_id in self.requests:
+            self._enqueue_waiting_request(request)
+        else:
+            self.add_request(request)
+        # The request was queued when it came, not when it entered a rank.
+        del request.events[events:]
+
+    def park(self, member: Request) -> None:
+        """Take a member out of the scheduler and of the model runner; its shard stays."""
+        self.running.remove(member)
+        self._forget(member)
+
+    def withdraw(self, member: Request) -> None:
+        """Take a member that waits (after a preemption, or not yet started) out; its shard stays, if any."""
+        self.take_from_queues(member)
+        self._forget(member)
+
+    def take_from_queues(self, request: Request) -> None:
+        """Out of the waiting queues; the scheduler and the model runner still know the request."""
+        self.waiting.remove_requests([request])
+        self.kv_holding_waiting.remove_requests([request])
+        self.deferred_waiting.discard(request)
+
+    def _forget(self, member: Request) -> None:
+        self._inflight_prefills.discard(member)
+        del self.requests[member.request_id]
+        self.finished_req_ids.add(member.request_id)
+
+    def preempt_running(self) -> None:
+        """Preempt all; their output in flight is dropped, since they may resume in the same step."""
+        now = time.monotonic()
+        while self.running:
+            self._preempt_request(self.running.pop(), now, drop_stale_output=True)
+        self.prev_step_scheduled_req_ids.clear()
+
+    # -- load --------------------------------------------------------------------------------------------------
+
+    def load(self, block_size: int) -> RankLoad:
+        """What placement needs to know. Requests that wait without blocks count as if they had them."""
+        waiting = len(self.waiting) + len(self.kv_holding_waiting)
+        promised = sum(-(-request.num_tokens // block_size) for request in self.waiting if not self.holds(request))
+        batch = len(self.running) + waiting
+        total = self.block_pool.num_gpu_blocks - 1
+        watermark = self.kv_cache_manager.watermark_blocks if self.running else 0
+        free = max(0, self.block_pool.get_num_free_blocks() - promised - watermark)
+        slots = self.max_num_active_reqs - batch - self.num_waiting_for_streaming_input
+        return RankLoad(free_blocks=free, used_blocks=total - free, batch=batch, slots=slots)
+
+
+class RankScheduler(RankDoors, Scheduler):
+    """A rank's scheduler without async scheduling."""
+
+
+class AsyncRankScheduler(RankDoors, AsyncScheduler):
+    """A rank's scheduler with async scheduling."""

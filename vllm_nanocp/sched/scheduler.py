@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One scheduler over all ranks, made of vLLM's own: one vLLM scheduler a rank, placement, and shard maps.
+
+A request waits here until placement finds room. One that stays on one rank is then that rank's scheduler's, and
+this class only carries its output. A sharded request gets its blocks on all its ranks at once (so that two of them
+can never wait for each other), and its members enter the ranks' schedulers one after another: each computes its
+run and is parked; the last is the request itself, at its home, which decodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import copy
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
+from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from .. import config as nanocp_config
+from ..placement import ShardMap, cdiv, place, queue_at
+from ..plan import StepPlan
+from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, merge
+from .rank_scheduler import AsyncRankScheduler, RankScheduler
+from .sharded import ShardedRequest, can_shard
+from .stats import merge_scheduler_stats
+
+logger = init_logger("vllm.nanocp.scheduler")
+
+
+class NanoCPScheduler(SchedulerInterface):
+    """vLLM's scheduler interface over N ranks."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        structured_output_manager: StructuredOutputManager,
+        block_size: int,
+        hash_block_size: int | None = None,
+        mm_registry: MultiModalRegistry = MULTIMODAL_REGISTRY,
+        include_finished_set: bool = False,
+        log_stats: bool = False,
+    ) -> None:
+        raw = vllm_config.additional_config
+        assert isinstance(raw, dict)
+        self.config = nanocp_config.parse(raw[nanocp_config.KEY])
+        self.kv_cache_config = kv_cache_config
+        self.block_size = block_size
+        self.max_model_len = vllm_config.model_config.max_model_len
+        self.log_stats = log_stats
+        self.connector = None
+        self.ec_connector = None
+        rank_cls = AsyncRankScheduler if vllm_config.scheduler_config.async_scheduling else RankScheduler
+        self.ranks: list[AsyncRankScheduler | RankScheduler] = []
+        for rank in range(self.config.ranks):
+            # Each rank publishes its KV events on a port of its own, as vLLM's data-parallel engines do.
+            rank_config = copy(vllm_config)
+            rank_config.parallel_config = copy(vllm_config.parallel_config)
+            rank_config.parallel_config.data_parallel_index = rank
+            scheduler = rank_cls(
+                vllm_config=rank_config,
+                kv_cache_config=kv_cache_config,
+                structured_output_manager=structured_output_manager,
+                block_size=block_size,
+                hash_block_size=hash_block_size,
+                mm_registry=mm_registry,
+                include_finished_set=include_finished_set,
+                log_stats=log_stats,
+            )
+            scheduler.on_preempt = self._on_preempt
+            scheduler.on_free = self._on_free
+            self.ranks.append(scheduler)
+        self.waiting = create_request_queue(SchedulingPolicy(vllm_config.scheduler_config.policy))
+        # Requests in `waiting`, by id.
+        self.unplaced: dict[str, Request] = {}
+        # The rank whose scheduler and model runner know a request by its own id.
+        self.rank_of: dict[str, int] = {}
+        self.sharded: dict[str, ShardedRequest] = {}
+        # Member id -> the request it works for.
+        self._owner: dict[str, str] = {}
+        self._preempted: list[Request] = []
+        self._plan = StepPlan()
+        self._serial = 0
+        self._pause_state = PauseState.UNPAUSED
+
+    # -- requests come and go ----------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        rank = self.rank_of.get(request.request_id)
+        if rank is not None:  # the next part of a streaming-input session, or a duplicate id, which vLLM refuses
+            self.ranks[rank].add_request(request)
+            return
+        assert request.request_id not in self.unplaced and request.request_id not in self.sharded, "duplicate request id"
+        if self.log_stats:
+            request.record_event(EngineCoreEventType.QUEUED)
+        self._wait(request)
+
+    def _wait(self, request: Request, first: bool = False) -> None:
+        request.num_computed_tokens = 0
+        self.unplaced[request.request_id] = request
+        (self.waiting.prepend_request if first else self.waiting.add_request)(request)
+
+    def _admit(self) -> None:
+        """Place waiting requests in their order, as long as there is room for the first."""
+        if not self.waiting or self._pause_state != PauseState.UNPAUSED:
+            return
+        while self.waiting:
+            request = self.waiting.peek_request()
+            shard_map = self._place(request)
+            if shard_map is None:
+                return
+            self.waiting.pop_request()
+            del self.unplaced[request.request_id]
+            if len(shard_map.runs) == 1:
+                self.rank_of[request.request_id] = shard_map.home
+                self.ranks[shard_map.home].enter(request)
+            else:
+                self._open(request, shard_map)
+            self._serial += 1
+
+    def _place(self, request: Request) -> ShardMap | None:
+        home = self.rank_of.get(request.request_id)
+        loads = [rank.load(self.block_size) for rank in self.ranks]
+        degree_limit = self.config.degree_limit if can_shard(request) else 1
+        most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        growth = cdiv(most_tokens, self.block_size) - cdiv(request.num_tokens, self.block_size)
+        shard_map = place(
+            request.num_tokens,
+            self.block_size,
+            loads,
+            segment_size=self.config.segment_size,
+            max_degree=degree_limit,
+            policy=self.config.placement,
+            turn=self._serial,
+            home=home,
+            headroom_blocks=max(0, min(1, growth)),
+        )
+        if shard_map is None and (request.num_tokens <= self.config.segment_size or degree_limit == 1):
+            idle = [not rank.waiting for rank in self.ranks]
+            return queue_at(request.num_tokens, self.block_size, loads, idle, home)
+        return shard_map
+
+    def _open(self, request: Request, shard_map: ShardMap) -> None:
+        """Allocate all shards of a request and let its first member enter."""
+        sharded = ShardedRequest.create(request, shard_map, self._serial)
+        for member, run in zip(sharded.members, shard_map.runs, strict=True):
+            hits = self.ranks[run.rank].open_shard(member, run.first_block, run.end_block)
+            member.num_computed_tokens = run.first_block * self.block_size + hits
+            sharded.hits += hits
+            self._owner[member.request_id] = request.request_id
+        self.sharded[request.request_id] = sharded
+        if request.prefill_stats is not None and request.num_preemptions == 0:
+            request.prefill_stats.set(request.num_prompt_tokens, sharded.hits, 0)
+        # Its blocks are there already: the rank's scheduler must not look for them in the prefix cache again.
+        sharded.members[0].skip_reading_prefix_cache = True
+        self._enter(sharded)
+
+    def _enter(self, sharded: ShardedRequest) -> None:
+        if sharded.at_home:
+            self.rank_of[sharded.request.request_id] = sharded.rank
+        self.ranks[sharded.rank].enter(sharded.member)
+
+    def _close(self, sharded: ShardedRequest) -> None:
+        """Give back every shard but the active member's, which its rank's scheduler has freed."""
+        for index, (member, run) in enumerate(zip(sharded.members, sharded.shard_map.runs, strict=True)):
+            if index != sharded.active:
+                self.ranks[run.rank].close_shard(member)
+            self._owner.pop(member.request_id, None)
+        self._plan.closed.extend(sharded.opened)
+        del self.sharded[sharded.request.request_id]
+
+    def _on_free(self, request: Request) -> None:
+        """A rank's scheduler has freed a finished request."""
+        request_id = self._owner.get(request.request_id, request.request_id)
+        if request_id in self.unplaced:  # it ended by output that was in flight when it was preempted
+            self.waiting.remove_request(self.unplaced.pop(request_id))
+        sharded = self.sharded.get(request_id)
+        if sharded is not None:
+            computed = min(sharded.request.num_computed_tokens, sharded.request.num_tokens)
+            held = sharded.shard_map.tokens_by_rank(len(self.ranks), computed)
+            logger.info("nanocp: request %s finished: KV tokens per rank %s", request_id, held)
+            self._close(sharded)
+        self.rank_of.pop(request_id, None)
+
+    def _on_preempt(self, member: Request) -> None:
+        """A rank's scheduler has preempted a request; it is in the middle of a step, so this waits."""
+        self._preempted.append(member)
+
+    def _settle(self) -> None:
+        """Requests that a rank has preempted give up all their shards and wait for a new placement."""
+        for member in self._preempted:
+            request_id = self._owner.get(member.request_id, member.request_id)
+            sharded = self.sharded.get(request_id)
+            request = member if sharded is None else sharded.request
+            if sharded is None or sharded.at_home:
+                # The model runner keeps its sampling state: the home stays where it is.
+                self.ranks[self.rank_of[request_id]].take_from_queues(request)
+            else:
+                self.ranks[sharded.rank].withdraw(member)
+                request.num_preemptions += 1
+            if sharded is not None:
+                self._close(sharded)
+            self._wait(request, first=True)
+        self._preempted.clear()
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        if request_ids is None:
+            request_ids = [*self.unplaced, *self.sharded, *(r for rank in self.ranks for r in rank.requests)]
+        elif isinstance(request_ids, str):
+            request_ids = [request_ids]
+        ended: list[Request] = []
+        for request_id in dict.fromkeys(request_ids):
+            rank = self.rank_of.get(request_id)
+            sharded = self.sharded.get(request_id)
+            if rank is not None:
+                ended.extend(self.ranks[rank].finish_requests(request_id, finished_status))
+            elif sharded is not None:
+                request = sharded.request
+                request.status = finished_status
+                self.ranks[sharded.rank].finish_requests(sharded.member.request_id, finished_status)
+                self._note_finished(request, sharded.rank)
+                ended.append(request)
+            elif request_id in self.unplaced:
+                request = self.unplaced.pop(request_id)
+                self.waiting.remove_request(request)
+                request.status = finished_status
+                self._note_finished(request, 0)
+                ended.append(request)
+        return ended
+
+    def _note_finished(self, request: Request, rank: int) -> None:
+        """Tell the front-ends, when they track requests by id, of one that no rank's scheduler knew by its id."""
+        finished = self.ranks[rank].finished_req_ids_dict
+        if finished is not None:
+            finished[request.client_index].add(request.request_id)
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> NanoCPSchedulerOutput:
+        self._admit()
+        parts = [rank.schedule(throttle_prefills) for rank in self.ranks]
+        if self._preempted:
+            self._settle()
+        if self.sharded:
+            self._advance(parts)
+        plan, self._plan = self._plan, StepPlan()
+        plan.tokens = [part.total_num_scheduled_tokens for part in parts]
+        return merge(parts, plan)
+
+    def _advance(self, parts: list[SchedulerOutput]) -> None:
+        """Write this step's rows; park members that reached the end of their run and let the next ones enter."""
+        for sharded in list(self.sharded.values()):
+            num_queries = parts[sharded.rank].num_scheduled_tokens.get(sharded.member.request_id, 0)
+            if num_queries:
+                if not sharded.started and self.log_stats:
+                    sharded.request.record_event(EngineCoreEventType.SCHEDULED)
+                sharded.started = True
+                row = sharded.row(num_queries)
+                if row is not None:
+                    self._plan.rows.append(row)
+            if sharded.run_done:
+                rank, run = self.ranks[sharded.rank], sharded.shard_map.runs[sharded.active]
+                blocks = rank.shard_blocks(sharded.member, run.first_block)
+                self._plan.opened.setdefault(run.rank, []).append((sharded.member.request_id, blocks))
+                sharded.opened.add(sharded.member.request_id)
+                rank.park(sharded.member)
+                sharded.active += 1
+                self._enter(sharded)
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> NanoCPGrammarOutput | None:  # type: ignore[override]
+        assert isinstance(scheduler_output, NanoCPSchedulerOutput)
+        if not scheduler_output.has_structured_output_requests:
+            return None
+        bitmasks = [
+            rank.get_grammar_bitmask(part) for rank, part in zip(self.ranks, scheduler_output.ranks, strict=True)
+        ]
+        return NanoCPGrammarOutput(bitmasks) if any(b is not None for b in bitmasks) else None
+
+    def update_from_output(  # type: ignore[override]
+        self, scheduler_output: SchedulerOutput, model_runner_output: list[ModelRunnerOutput]
+    ) -> dict[int, EngineCoreOutputs]:
+        """Hand each rank's output to its scheduler.
+
+        Args:
+            scheduler_output: of this class's ``schedule``.
+            model_runner_output: one a rank.
+        """
+        assert isinstance(scheduler_output, NanoCPSchedulerOutput)
+        merged: dict[int, EngineCoreOutputs] = {}
+        stats: list[SchedulerStats] = []
+        for rank, part, output in zip(self.ranks, scheduler_output.ranks, model_runner_output, strict=True):
+            for client, outputs in rank.update_from_output(part, output).items():
+                if outputs.scheduler_stats is not None:
+                    stats.append(outputs.scheduler_stats)
+                    outputs.scheduler_stats = None
+                so_far = merged.setdefault(client, outputs)
+                if so_far is not outputs:
+                    so_far.outputs.extend(outputs.outputs)
+                    if outputs.finished_requests:
+                        so_far.finished_requests = (so_far.finished_requests or set()) | outputs.finished_requests
+        if stats:
+            first = next(iter(merged.values()))
+            first.scheduler_stats = merge_scheduler_stats(stats, len(self.unplaced))
+        return merged
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        raise NotImplementedError("nanocp: speculative decoding is not supported")
+
+    def update_draft_token_ids_in_output(self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput) -> None:
+        raise NotImplementedError("nanocp: speculative decoding is not supported")
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def get_num_unfinished_requests(self) -> int:
+        waiting = len(self.unplaced) if self._pause_state == PauseState.UNPAUSED else 0
+        return waiting + sum(rank.get_num_unfinished_requests() for rank in self.ranks)
+
+    def has_finished_requests(self) -> bool:
+        return bool(self._plan.closed) or any(rank.has_finished_requests() for rank in self.ranks)
+
+    def get_request_counts(self) -> tuple[int, int]:
+        counts = [rank.get_request_counts() for rank in self.ranks]
+        return sum(c[0] for c in counts), sum(c[1] for c in counts) + len(self.unplaced)
+
+    def get_kv_cache_usage(self) -> float:
+        return sum(rank.get_kv_cache_usage() for rank in self.ranks) / len(self.ranks)
+
+    def free_blocks(self) -> list[int]:
+        """Free KV blocks of each rank."""
+        return [rank.block_pool.get_num_free_blocks() for rank in self.ranks]
+
+    def make_stats(self) -> SchedulerStats | None:
+        parts = [stats for rank in self.ranks if (stats := rank.make_stats()) is not None]
+        return merge_scheduler_stats(parts, len(self.unplaced)) if parts else None
+
+    @property
+    def pause_state(self) -> PauseState:
+        return self._pause_state
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        self._pause_state = pause_state
+        for rank in self.ranks:
+            rank.set_pause_state(pause_state)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        if reset_running_requests:
+            for rank in self.ranks:
+                rank.preempt_running()
+            self._settle()
+            for sharded in list(self.sharded.values()):  # those whose active member waits with its blocks
+                self._restart(sharded)
+        return all([rank.reset_prefix_cache(False, reset_connector) for rank in self.ranks])
+
+    def _restart(self, sharded: ShardedRequest) -> None:
+        """A sharded request whose active member waits at its rank gives up all shards and waits for a placement."""
+        rank, member = self.ranks[sharded.rank], sharded.member
+        rank.close_shard(member)
+        member.num_computed_tokens = 0
+        if sharded.at_home and sharded.request.num_preemptions:
+            rank.take_from_queues(member)
+        else:
+            rank.withdraw(member)
+            self.rank_of.pop(sharded.request.request_id, None)
+        self._close(sharded)
+        self._wait(sharded.request, first=True)
+
+    def reset_encoder_cache(self) -> None:
+        for rank in self.ranks:
+            rank.reset_encoder_cache()
+
+    def shutdown(self) -> None:
+        for rank in self.ranks:
+            rank.shutdown()
+
+    def get_kv_event_publisher_config(self) -> Any:
+        return self.ranks[0].get_kv_event_publisher_config()
+
+    @property
+    def kv_cache_manager(self) -> Any:
+        """The first rank's: EngineCore reads the layout of the KV cache groups from it, the same on all ranks."""
+        return self.ranks[0].kv_cache_manager

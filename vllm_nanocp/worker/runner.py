@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few things this package needs of vLLM 0.32's model runners, one small adapter each."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class RunnerAdapter(Protocol):
+    """What the worker asks of a model runner."""
+
+    def batch_row(self, req_id: str) -> int:
+        """Index of a request in the batch being prepared."""
+        ...
+
+    def run_idle(self, attention: bool) -> None:
+        """A forward pass without tokens of this rank's own, for the collectives of the others.
+
+        Args:
+            attention: whether attention must run too (guests, or the exchange's collectives).
+        """
+        ...
+
+
+class V1Runner:
+    """``vllm/v1/worker/gpu_model_runner.py``."""
+
+    def __init__(self, model_runner: Any) -> None:
+        self.model_runner = model_runner
+
+    def batch_row(self, req_id: str) -> int:
+        return int(self.model_runner.input_batch.req_id_to_index[req_id])
+
+    def run_idle(self, attention: bool) -> None:
+        self.model_runner._dummy_run(1, uniform_decode=True, force_attention=attention)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the step plan, the same on all ranks, to one rank's part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from ..attention.context import Guest, OwnRow, ShardedStep
+from ..plan import StepPlan
+
+
+class ShardTable:
+    """Block tables of the shards at this rank that other ranks' rows may visit.
+
+    Args:
+        rank: this rank.
+        device: where attention reads the tables.
+    """
+
+    def __init__(self, rank: int, device: torch.device) -> None:
+        self.rank = rank
+        self.device = device
+        self._blocks: dict[str, torch.Tensor] = {}
+
+    def update(self, plan: StepPlan) -> None:
+        """Take in the shards that the plan opens here and drop those it closes."""
+        for shard in plan.closed:
+            self._blocks.pop(shard, None)
+        for shard, blocks in plan.opened.get(self.rank, ()):
+            self._blocks[shard] = torch.tensor(blocks, dtype=torch.int64, device=self.device)
+
+    def __getitem__(self, shard: str) -> torch.Tensor:
+        return self._blocks[shard]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+
+def make_step(plan: StepPlan, shards: ShardTable, num_ranks: int, batch_row: Callable[[str], int]) -> ShardedStep | None:
+    """This rank's part of a plan; None when no row anywhere visits a shard.
+
+    Args:
+        plan: the step's.
+        shards: of this rank, updated with the plan.
+        num_ranks: N.
+        batch_row: finds a request's row in the batch, once the model runner has built it.
+    """
+    if not plan.rows:
+        return None
+    me = shards.rank
+    step = ShardedStep(own=[], guests=[], send_counts=[0] * num_ranks, recv_counts=[0] * num_ranks)
+    visitors: list[tuple[int, int, int, str, int]] = []  # home, first row among its rows, queries, shard, length
+    for row in plan.rows:
+        sources: list[tuple[int, int]] = []
+        for holder in row.holders:
+            if row.home == me:
+                sources.append((holder.rank, step.send_counts[holder.rank]))
+                step.send_counts[holder.rank] += row.num_queries
+            if holder.rank == me:
+                first = step.recv_counts[row.home]
+                visitors.append((row.home, first, row.num_queries, holder.shard, holder.length))
+                step.recv_counts[row.home] += row.num_queries
+        if row.home == me:
+            own = OwnRow(partial(batch_row, row.req_id), row.num_queries, row.first_block, row.local_tokens, sources)
+            step.own.append(own)
+    first_of_rank = [sum(step.recv_counts[:r]) for r in range(num_ranks)]
+    for home, first, queries, shard, length in sorted(visitors, key=lambda v: v[:2]):
+        step.guests.append(Guest(first_of_rank[home] + first, queries, shards[shard], length))
+    return step

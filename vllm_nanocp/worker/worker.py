@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's worker as one of N ranks in one world. Touches ``Worker`` and ``CPUWorker`` of vLLM 0.32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_dp_group
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from .. import config as nanocp_config
+from .. import patches
+from ..attention.context import context
+from ..exchange import CollectiveExchange
+from ..sched.output import NanoCPGrammarOutput, NanoCPSchedulerOutput
+from .runner import RunnerAdapter, V1Runner
+from .step import ShardTable, make_step
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    _Base = Worker
+else:
+    _Base = object
+
+
+class OneRank(_Base):
+    """Mixed into vLLM's worker: derives its rank from its place in the world, and runs its part of each step.
+
+    The engine's configuration knows one data-parallel rank; each worker changes its own copy to say N, and which of
+    them it is, before vLLM builds process groups, experts and attention from it.
+    """
+
+    shards: ShardTable
+    runner: RunnerAdapter
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        local_rank: int,
+        rank: int,
+        distributed_init_method: str,
+        is_driver_worker: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        raw = vllm_config.additional_config
+        assert isinstance(raw, dict)
+        self.nanocp = nanocp_config.parse(raw[nanocp_config.KEY])
+        parallel = vllm_config.parallel_config
+        tp_size = parallel.tensor_parallel_size
+        parallel.world_size = tp_size
+        parallel.data_parallel_size = self.nanocp.ranks
+        parallel.data_parallel_size_local = self.nanocp.ranks
+        parallel.data_parallel_rank = parallel.data_parallel_index = rank // tp_size
+        parallel.data_parallel_rank_local = local_rank // tp_size
+        self.global_rank, self.tp_rank = rank, rank % tp_size
+        patches.apply_all()
+        self.register_attention()
+        super().__init__(
+            vllm_config, local_rank % tp_size, rank % tp_size, distributed_init_method, is_driver_worker, **kwargs
+        )
+
+    def register_attention(self) -> None:
+        """Put this package's attention backend in the stock one's place, in this process."""
+        raise NotImplementedError
+
+    def init_device(self) -> None:
+        super().init_device()
+        # The executor's message queues go by the rank in the world.
+        self.rank = self.global_rank
+        context.exchange = CollectiveExchange(get_dp_group().device_group)
+        self.shards = ShardTable(self.parallel_config.data_parallel_rank, self.device)
+        self.runner = V1Runner(self.model_runner)
+
+    def execute_model(  # type: ignore[override]
+        self, scheduler_output: NanoCPSchedulerOutput
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        plan = scheduler_output.plan
+        part = scheduler_output.ranks[self.shards.rank]
+        self.shards.update(plan)
+        context.step = make_step(plan, self.shards, self.nanocp.ranks, self.runner.batch_row)
+        try:
+            output = super().execute_model(part)
+            if not part.total_num_scheduled_tokens and any(plan.tokens):
+                self.runner.run_idle(attention=context.step is not None)
+        finally:
+            context.step = None
+        return output if self.tp_rank == 0 else None
+
+    def sample_tokens(  # type: ignore[override]
+        self, grammar_output: NanoCPGrammarOutput | None
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        grammar = None if grammar_output is None else grammar_output.ranks[self.shards.rank]
+        output = super().sample_tokens(grammar)
+        return output if self.tp_rank == 0 else None
+
+
+class NanoCPCPUWorker(OneRank, CPUWorker):
+    """A rank on CPU."""
+
+    def register_attention(self) -> None:
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN, "vllm_nanocp.attention.cpu_backend.NanoCPCPUAttentionBackend"
+        )

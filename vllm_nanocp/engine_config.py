@@ -120,6 +120,8 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     """
     from vllm.platforms import current_platform
 
+    from . import admission
+
     config = nanocp_config.parse(engine_args.additional_config[nanocp_config.KEY], engine_args.data_parallel_size)
     check_flags(engine_args)
     if not current_platform.is_cpu():
@@ -127,10 +129,10 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     engine_args.additional_config = {**engine_args.additional_config, nanocp_config.KEY: config.to_dict()}
     engine_args.data_parallel_size = 1
     engine_args.scheduler_cls = SCHEDULER
-    engine_args.distributed_executor_backend = EXECUTORS[engine_args.distributed_executor_backend or "mp"] if (
-        engine_args.distributed_executor_backend in (None, *EXECUTORS)
-    ) else engine_args.distributed_executor_backend
+    backend = engine_args.distributed_executor_backend or "mp"
+    engine_args.distributed_executor_backend = EXECUTORS.get(backend, backend)
     engine_args.worker_cls = CPU_WORKER
     vllm_config = create()
     check_model(vllm_config, config)
+    admission.install()
     return vllm_config

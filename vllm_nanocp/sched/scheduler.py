@@ -9,6 +9,7 @@ run and is parked; the last is the request itself, at its home, which decodes.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from copy import copy
 from typing import Any
@@ -27,6 +28,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from .. import config as nanocp_config
+from .. import status
 from ..placement import ShardMap, cdiv, place, queue_at
 from ..plan import StepPlan
 from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, merge
@@ -35,6 +37,9 @@ from .sharded import ShardedRequest, can_shard
 from .stats import merge_scheduler_stats
 
 logger = init_logger("vllm.nanocp.scheduler")
+
+# Finished sharded requests whose shares `status` still shows.
+_REMEMBERED = 256
 
 
 class NanoCPScheduler(SchedulerInterface):
@@ -92,6 +97,10 @@ class NanoCPScheduler(SchedulerInterface):
         self._plan = StepPlan()
         self._serial = 0
         self._pause_state = PauseState.UNPAUSED
+        self.num_steps = self.num_sharded_steps = self.num_preemptions = 0
+        # The last finished sharded requests: id -> KV tokens each rank held.
+        self.finished_shares: OrderedDict[str, list[int]] = OrderedDict()
+        status.install()
 
     # -- requests come and go ----------------------------------------------------------------------------------
 
@@ -189,12 +198,16 @@ class NanoCPScheduler(SchedulerInterface):
             computed = min(sharded.request.num_computed_tokens, sharded.request.num_tokens)
             held = sharded.shard_map.tokens_by_rank(len(self.ranks), computed)
             logger.info("nanocp: request %s finished: KV tokens per rank %s", request_id, held)
+            self.finished_shares[request_id] = held
+            if len(self.finished_shares) > _REMEMBERED:
+                self.finished_shares.popitem(last=False)
             self._close(sharded)
         self.rank_of.pop(request_id, None)
 
     def _on_preempt(self, member: Request) -> None:
         """A rank's scheduler has preempted a request; it is in the middle of a step, so this waits."""
         self._preempted.append(member)
+        self.num_preemptions += 1
 
     def _settle(self) -> None:
         """Requests that a rank has preempted give up all their shards and wait for a new placement."""
@@ -208,6 +221,8 @@ class NanoCPScheduler(SchedulerInterface):
             else:
                 self.ranks[sharded.rank].withdraw(member)
                 request.num_preemptions += 1
+                if self.log_stats:
+                    request.record_event(EngineCoreEventType.PREEMPTED)
             if sharded is not None:
                 self._close(sharded)
             self._wait(request, first=True)
@@ -254,6 +269,8 @@ class NanoCPScheduler(SchedulerInterface):
         if self.sharded:
             self._advance(parts)
         plan, self._plan = self._plan, StepPlan()
+        self.num_steps += 1
+        self.num_sharded_steps += bool(plan.rows)
         plan.tokens = [part.total_num_scheduled_tokens for part in parts]
         return merge(parts, plan)
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vllm import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
 from ..placement import ShardMap
 from ..plan import Holder, PlanRow
 
 
-def can_shard(request: Request) -> bool:
+def can_shard(request: Request | EngineCoreRequest) -> bool:
     """Whether a request may be spread over ranks.
 
     Not: prompt embeddings and multi-modal inputs (their positions would have to be cut), pooling, streaming input

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random Mixture-of-Experts checkpoints for tests.
+
+The models are small enough to load in a second, yet behave like real ones where it matters to
+this project:
+
+* attention is peaked: a few keys anywhere in the context decide a head's output, so a rank that
+  loses, doubles or shifts a part of the KV cache changes the next tokens;
+* every layer is a MoE layer and the router's choices differ from token to token;
+* greedy output depends on the prompt and does not fall into a loop. In float32 the best logit leads
+  the second by far more than rounding: of 864 steps (18 prompts of up to 3,000 tokens) the median
+  lead was 0.8 (Qwen3-MoE) and 1.0 (Mixtral), the hundredth 0.016 and 0.011, the least 0.0014 and 0.0009;
+* each token id decodes to ASCII text, and the tokenizer has a chat template, so that the OpenAI
+  endpoints work.
+
+Everything is a function of the arguments: the same seed gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<bos>", "<eos>"
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] + ': ' + message['content'] + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+# Standard deviation of the attention scores before softmax. At 2.5 about n * exp(-2.5 ** 2) of n
+# keys carry the weight: one in 500, peaked at any length the models allow.
+_SCORE_STD = 2.5
+_ROUTER_STD = 2.0
+_LOGIT_STD = 4.0
+
+
+@dataclass(frozen=True)
+class TinyShape:
+    """Sizes of a tiny model. `head_dim` must be one the CPU attention kernel has (32, 64, ...)."""
+
+    num_layers: int = 4
+    num_experts: int = 8
+    top_k: int = 2
+    hidden_size: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    moe_intermediate_size: int = 64
+    vocab_size: int = 512
+    max_position_embeddings: int = 8192
+
+
+def make_qwen3_moe(path: str | Path, *, seed: int = 0, dtype: str = "float32", **shape: int) -> Path:
+    """Write a random Qwen3-MoE checkpoint with its tokenizer into the folder `path`.
+
+    `shape` overrides fields of `TinyShape`; `dtype` is that of the stored weights.
+    Returns `path`. Raises `TypeError` for an unknown field.
+    """
+    sizes = TinyShape(**shape)
+    weights = _attention_weights(sizes, torch.Generator().manual_seed(seed), qk_norm=True)
+    for layer in range(sizes.num_layers):
+        prefix = f"model.layers.{layer}.mlp"
+        weights |= _expert_weights(
+            sizes,
+            torch.Generator().manual_seed(seed * 1000 + layer + 1),
+            gate=f"{prefix}.gate.weight",
+            expert=prefix + ".experts.{}.{}.weight",
+            names=("gate_proj", "up_proj", "down_proj"),
+        )
+    config = _common_config(sizes, dtype) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": sizes.num_experts,
+        "moe_intermediate_size": sizes.moe_intermediate_size,
+        "intermediate_size": sizes.moe_intermediate_size,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+    return _write(Path(path), config, weights, dtype)
+
+
+def make_mixtral(path: str | Path, *, seed: int = 0, dtype: str = "float32", **shape: int) -> Path:
+    """Write a random Mixtral checkpoint with its tokenizer into the folder `path`.
+
+    Arguments, result and errors as of `make_qwen3_moe`.
+    """
+    sizes = TinyShape(**shape)
+    weights = _attention_weights(sizes, torch.Generator().manual_seed(seed), qk_norm=False)
+    for layer in range(sizes.num_layers):
+        prefix = f"model.layers.{layer}.block_sparse_moe"
+        weights |= _expert_weights(
+            sizes,
+            torch.Generator().manual_seed(seed * 1000 + layer + 1),
+            gate=f"{prefix}.gate.weight",
+            expert=prefix + ".experts.{}.{}.weight",
+            names=("w1", "w3", "w2"),
+        )
+    config = _common_config(sizes, dtype) | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": sizes.num_experts,
+        "intermediate_size": sizes.moe_intermediate_size,
+        "sliding_window": None,
+    }
+    return _write(Path(path), config, weights, dtype)
+
+
+def _common_config(sizes: TinyShape, dtype: str) -> dict[str, Any]:
+    return {
+        "vocab_size": sizes.vocab_size,
+        "hidden_size": sizes.hidden_size,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "num_key_value_heads": sizes.num_kv_heads,
+        "head_dim": sizes.head_dim,
+        "num_experts_per_tok": sizes.top_k,
+        "hidden_act": "silu",
+        "max_position_embeddings": sizes.max_position_embeddings,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.0,
+        "pad_token_id": PAD_ID,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "torch_dtype": dtype,
+    }
+
+
+def _linear(rows: int, columns: int, gain: float, generator: torch.Generator) -> torch.Tensor:
+    """A [rows, columns] matrix that maps unit-variance inputs to outputs of deviation `gain`."""
+    return torch.randn(rows, columns, generator=generator) * (gain / math.sqrt(columns))
+
+
+def _attention_weights(sizes: TinyShape, generator: torch.Generator, *, qk_norm: bool) -> dict[str, torch.Tensor]:
+    hidden, q_size = sizes.hidden_size, sizes.num_heads * sizes.head_dim
+    kv_size = sizes.num_kv_heads * sizes.head_dim
+    lm_head = _linear(sizes.vocab_size, hidden, _LOGIT_STD, generator)
+    lm_head[_silent_ids(sizes.vocab_size)] = 0.0
+    weights = {
+        # Smaller than what a layer adds: the context, not the last token alone, decides.
+        "model.embed_tokens.weight": 0.5 * torch.randn(sizes.vocab_size, hidden, generator=generator),
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": lm_head,
+    }
+    for layer in range(sizes.num_layers):
+        prefix = f"model.layers.{layer}"
+        attention = f"{prefix}.self_attn"
+        q_gain = 1.0 if qk_norm else _SCORE_STD
+        weights |= {
+            f"{prefix}.input_layernorm.weight": torch.ones(hidden),
+            f"{prefix}.post_attention_layernorm.weight": torch.ones(hidden),
+            f"{attention}.q_proj.weight": _linear(q_size, hidden, q_gain, generator),
+            f"{attention}.k_proj.weight": _linear(kv_size, hidden, 1.0, generator),
+            f"{attention}.v_proj.weight": _linear(kv_size, hidden, 1.0, generator),
+            f"{attention}.o_proj.weight": _linear(hidden, q_size, 1.5, generator),
+        }
+        if qk_norm:
+            weights[f"{attention}.q_norm.weight"] = torch.full((sizes.head_dim,), _SCORE_STD)
+            weights[f"{attention}.k_norm.weight"] = torch.ones(sizes.head_dim)
+    return weights
+
+
+def _expert_weights(
+    sizes: TinyShape,
+    generator: torch.Generator,
+    *,
+    gate: str,
+    expert: str,
+    names: tuple[str, str, str],
+) -> dict[str, torch.Tensor]:
+    """Router and experts of one layer; `names` are those of the gate, up and down projections."""
+    hidden, inner = sizes.hidden_size, sizes.moe_intermediate_size
+    weights = {gate: _linear(sizes.num_experts, hidden, _ROUTER_STD, generator)}
+    for index in range(sizes.num_experts):
+        weights[expert.format(index, names[0])] = _linear(inner, hidden, 1.0, generator)
+        weights[expert.format(index, names[1])] = _linear(inner, hidden, 1.0, generator)
+        weights[expert.format(index, names[2])] = _linear(hidden, inner, 2.0, generator)
+    return weights
+
+
+def _write(path: Path, config: dict[str, Any], weights: dict[str, torch.Tensor], dtype: str) -> Path:
+    from safetensors.torch import save_file
+
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+    (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    stored = {name: value.to(getattr(torch, dtype)).contiguous() for name, value in weights.items()}
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(path, config["vocab_size"], config["max_position_embeddings"])
+    return path
+
+
+def _byte_characters() -> list[str]:
+    """The printable stand-ins that a byte-level tokenizer uses, in the order of the bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = set(ByteLevel.alphabet())
+    kept = {ord(character) for character in alphabet if ord(character) < 256}
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in kept else next(spare)) for byte in range(256)]
+
+
+def _merges(count: int) -> list[tuple[str, str]]:
+    """The first `count` two-character merges: a space with a letter, then letter with letter."""
+    pairs = [("Ġ", letter) for letter in string.ascii_letters]
+    pairs += [(a, b) for a in string.ascii_lowercase for b in string.ascii_lowercase]
+    if count > len(pairs):
+        raise ValueError(f"the tokenizer has at most {259 + len(pairs)} tokens")
+    return pairs[:count]
+
+
+def _silent_ids(vocab_size: int) -> list[int]:
+    """Ids that must not be generated: specials, and bytes that are no printable ASCII."""
+    printable = set(range(0x20, 0x7F))
+    return [PAD_ID, BOS_ID, EOS_ID] + [3 + byte for byte in range(256) if byte not in printable]
+
+
+def _write_tokenizer(path: Path, vocab_size: int, max_length: int) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN]
+    merges = _merges(vocab_size - len(specials) - 256)
+    tokens = specials + _byte_characters() + [first + second for first, second in merges]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        bos_token=BOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(path)

@@ -61,13 +61,13 @@ def water_fill(amount: int, used: Sequence[int], room: Sequence[int], least: Seq
     Raises:
         ValueError: the amount does not fit, or is less than what must be poured.
     """
-    if amount > sum(room) or amount < sum(least) or any(x > r for x, r in zip(least, room)):
+    if amount > sum(room) or amount < sum(least) or any(x > r for x, r in zip(least, room, strict=True)):
         raise ValueError(f"cannot pour {amount} into room {list(room)} with minima {list(least)}")
 
     def poured(level: int) -> list[int]:
-        return [min(r, max(x, level - u)) for u, r, x in zip(used, room, least)]
+        return [min(r, max(x, level - u)) for u, r, x in zip(used, room, least, strict=True)]
 
-    low, high = 0, max(u + r for u, r in zip(used, room))
+    low, high = 0, max(u + r for u, r in zip(used, room, strict=True))
     while low < high:  # the lowest level at which everything fits
         level = (low + high) // 2
         if sum(poured(level)) >= amount:
@@ -85,14 +85,18 @@ def water_fill(amount: int, used: Sequence[int], room: Sequence[int], least: Seq
 
 
 def _participants(
-    order: list[int], degree: int, need: int, room: Sequence[int], pinned: int | None, swap: bool
+    order: list[int], degree: int, need: int, headroom: int, room: Sequence[int], pinned: int | None, swap: bool
 ) -> list[int] | None:
-    """The first ``degree`` ranks of ``order``, poor ones swapped for rich ones until ``need`` fits; or None."""
+    """The first ``degree`` ranks of ``order``, poor ones swapped for rich ones until the request fits; or None.
+
+    It fits when there is room for ``need`` blocks and ``headroom``, and one rank has a block more than the headroom:
+    the home.
+    """
     chosen = order[:degree]
     if pinned is not None and pinned not in chosen:
         chosen[-1] = pinned
     others = [r for r in order if r not in chosen] if swap else []
-    while sum(room[r] for r in chosen) < need:
+    while sum(room[r] for r in chosen) < need + headroom or max(room[r] for r in chosen) <= headroom:
         movable = [r for r in chosen if r != pinned]
         if not movable or not others:
             return None
@@ -147,7 +151,7 @@ def place(
     fits_one = need + headroom_blocks <= max(load.total_blocks for load in loads)
     may_grow = degree > 1 or home is not None or not fits_one
     for d in range(degree, (limit if may_grow else degree) + 1):
-        chosen = _participants(order, d, need + headroom_blocks, room, home, swap=policy == "balanced")
+        chosen = _participants(order, d, need, headroom_blocks, room, home, swap=policy == "balanced")
         if chosen is not None:
             return _pour(need, block_size, loads, room, chosen, home, headroom_blocks, policy)
     return None
@@ -162,16 +166,14 @@ def _pour(
     home: int | None,
     headroom: int,
     policy: str,
-) -> ShardMap | None:
+) -> ShardMap:
     if home is None:
         able = [r for r in chosen if room[r] > headroom]
-        if not able:
-            return None
         home = able[0] if policy == "round_robin" else min(able, key=lambda r: (loads[r].batch, -room[r], r))
     used = [0 if policy == "round_robin" else loads[r].used_blocks for r in chosen]
     space = [room[r] - headroom if r == home else room[r] for r in chosen]
     least = [1 if r == home else 0 for r in chosen]
-    shares = dict(zip(chosen, water_fill(need, used, space, least)))
+    shares = dict(zip(chosen, water_fill(need, used, space, least), strict=True))
     runs: list[Run] = []
     at = 0
     for rank in [*sorted(r for r in chosen if r != home), home]:

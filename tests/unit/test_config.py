@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings, the vLLM versions that are supported, and what importing the package costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from vllm_nanocp.compat import unsupported_reason
+from vllm_nanocp.config import EXCHANGES, PLACEMENTS, NanoCPConfig, parse
+from vllm_nanocp.errors import NanoCPConfigError
+
+
+def refusal(raw: Any, data_parallel_size: int = 1) -> str:
+    """The one line a user reads."""
+    with pytest.raises(NanoCPConfigError) as caught:
+        parse(raw, data_parallel_size)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith("nanocp: ")
+    assert "; " in line, "what is refused and why, then what to do instead"
+    return line
+
+
+def test_defaults() -> None:
+    config = parse({}, 4)
+    assert config == NanoCPConfig(ranks=4, segment_size=65536, max_degree=None, placement="balanced", exchange="auto")
+    assert config.degree_limit == 4
+
+
+@pytest.mark.parametrize(
+    ("raw", "key", "value"),
+    [
+        ({"segment_size": 1}, "segment_size", 1),
+        ({"segment_size": 10**9}, "segment_size", 10**9),
+        ({"max_degree": 1}, "max_degree", 1),
+        ({"max_degree": 4}, "max_degree", 4),
+        ({"max_degree": None}, "max_degree", None),
+        *(({"placement": name}, "placement", name) for name in PLACEMENTS),
+        *(({"exchange": name}, "exchange", name) for name in EXCHANGES),
+    ],
+)
+def test_valid_values_arrive(raw: dict[str, Any], key: str, value: Any) -> None:
+    config = parse(raw, 4)
+    assert getattr(config, key) == value
+    assert config.ranks == 4
+
+
+def test_max_degree_limits_the_degree() -> None:
+    assert parse({"max_degree": 3}, 4).degree_limit == 3
+
+
+@pytest.mark.parametrize(("raw", "data_parallel_size"), [({"ranks": 4}, 1), ({"ranks": 4}, 4), ({}, 4)])
+def test_ranks_by_key_or_by_data_parallel_size(raw: dict[str, Any], data_parallel_size: int) -> None:
+    assert parse(raw, data_parallel_size).ranks == 4
+
+
+@pytest.mark.parametrize("key", ["segment_size", "max_degree", "ranks"])
+@pytest.mark.parametrize("value", [0, -3, 2.0, "2", True, [2], {"a": 1}])
+def test_integers_are_positive_integers(key: str, value: Any) -> None:
+    line = refusal({key: value}, 1 if key == "ranks" else 4)
+    assert key in line and repr(value) in line and "integer of at least 1" in line
+    assert line.split("; use ")[1].isdigit()
+
+
+@pytest.mark.parametrize("key", ["segment_size", "ranks"])
+def test_null_is_for_max_degree_only(key: str) -> None:
+    assert key in refusal({key: None}, 1 if key == "ranks" else 4)
+
+
+def test_the_default_segment_size_is_what_is_proposed() -> None:
+    assert str(NanoCPConfig(2).segment_size) in refusal({"segment_size": 0}, 2)
+
+
+@pytest.mark.parametrize(("key", "choices"), [("placement", PLACEMENTS), ("exchange", EXCHANGES)])
+@pytest.mark.parametrize("value", ["fastest", "", "Balanced", "two\nlines", 1, None, ["auto"], {}])
+def test_choices_are_named(key: str, choices: tuple[str, ...], value: Any) -> None:
+    line = refusal({key: value}, 2)
+    assert key in line and repr(value) in line
+    assert all(choice in line for choice in choices)
+
+
+def test_max_degree_above_the_ranks() -> None:
+    line = refusal({"max_degree": 5}, 4)
+    assert "max_degree is 5" in line and "4 ranks" in line and "use at most 4" in line
+
+
+def test_ranks_and_data_parallel_size_disagree() -> None:
+    line = refusal({"ranks": 4}, 2)
+    assert "ranks is 4" in line and "data-parallel size is 2" in line and "only one" in line
+
+
+@pytest.mark.parametrize(("raw", "data_parallel_size"), [({}, 1), ({"ranks": 1}, 1), ({"segment_size": 9}, 1)])
+def test_one_rank_has_nothing_to_share(raw: dict[str, Any], data_parallel_size: int) -> None:
+    line = refusal(raw, data_parallel_size)
+    assert "two or more" in line and "--data-parallel-size 2" in line and "without --nanocp" in line
+
+
+@pytest.mark.parametrize("key", ["segmentsize", "Ranks", "degree_limit", "", 3, "two\nlines"])
+def test_unknown_keys_are_refused_and_the_known_ones_named(key: Any) -> None:
+    line = refusal({key: 1}, 2)
+    assert repr(key) in line
+    assert all(name in line for name in ("ranks", "segment_size", "max_degree", "placement", "exchange"))
+
+
+@pytest.mark.parametrize("raw", [None, 3, "segment_size", True, ["segment_size"], [("segment_size", 3)]])
+def test_the_configuration_is_a_mapping(raw: Any) -> None:
+    line = refusal(raw, 2)
+    assert repr(raw) in line and "JSON object" in line
+
+
+@pytest.mark.parametrize(
+    "raw", [{}, {"max_degree": 2, "segment_size": 7, "placement": "round_robin", "exchange": "collective"}]
+)
+def test_a_parsed_configuration_survives_json(raw: dict[str, Any]) -> None:
+    """Workers parse again what the front-end wrote into ``additional_config``, and see a data-parallel size of one."""
+    config = parse(raw, 3)
+    assert parse(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1", "0.32.0.post1", "0.32.0rc1"])
+def test_supported_versions(version: str) -> None:
+    assert unsupported_reason(version) is None
+
+
+@pytest.mark.parametrize(
+    "version", ["0.33.0", "0.33.0+cpu", "0.25.1", "0.31.9", "1.32.0", "0.320.0", "1", "0", "dev", "", "v0.32.0"]
+)
+def test_unsupported_versions(version: str) -> None:
+    reason = unsupported_reason(version)
+    assert reason is not None and "\n" not in reason
+    assert reason.startswith(f"nanocp: vLLM {version} is not supported (supported: 0.32.0)")
+    assert "install vllm==0.32.0" in reason and "without --nanocp" in reason
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["vllm_nanocp", "vllm_nanocp.config", "vllm_nanocp.compat", "vllm_nanocp.plugin", "vllm_nanocp.plan"],
+)
+def test_importing_costs_nothing(module: str) -> None:
+    """vLLM loads the plugin in every process: neither torch nor vLLM may be imported before it is asked for."""
+    code = f"import sys, {module}; print(*sorted({{m.split('.')[0] for m in sys.modules}} & {{'torch', 'vllm'}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == []

@@ -19,7 +19,7 @@ def gather_shard(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> t
         length: positive.
 
     Returns:
-        Keys and values, each [num_kv_heads, length, head_size].
+        Keys and values, each [num_kv_heads, length, head_size], the last dimension contiguous.
     """
     _, num_heads, block_size, twice = kv_cache.shape
     head_size = twice // 2
@@ -28,12 +28,15 @@ def gather_shard(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> t
     keys = chosen[:, :, 0].view(len(used), num_heads, head_size, block_size).permute(1, 0, 3, 2)
     values = chosen[:, :, 1].view(len(used), num_heads, block_size, head_size).permute(1, 0, 2, 3)
     flat = (num_heads, len(used) * block_size, head_size)
-    return keys.reshape(flat)[:, :length], values.reshape(flat)[:, :length]
+    # Not reshape: of one block it makes a view, in which a key's numbers are apart, and the kernel reads past strides.
+    return keys.contiguous().view(flat)[:, :length], values.contiguous().view(flat)[:, :length]
 
 
 def _flash(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    # The operation itself does not check what scaled_dot_product_attention checks before it calls it.
+    assert queries.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         queries.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), 0.0, causal, attn_mask=None, scale=scale
     )

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole steps of the attention backend over several ranks, without an engine.
+
+A scenario says which requests there are, where their blocks lie and which queries each rank computes. Every rank
+derives the same scenario from a seed, keeps its own part of the KV in vLLM's paged cache (written by vLLM's own
+operation; all else in the cache is NaN), and runs the real metadata builder, plan, exchange and attention. The
+reference is full attention in float64.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+
+from vllm_nanocp.attention.context import context
+from vllm_nanocp.attention.cpu_backend import (
+    NanoCPCPUAttentionImpl,
+    NanoCPCPUAttentionMetadataBuilder,
+    ShardedCPUAttentionMetadata,
+)
+from vllm_nanocp.exchange import CollectiveExchange
+from vllm_nanocp.plan import Holder, PlanRow, StepPlan
+from vllm_nanocp.worker.step import ShardTable, make_step
+
+LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype = torch.float32
+    block_size: int = 32
+    isa: str = "vec"
+
+    @property
+    def scale(self) -> float:
+        return 0.8 * self.head_size**-0.5  # not the default, so that it must be passed on
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A run of a request's blocks: where, which, and their ids there."""
+
+    rank: int
+    first_block: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Queries of this step: positions ``first`` to ``first + num_queries`` - 1, all within shard ``shard``."""
+
+    request: int
+    shard: int
+    first: int
+    num_queries: int
+
+
+@dataclass
+class Scenario:
+    """The same on all ranks.
+
+    Attributes:
+        tokens: of each request, those of this step's queries included.
+        shards: of each request, in order; the last one is open.
+        rows: in the order of the plan.
+        batches: for each rank, indices of its rows, in the order of its batch.
+    """
+
+    shape: Shape
+    seed: int
+    num_ranks: int
+    num_blocks: int
+    tokens: list[int] = field(default_factory=list)
+    shards: list[list[Shard]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    batches: list[list[int]] = field(default_factory=list)
+
+    def qkv(self, request: int, layer: int) -> list[torch.Tensor]:
+        """Query, key and value of all of a request's tokens: [tokens, heads, head_size]."""
+        shape, generator = self.shape, torch.Generator().manual_seed(self.seed * 1000 + request * 10 + layer)
+        heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        # Scores with a standard deviation of about 2: some keys count much more than others.
+        return [
+            (1.6 * torch.randn(self.tokens[request], n, shape.head_size, generator=generator)).to(shape.dtype)
+            for n in heads
+        ]
+
+    def plan(self) -> StepPlan:
+        """What the scheduler would send."""
+        plan = StepPlan()
+        block_size = self.shape.block_size
+        for row in self.rows:
+            shards = self.shards[row.request]
+            if row.shard == 0:
+                continue
+            home = shards[row.shard]
+            plan.rows.append(
+                PlanRow(
+                    req_id=str(self.rows.index(row)),
+                    home=home.rank,
+                    num_queries=row.num_queries,
+                    first_block=home.first_block,
+                    local_tokens=row.first - home.first_block * block_size,
+                    holders=tuple(
+                        Holder(s.rank, f"{row.request}#{i}", len(s.blocks) * block_size)
+                        for i, s in enumerate(shards[: row.shard])
+                    ),
+                )
+            )
+        for request, shards in enumerate(self.shards):
+            for i, shard in enumerate(shards[:-1]):
+                plan.opened.setdefault(shard.rank, []).append((f"{request}#{i}", list(shard.blocks)))
+        return plan
+
+
+def make_scenario(shape: Shape, seed: int, num_ranks: int = 3, sharded: bool = True) -> Scenario:
+    """A random one. Of every three with shards, one has a rank without rows of its own."""
+    dice = random.Random(seed)
+    size, num_blocks = shape.block_size, 80
+    scenario = Scenario(shape, seed, num_ranks, num_blocks)
+    # Block 0 is vLLM's null block, which stands for blocks held elsewhere.
+    free = [dice.sample(range(1, num_blocks), num_blocks - 1) for _ in range(num_ranks)]
+    idle = dice.randrange(num_ranks) if sharded and seed % 3 == 0 else None
+
+    def add(ranks: list[int], whole_blocks: list[int], last_tokens: int) -> int:
+        """A request with whole shards and, at the last rank, ``last_tokens`` tokens."""
+        shards, at = [], 0
+        for rank, count in zip(ranks, [*whole_blocks, -(-last_tokens // size)], strict=True):
+            shards.append(Shard(rank, at, tuple(free[rank].pop() for _ in range(count))))
+            at += count
+        scenario.shards.append(shards)
+        scenario.tokens.append(sum(whole_blocks) * size + last_tokens)
+        return len(scenario.tokens) - 1
+
+    def tail(request: int, queries: int) -> None:
+        """The queries are the request's last tokens."""
+        scenario.rows.append(
+            Row(request, len(scenario.shards[request]) - 1, scenario.tokens[request] - queries, queries)
+        )
+
+    homes = [rank for rank in range(num_ranks) if rank != idle]
+    for _ in range(dice.randint(0, 4)):
+        held = dice.randint(1, 3 * size)
+        tail(add([dice.choice(homes)], [], held), dice.choice([1, 1, held, dice.randint(1, held)]))
+    for kind in dice.choices(["decode", "chunk", "chain"], k=dice.randint(1, 4)) if sharded else []:
+        home = dice.choice(homes)
+        # Any degree; now and then several shards at one rank, or one at the home besides its own.
+        others = [r for r in range(num_ranks) if r != home]
+        holders = dice.sample(others, dice.randint(1, len(others)))
+        if dice.random() < 0.3:
+            holders.append(dice.randrange(num_ranks))
+        whole = [dice.randint(1, 4) for _ in holders]
+        held = dice.choice([1, dice.randint(1, 3 * size), size, 2 * size])
+        request = add([*holders, home], whole, held)
+        if kind == "decode":
+            tail(request, 1)
+        elif kind == "chunk":
+            tail(request, dice.choice([held, dice.randint(1, held)]))
+        else:  # two consecutive chunks in one step, the second attending to the first
+            tail(request, held)
+            before = len(holders) - 1
+            if holders[before] != idle:
+                queries = dice.randint(1, whole[-1] * size)
+                scenario.rows.append(Row(request, before, sum(whole) * size - queries, queries))
+    dice.shuffle(scenario.rows)
+    for rank in range(num_ranks):
+        mine = [i for i, row in enumerate(scenario.rows) if scenario.shards[row.request][row.shard].rank == rank]
+        scenario.batches.append(dice.sample(mine, len(mine)))
+    return scenario
+
+
+def make_builder(shape: Shape) -> NanoCPCPUAttentionMetadataBuilder:
+    """A metadata builder without the engine's configuration."""
+    builder = object.__new__(NanoCPCPUAttentionMetadataBuilder)
+    values: dict[str, Any] = {
+        "isa": shape.isa,
+        "block_size": shape.block_size,
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_size,
+        "dtype": shape.dtype,
+        "window_size": -1,
+        "kv_cache_dtype": "auto",
+        "is_cross_attention": False,
+        "is_encoder_only_attention": False,
+    }
+    for name, value in values.items():
+        setattr(builder, name, value)
+    return builder
+
+
+def make_impl(shape: Shape) -> NanoCPCPUAttentionImpl:
+    """An attention implementation without the engine's configuration."""
+    impl = object.__new__(NanoCPCPUAttentionImpl)
+    values: dict[str, Any] = {
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "num_queries_per_kv": shape.num_heads // shape.num_kv_heads,
+        "head_size": shape.head_size,
+        "scale": shape.scale,
+        "alibi_slopes": None,
+        "sliding_window": -1,
+        "logits_soft_cap": 0,
+        "kv_cache_dtype": "auto",
+        "is_fp8_kv_cache": False,
+        "attn_type": AttentionType.DECODER,
+        "kv_sharing_target_layer_name": None,
+        "sinks": None,
+        "use_zentorch_sdpa": False,
+    }
+    for name, value in values.items():
+        setattr(impl, name, value)
+    return impl
+
+
+def make_layer(shape: Shape) -> Any:
+    """What the implementation reads of vLLM's attention layer."""
+    return SimpleNamespace(isa=shape.isa, _k_scale_float=1.0, _v_scale_float=1.0)
+
+
+def empty_cache(shape: Shape, num_blocks: int) -> torch.Tensor:
+    """A cache of NaN: whatever is read of it without having been written shows."""
+    size = (num_blocks, shape.num_kv_heads, shape.block_size, 2 * shape.head_size)
+    return torch.full(size, float("nan"), dtype=shape.dtype)
+
+
+def slots(shape: Shape, shard: Shard, first: int, end: int) -> torch.Tensor:
+    """Where vLLM keeps positions ``first`` to ``end`` - 1, all of them in the shard."""
+    positions = torch.arange(first, end)
+    blocks = torch.tensor(shard.blocks)[positions // shape.block_size - shard.first_block]
+    return blocks * shape.block_size + positions % shape.block_size
+
+
+def full_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int, scale: float
+) -> torch.Tensor:
+    """Float64. Query i sees keys 0 to ``first`` + i. All [tokens, heads, head_size]."""
+    group = queries.shape[1] // keys.shape[1]
+    q = queries.double()
+    k, v = (x.double().repeat_interleave(group, dim=1) for x in (keys, values))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    hidden = torch.arange(len(keys))[None, :] > first + torch.arange(len(q))[:, None]
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+
+class RankSimulation:
+    """One rank's part of a scenario.
+
+    Attributes:
+        counts: what was computed here, by kind; for the test to see that it tests something.
+        errors: largest absolute error of each row.
+    """
+
+    def __init__(self, scenario: Scenario, rank: int, exchange: CollectiveExchange) -> None:
+        self.scenario, self.rank, self.exchange = scenario, rank, exchange
+        self.counts: Counter[str] = Counter()
+        self.errors: list[float] = []
+        self.rows = [scenario.rows[i] for i in scenario.batches[rank]]
+
+    def _common(self) -> CommonAttentionMetadata:
+        """What vLLM's model runner hands to the builder."""
+        scenario, shape = self.scenario, self.scenario.shape
+        # A rank without tokens runs a dummy batch of one token, as vLLM makes it.
+        lengths = [row.num_queries for row in self.rows] or [1]
+        ends = [row.first + row.num_queries for row in self.rows] or [1]
+        starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+        table = torch.zeros(len(lengths), 40, dtype=torch.int32)
+        mapping = []
+        for i, row in enumerate(self.rows):
+            shard = scenario.shards[row.request][row.shard]
+            table[i, shard.first_block : shard.first_block + len(shard.blocks)] = torch.tensor(shard.blocks)
+            mapping.append(slots(shape, shard, row.first, row.first + row.num_queries))
+        return CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=torch.tensor(ends, dtype=torch.int32),
+            num_reqs=len(lengths),
+            num_actual_tokens=sum(lengths),
+            max_query_len=max(lengths),
+            max_seq_len=max(ends),
+            block_table_tensor=table,
+            slot_mapping=torch.cat(mapping) if mapping else torch.tensor([-1]),
+        )
+
+    def _past(self, impl: NanoCPCPUAttentionImpl, cache: torch.Tensor, layer: int) -> None:
+        """Write what earlier steps left here: all tokens of this rank's shards but this step's queries."""
+        scenario, shape = self.scenario, self.scenario.shape
+        for request, shards in enumerate(scenario.shards):
+            _, keys, values = scenario.qkv(request, layer)
+            for index, shard in enumerate(shards):
+                if shard.rank != self.rank:
+                    continue
+                first = shard.first_block * shape.block_size
+                end = min(first + len(shard.blocks) * shape.block_size, scenario.tokens[request])
+                for row in scenario.rows:
+                    if (row.request, row.shard) == (request, index):
+                        end = min(end, row.first)
+                if end > first:
+                    part = slice(first, end)
+                    mapping = slots(shape, shard, first, end)
+                    impl.do_kv_cache_update(make_layer(shape), keys[part], values[part], cache, mapping)
+
+    def run(self) -> None:
+        """All layers of the step."""
+        scenario, shape = self.scenario, self.scenario.shape
+        builder, impl, layer = make_builder(shape), make_impl(shape), make_layer(shape)
+        plan = scenario.plan()
+        shards = ShardTable(self.rank, torch.device("cpu"))
+        shards.update(plan)
+        batch = [str(i) for i in scenario.batches[self.rank]]
+        calls = self.exchange.calls
+        context.exchange = self.exchange
+        context.step = make_step(plan, shards, scenario.num_ranks, batch.index)
+        try:
+            common = self._common()
+            metadata = builder.build(0, common)
+            assert isinstance(metadata, ShardedCPUAttentionMetadata) == bool(plan.rows)
+            for number in range(LAYERS):
+                self._layer(impl, layer, number, common, metadata)
+        finally:
+            context.step = context.exchange = None
+        assert self.exchange.calls - calls == (2 * LAYERS if plan.rows else 0)
+        guests = sum(h.rank == self.rank for row in plan.rows for h in row.holders)
+        self.counts["guests"] += guests
+        self.counts["idle with guests"] += bool(guests) and not self.rows
+
+    def _layer(
+        self, impl: NanoCPCPUAttentionImpl, layer: Any, number: int, common: CommonAttentionMetadata, metadata: Any
+    ) -> None:
+        scenario, shape = self.scenario, self.scenario.shape
+        cache = empty_cache(shape, scenario.num_blocks)
+        for row in self.rows:
+            if row.shard == 0:
+                # vLLM's kernel reads a last block to its end and weighs what is past the length with zero, which a
+                # NaN survives.
+                cache[list(scenario.shards[row.request][0].blocks)] = 1000.0
+        self._past(impl, cache, number)
+        whole = [scenario.qkv(row.request, number) for row in self.rows]
+        parts = [
+            [x[row.first : row.first + row.num_queries] for x in qkv] for row, qkv in zip(self.rows, whole, strict=True)
+        ]
+        heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        if parts:
+            joined = [torch.cat(x) for x in zip(*parts, strict=True)]
+        else:
+            joined = [torch.randn(1, n, shape.head_size).to(shape.dtype) for n in heads]
+        # As the model has them: slices of one projection.
+        fused = torch.cat([x.flatten(1) for x in joined], dim=1)
+        split = fused.split([n * shape.head_size for n in heads], dim=1)
+        query, key, value = (x.view(-1, n, shape.head_size) for x, n in zip(split, heads, strict=True))
+        impl.do_kv_cache_update(layer, key, value, cache, common.slot_mapping)
+        output = torch.full_like(query, float("nan"), memory_format=torch.contiguous_format)
+        impl.forward(layer, query, key, value, cache, metadata, output)
+        at = 0
+        for row, (queries, keys, values) in zip(self.rows, whole, strict=True):
+            end = row.first + row.num_queries
+            expected = full_attention(queries[row.first : end], keys[:end], values[:end], row.first, shape.scale)
+            error = (output[at : at + row.num_queries].double() - expected).abs()
+            self.errors.append(error.max().item() if error.isfinite().all() else float("inf"))
+            at += row.num_queries
+            kind = "plain" if row.shard == 0 else "sharded"
+            self.counts[f"{kind} {'decode' if row.num_queries == 1 else 'prefill'}"] += 1
+            local_past = row.first - scenario.shards[row.request][row.shard].first_block * shape.block_size
+            self.counts["no local past"] += bool(row.shard) and local_past == 0
+
+
+def run_scenarios(
+    rank: int, size: int, groups: dict[str, list[tuple[Shape, int, bool]]]
+) -> dict[str, tuple[dict[str, int], list[tuple[int, float]]]]:
+    """For each group of (shape, seed, sharded): counts, and (seed, largest error) of each scenario at this rank."""
+    exchange = CollectiveExchange(dist.group.WORLD)
+    results: dict[str, tuple[dict[str, int], list[tuple[int, float]]]] = {}
+    for name, specs in groups.items():
+        counts: Counter[str] = Counter()
+        errors: list[tuple[int, float]] = []
+        for shape, seed, sharded in specs:
+            simulation = RankSimulation(make_scenario(shape, seed, size, sharded), rank, exchange)
+            simulation.run()
+            counts += simulation.counts
+            errors.append((seed, max(simulation.errors, default=0.0)))
+        results[name] = dict(counts), errors
+    return results

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines are slow to start: each is shared by all tests, and must be as empty after a test as before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from .harness import Engine
+
+# Per-rank blocks of the small engines: 1,536 tokens, while a request may have 4,096.
+SMALL_BLOCKS = 49
+
+
+@pytest.fixture(scope="session")
+def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
+    """Starts engines by name, once."""
+    running: dict[str, Engine] = {}
+    recipes: dict[str, dict[str, Any]] = {
+        "stock": dict(ranks=1),
+        "two": dict(ranks=2, nanocp={"segment_size": 1024}),
+        "three": dict(ranks=3, nanocp={"segment_size": 512}, enable_prefix_caching=True),
+        # Stock that preempts: 3,072 tokens for all requests together.
+        "small-stock": dict(ranks=1, num_gpu_blocks_override=2 * SMALL_BLOCKS - 1, max_model_len=2048),
+        "small": dict(
+            ranks=3,
+            nanocp={"segment_size": 1024},
+            num_gpu_blocks_override=SMALL_BLOCKS,
+            max_model_len=4096,
+            scheduling_policy="priority",
+            async_scheduling=False,
+        ),
+    }
+
+    def get(name: str) -> Engine:
+        if name not in running:
+            running[name] = Engine(tiny_model, **recipes[name])
+        return running[name]
+
+    yield get
+    for engine in running.values():
+        engine.close()
+
+
+@pytest.fixture
+def stock(engines: Callable[..., Engine]) -> Engine:
+    return engines("stock")
+
+
+@pytest.fixture(params=["two", "three"])
+def nanocp(request: pytest.FixtureRequest, engines: Callable[..., Engine]) -> Iterator[Engine]:
+    """Two ranks without prefix caching; three with it."""
+    engine = engines(request.param)
+    yield engine
+    engine.check_nothing_left()
+
+
+@pytest.fixture
+def two(engines: Callable[..., Engine]) -> Iterator[Engine]:
+    engine = engines("two")
+    yield engine
+    engine.check_nothing_left()
+
+
+@pytest.fixture
+def three(engines: Callable[..., Engine]) -> Iterator[Engine]:
+    engine = engines("three")
+    yield engine
+    engine.check_nothing_left()
+
+
+@pytest.fixture
+def small(engines: Callable[..., Engine]) -> Iterator[Engine]:
+    engine = engines("small")
+    yield engine
+    engine.check_nothing_left()

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Same tokens and logprobs as stock vLLM on one rank, whatever the lengths, degrees and order of arrival."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .harness import BLOCK, CHUNK, Ask, Engine, assert_same_logprobs, prompt
+
+pytestmark = pytest.mark.engine
+
+# Around block, chunk and segment (512, 1024) borders, and beyond two and three segments.
+LENGTHS = [
+    1, 2, 17, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 100, 255, CHUNK - 1, CHUNK, CHUNK + 1, 543, 544, 545, 700,
+    900, 1023, 1024, 1025, 1055, 1056, 1057, 1100, 1300, 1500, 1535, 1536, 1537, 1800, 2047, 2048, 2049, 2500, 3000,
+    3071, 3072, 3073, 4000, 5000, 6001, 7500,
+]  # fmt: skip
+
+
+def asks(lengths: list[int], seed: int, spread: float = 0.0, **params: Any) -> list[Ask]:
+    """Requests of these lengths, arriving within ``spread`` seconds in a shuffled but fixed order."""
+    return [
+        Ask(prompt(n, seed * 1000 + i), params, delay=spread * ((i * 7919) % len(lengths)) / len(lengths))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_tokens_and_logprobs(stock: Engine, nanocp: Engine) -> None:
+    requests = asks(LENGTHS, seed=1, spread=2.0, logprobs=5, max_tokens=20)
+    steps = nanocp.status()["sharded_steps"]
+    for length, ours, theirs in zip(LENGTHS, nanocp.ask(requests), stock.ask(requests), strict=True):
+        assert ours.tokens == theirs.tokens, length
+        assert_same_logprobs(ours.logprobs[0], theirs.logprobs[0], 1e-3)
+    found = nanocp.status()
+    assert found["sharded_steps"] > steps
+    degrees = {sum(held > 0 for held in shares) for shares in found["finished"].values()}
+    assert degrees == ({2} if nanocp.ranks == 2 else {2, 3})
+
+
+def test_long_decode_crosses_blocks(stock: Engine, nanocp: Engine) -> None:
+    requests = asks([1500, 2100, 40], seed=2, max_tokens=3 * BLOCK + 5)
+    assert [a.tokens for a in nanocp.ask(requests)] == [a.tokens for a in stock.ask(requests)]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        dict(temperature=0.8, seed=11, top_p=0.9, top_k=50),
+        dict(temperature=0.0, presence_penalty=1.5, frequency_penalty=0.7, repetition_penalty=1.3),
+        dict(temperature=1.0, seed=5, n=2),
+        dict(temperature=0.0, min_tokens=4, stop_token_ids=list(range(3, 200)), ignore_eos=False),
+        dict(temperature=0.0, logit_bias={7: 4.0, 9: -8.0}, bad_words=[]),
+    ],
+    ids=["seeded", "penalties", "n2", "stop-ids", "bias"],
+)
+def test_sampling(stock: Engine, nanocp: Engine, params: dict[str, Any]) -> None:
+    requests = asks([60, 1600, 2600], seed=3, **params)
+    ours, theirs = nanocp.ask(requests), stock.ask(requests)
+    assert [a.tokens for a in ours] == [a.tokens for a in theirs]
+    assert [a.finish for a in ours] == [a.finish for a in theirs]
+
+
+def test_json_schema(stock: Engine, nanocp: Engine) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}}, "required": ["a", "b"]}
+    requests = asks(
+        [50, 1700, 2400], seed=4, structured_outputs=StructuredOutputsParams(json=schema), max_tokens=40, ignore_eos=False
+    )
+    ours, theirs = nanocp.ask(requests), stock.ask(requests)
+    assert [a.tokens for a in ours] == [a.tokens for a in theirs]
+    assert all(a.text[0].lstrip().startswith("{") for a in ours)
+
+
+def test_stop_strings_and_streaming(stock: Engine, nanocp: Engine) -> None:
+    free_run = stock.ask(asks([70, 1900, 2300], seed=5, max_tokens=24))
+    stops = [answer.text[0][len(answer.text[0]) // 2 :][:3] for answer in free_run]
+    requests = [
+        Ask(ask.prompt, {**ask.params, "stop": [stop]})
+        for ask, stop in zip(asks([70, 1900, 2300], seed=5, max_tokens=24), stops, strict=True)
+    ]
+    ours, theirs = nanocp.ask(requests), stock.ask(requests)
+    assert [a.text for a in ours] == [a.text for a in theirs]
+    assert all(a.finish == ["stop"] for a in ours)
+    assert all(a.num_updates > 1 for a in nanocp.ask(asks([1900], seed=5, max_tokens=24)))
+
+
+def test_prompt_logprobs(stock: Engine, nanocp: Engine) -> None:
+    requests = asks([45, 1300, 2200], seed=6, prompt_logprobs=3, max_tokens=6)
+    for ours, theirs in zip(nanocp.ask(requests), stock.ask(requests), strict=True):
+        assert ours.tokens == theirs.tokens
+        assert_same_logprobs(ours.prompt_logprobs[1:], theirs.prompt_logprobs[1:], 1e-3)
+
+
+def test_same_prompt_again(stock: Engine, nanocp: Engine) -> None:
+    """With prefix caching on, the second and third runs hit what the first left."""
+    requests = asks([900, 2000], seed=7)
+    first = stock.ask(requests)
+    for _ in range(3):
+        assert [a.tokens for a in nanocp.ask(requests)] == [a.tokens for a in first]
+
+
+def test_shares(three: Engine) -> None:
+    """No rank holds more than 40 % of a 7,000-token request on three."""
+    before = set(three.status()["finished"])
+    three.ask(asks([7000], seed=8, max_tokens=4))
+    (held,) = [shares for key, shares in three.status()["finished"].items() if key not in before]
+    assert sum(held) >= 7000 and max(held) <= 0.4 * 7000

@@ -39,6 +39,7 @@ venv: $(STAMP)
 
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 with venv is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@echo "setting up $(VENV): about 160 packages, 1 GB to download; takes a few minutes"
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --no-deps -r requirements/cpu.txt -r requirements/dev.txt -r requirements/no-deps.txt
 	tools/install_torch.sh $(VENV)/bin/python $(TORCH)

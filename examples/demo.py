@@ -36,9 +36,10 @@ LOG_DIR = ROOT / ".model" / "logs"
 # Eager mode: compiling would cost each server longer than it takes to answer.
 SERVE_FLAGS = ("--dtype", "float32", "--max-model-len", "8192", "--enforce-eager")
 # The default segment suits requests of 100,000 tokens; with this one the demo's 6,300 tokens are worth a second rank.
+RANKS = 2
 NANOCP_CONFIG = '{"segment_size": 4096}'
 NANOCP_FLAGS = (
-    "--data-parallel-size", "2", "--enable-expert-parallel", "--nanocp", "--nanocp-config", NANOCP_CONFIG
+    "--data-parallel-size", str(RANKS), "--enable-expert-parallel", "--nanocp", "--nanocp-config", NANOCP_CONFIG
 )  # fmt: skip
 # Stock vLLM is to be stock: of all plugins only the one that lets the `vllm` command find its metadata on CPU.
 STOCK_ENV = {"VLLM_PLUGINS": "nanocp_metadata_alias"}
@@ -47,11 +48,13 @@ CPU_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    # By default every rank takes all cores, and threads that spin for each other make a token take seconds.
+    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // RANKS)),
 }
 
 START_LIMIT_S = 600
 ANSWER_LIMIT_S = 600
-STOP_LIMIT_S = 30
+STOP_LIMIT_S = 20
 PROGRESS_EVERY_S = 5
 MAX_TOKENS = 48
 
@@ -144,14 +147,15 @@ def log_tail(log: Path, lines: int = 30) -> str:
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a server: politely first, then all that is left of its process group."""
-    process.terminate()
     try:
+        process.terminate()
         process.wait(STOP_LIMIT_S)
     except subprocess.TimeoutExpired:
         say(f"it did not stop within {STOP_LIMIT_S} s: killing it")
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def healthy(url: str) -> bool:

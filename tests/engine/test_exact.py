@@ -19,16 +19,16 @@ LENGTHS = [
 ]  # fmt: skip
 
 
-def asks(lengths: list[int], seed: int, spread: float = 0.0, **params: Any) -> list[Ask]:
+def asks(lengths: list[int], /, *, text: int, spread: float = 0.0, **params: Any) -> list[Ask]:
     """Requests of these lengths, arriving within ``spread`` seconds in a shuffled but fixed order."""
     return [
-        Ask(prompt(n, seed * 1000 + i), params, delay=spread * ((i * 7919) % len(lengths)) / len(lengths))
+        Ask(prompt(n, text * 1000 + i), params, delay=spread * ((i * 7919) % len(lengths)) / len(lengths))
         for i, n in enumerate(lengths)
     ]
 
 
 def test_tokens_and_logprobs(stock: Engine, nanocp: Engine) -> None:
-    requests = asks(LENGTHS, seed=1, spread=2.0, logprobs=5, max_tokens=20)
+    requests = asks(LENGTHS, text=1, spread=2.0, logprobs=5, max_tokens=20)
     steps = nanocp.status()["sharded_steps"]
     for length, ours, theirs in zip(LENGTHS, nanocp.ask(requests), stock.ask(requests), strict=True):
         assert ours.tokens == theirs.tokens, length
@@ -40,7 +40,7 @@ def test_tokens_and_logprobs(stock: Engine, nanocp: Engine) -> None:
 
 
 def test_long_decode_crosses_blocks(stock: Engine, nanocp: Engine) -> None:
-    requests = asks([1500, 2100, 40], seed=2, max_tokens=3 * BLOCK + 5)
+    requests = asks([1500, 2100, 40], text=2, max_tokens=3 * BLOCK + 5)
     assert [a.tokens for a in nanocp.ask(requests)] == [a.tokens for a in stock.ask(requests)]
 
 
@@ -56,7 +56,7 @@ def test_long_decode_crosses_blocks(stock: Engine, nanocp: Engine) -> None:
     ids=["seeded", "penalties", "n2", "stop-ids", "bias"],
 )
 def test_sampling(stock: Engine, nanocp: Engine, params: dict[str, Any]) -> None:
-    requests = asks([60, 1600, 2600], seed=3, **params)
+    requests = asks([60, 1600, 2600], text=3, **params)
     ours, theirs = nanocp.ask(requests), stock.ask(requests)
     assert [a.tokens for a in ours] == [a.tokens for a in theirs]
     assert [a.finish for a in ours] == [a.finish for a in theirs]
@@ -67,7 +67,7 @@ def test_json_schema(stock: Engine, nanocp: Engine) -> None:
 
     schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}}, "required": ["a", "b"]}
     requests = asks(
-        [50, 1700, 2400], seed=4, structured_outputs=StructuredOutputsParams(json=schema), max_tokens=40, ignore_eos=False
+        [50, 1700, 2400], text=4, structured_outputs=StructuredOutputsParams(json=schema), max_tokens=40, ignore_eos=False
     )
     ours, theirs = nanocp.ask(requests), stock.ask(requests)
     assert [a.tokens for a in ours] == [a.tokens for a in theirs]
@@ -75,20 +75,20 @@ def test_json_schema(stock: Engine, nanocp: Engine) -> None:
 
 
 def test_stop_strings_and_streaming(stock: Engine, nanocp: Engine) -> None:
-    free_run = stock.ask(asks([70, 1900, 2300], seed=5, max_tokens=24))
+    free_run = stock.ask(asks([70, 1900, 2300], text=5, max_tokens=24))
     stops = [answer.text[0][len(answer.text[0]) // 2 :][:3] for answer in free_run]
     requests = [
         Ask(ask.prompt, {**ask.params, "stop": [stop]})
-        for ask, stop in zip(asks([70, 1900, 2300], seed=5, max_tokens=24), stops, strict=True)
+        for ask, stop in zip(asks([70, 1900, 2300], text=5, max_tokens=24), stops, strict=True)
     ]
     ours, theirs = nanocp.ask(requests), stock.ask(requests)
     assert [a.text for a in ours] == [a.text for a in theirs]
     assert all(a.finish == ["stop"] for a in ours)
-    assert all(a.num_updates > 1 for a in nanocp.ask(asks([1900], seed=5, max_tokens=24)))
+    assert all(a.num_updates > 1 for a in nanocp.ask(asks([1900], text=5, max_tokens=24)))
 
 
 def test_prompt_logprobs(stock: Engine, nanocp: Engine) -> None:
-    requests = asks([45, 1300, 2200], seed=6, prompt_logprobs=3, max_tokens=6)
+    requests = asks([45, 1300, 2200], text=6, prompt_logprobs=3, max_tokens=6)
     for ours, theirs in zip(nanocp.ask(requests), stock.ask(requests), strict=True):
         assert ours.tokens == theirs.tokens
         assert_same_logprobs(ours.prompt_logprobs[1:], theirs.prompt_logprobs[1:], 1e-3)
@@ -96,7 +96,7 @@ def test_prompt_logprobs(stock: Engine, nanocp: Engine) -> None:
 
 def test_same_prompt_again(stock: Engine, nanocp: Engine) -> None:
     """With prefix caching on, the second and third runs hit what the first left."""
-    requests = asks([900, 2000], seed=7)
+    requests = asks([900, 2000], text=7)
     first = stock.ask(requests)
     for _ in range(3):
         assert [a.tokens for a in nanocp.ask(requests)] == [a.tokens for a in first]
@@ -105,6 +105,6 @@ def test_same_prompt_again(stock: Engine, nanocp: Engine) -> None:
 def test_shares(three: Engine) -> None:
     """No rank holds more than 40 % of a 7,000-token request on three."""
     before = set(three.status()["finished"])
-    three.ask(asks([7000], seed=8, max_tokens=4))
+    three.ask(asks([7000], text=8, max_tokens=4))
     (held,) = [shares for key, shares in three.status()["finished"].items() if key not in before]
     assert sum(held) >= 7000 and max(held) <= 0.4 * 7000

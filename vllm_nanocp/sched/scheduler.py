@@ -18,7 +18,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
 from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -298,9 +298,13 @@ class NanoCPScheduler(SchedulerInterface):
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)
         if not scheduler_output.has_structured_output_requests:
             return None
-        bitmasks = [
-            rank.get_grammar_bitmask(part) for rank, part in zip(self.ranks, scheduler_output.ranks, strict=True)
-        ]
+        bitmasks: list[GrammarOutput | None] = []
+        for rank, part in zip(self.ranks, scheduler_output.ranks, strict=True):
+            bitmask = rank.get_grammar_bitmask(part)
+            if bitmask is not None:
+                # All ranks share the manager, which fills the same buffer for the next one.
+                bitmask.grammar_bitmask = bitmask.grammar_bitmask.copy()
+            bitmasks.append(bitmask)
         return NanoCPGrammarOutput(bitmasks) if any(b is not None for b in bitmasks) else None
 
     def update_from_output(  # type: ignore[override]

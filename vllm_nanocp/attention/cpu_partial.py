@@ -60,8 +60,8 @@ def attend(
     kv_heads = keys.shape[0]
     group = num_heads // kv_heads
     # The query heads of a KV head become rows of it, so that keys are read once a KV head.
-    folded = queries.view(rows, kv_heads, group, head_size).permute(1, 2, 0, 3).reshape(kv_heads, group * rows, head_size)
-    out, lse = _flash(folded, keys, values, scale, causal=False)
+    grouped = queries.view(rows, kv_heads, group, head_size).permute(1, 2, 0, 3)
+    out, lse = _flash(grouped.reshape(kv_heads, group * rows, head_size), keys, values, scale, causal=False)
     out = out.view(kv_heads, group, rows, head_size).permute(2, 0, 1, 3).reshape(rows, num_heads, head_size)
     return out, lse.view(kv_heads, group, rows).permute(2, 0, 1).reshape(rows, num_heads)
 

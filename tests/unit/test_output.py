@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranks' scheduler outputs and statistics, taken together."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.metrics.stats import KVCacheEvictionEvent, PrefixCacheStats, SchedulerStats
+
+from vllm_nanocp.plan import Holder, PlanRow, StepPlan
+from vllm_nanocp.sched.output import NanoCPSchedulerOutput, merge
+from vllm_nanocp.sched.stats import merge_prefix_cache, merge_scheduler_stats
+
+
+def new_request(name: str, tokens: int = 4) -> NewRequestData:
+    return NewRequestData(
+        req_id=name,
+        prompt_token_ids=list(range(tokens)),
+        mm_features=[],
+        sampling_params=SamplingParams(max_tokens=3),
+        pooling_params=None,
+        block_ids=([1, 2],),
+        num_computed_tokens=0,
+        lora_request=None,
+    )
+
+
+def rank_output(rank: int, new: int = 1, cached: int = 2, tokens: int = 4) -> SchedulerOutput:
+    """A rank's output in which every name and number says which rank it is of."""
+    news = [new_request(f"new{rank}.{i}", tokens) for i in range(new)]
+    running = [f"old{rank}.{i}" for i in range(cached)]
+    scheduled = {**{n.req_id: tokens for n in news}, **dict.fromkeys(running, 1)}
+    return SchedulerOutput(
+        scheduled_new_reqs=news,
+        scheduled_cached_reqs=CachedRequestData(
+            req_ids=running,
+            resumed_req_ids={running[0]} if running else set(),
+            new_token_ids=[],
+            all_token_ids={},
+            new_block_ids=[None if i else ([10 * rank],) for i in range(cached)],
+            num_computed_tokens=[100 * rank + i for i in range(cached)],
+            num_output_tokens=[7 * rank + i for i in range(cached)],
+        ),
+        num_scheduled_tokens=scheduled,
+        total_num_scheduled_tokens=sum(scheduled.values()),
+        scheduled_spec_decode_tokens={},
+        scheduled_encoder_inputs={f"new{rank}.0": [rank]} if new else {},
+        finished_req_ids={f"done{rank}"},
+        free_encoder_mm_hashes=[],
+    )
+
+
+PLAN = StepPlan(
+    rows=[PlanRow("old1.0", 1, 1, 3, 17, (Holder(0, "old1.0#0.0", 48),))],
+    tokens=[6, 3],
+    opened={0: [("old1.0#0.0", [5, 4, 3])]},
+    closed=["gone#1.0"],
+)
+
+
+def test_the_union_is_what_one_engine_would_say() -> None:
+    ranks = [rank_output(0), rank_output(1, new=0, cached=3), rank_output(2, new=2, cached=0, tokens=9)]
+    out = merge(ranks, PLAN)
+    assert isinstance(out, SchedulerOutput)
+    assert out.total_num_scheduled_tokens == (4 + 2) + 3 + 18 == sum(out.num_scheduled_tokens.values())
+    assert out.num_scheduled_tokens == {k: v for r in ranks for k, v in r.num_scheduled_tokens.items()}
+    assert len(out.num_scheduled_tokens) == 3 + 3 + 2
+    assert [n.req_id for n in out.scheduled_new_reqs] == ["new0.0", "new2.0", "new2.1"]
+    cached = out.scheduled_cached_reqs
+    assert cached.req_ids == ["old0.0", "old0.1", "old1.0", "old1.1", "old1.2"]
+    assert cached.resumed_req_ids == {"old0.0", "old1.0"}
+    assert cached.new_block_ids == [([0],), None, ([10],), None, None]
+    assert cached.num_computed_tokens == [0, 1, 100, 101, 102]
+    assert cached.num_output_tokens == [0, 1, 7, 8, 9]
+    assert out.finished_req_ids == {"done0", "done1", "done2"}
+    assert out.scheduled_encoder_inputs == {"new0.0": [0], "new2.0": [2]}
+    assert out.ranks is ranks and out.plan is PLAN
+
+
+def test_the_ranks_outputs_stay_as_they_are() -> None:
+    """The workers are given them after the union was made."""
+    ranks = [rank_output(0), rank_output(1)]
+    before = copy.deepcopy(ranks)
+    merge(ranks, PLAN)
+    merge(ranks, PLAN)
+    for rank, was in zip(ranks, before, strict=True):
+        for f in fields(SchedulerOutput):
+            assert getattr(rank, f.name) == getattr(was, f.name), f.name
+
+
+def test_two_unions_share_nothing() -> None:
+    """``CachedRequestData.make_empty`` and the like must be fresh each step."""
+    first, second = merge([rank_output(0)], StepPlan()), merge([rank_output(0)], StepPlan())
+    assert first.scheduled_cached_reqs.req_ids is not second.scheduled_cached_reqs.req_ids
+    assert first.scheduled_cached_reqs.resumed_req_ids == {"old0.0"}
+    assert first.num_scheduled_tokens is not second.num_scheduled_tokens
+
+
+@pytest.mark.parametrize("flag", ["has_structured_output_requests", "pending_structured_output_tokens"])
+@pytest.mark.parametrize("where", [None, 0, 1])
+def test_structured_output_anywhere_counts(flag: str, where: int | None) -> None:
+    ranks = [rank_output(0), rank_output(1)]
+    if where is not None:
+        setattr(ranks[where], flag, True)
+    assert getattr(merge(ranks, PLAN), flag) is (where is not None)
+
+
+def test_a_step_without_tokens() -> None:
+    out = merge([rank_output(0, 0, 0), rank_output(1, 0, 0)], StepPlan(tokens=[0, 0]))
+    assert out.total_num_scheduled_tokens == 0 and not out.num_scheduled_tokens
+    assert out.finished_req_ids == {"done0", "done1"}
+
+
+def test_pickle_round_trip() -> None:
+    """What the workers get: the parts, the plan, and the union made again."""
+    out = merge([rank_output(0), rank_output(1, new=0)], PLAN)
+    back = pickle.loads(pickle.dumps(out))
+    assert type(back) is NanoCPSchedulerOutput
+    assert back.plan == PLAN
+    assert len(back.ranks) == 2
+    for mine, theirs in zip(out.ranks, back.ranks, strict=True):
+        assert type(theirs) is SchedulerOutput
+        assert theirs == mine
+    for f in fields(SchedulerOutput):
+        assert getattr(back, f.name) == getattr(out, f.name), f.name
+
+
+def test_the_message_carries_each_request_once() -> None:
+    """The union, if it were sent too, would say everything of running requests twice, in each step."""
+    ranks = [rank_output(0, cached=1000), rank_output(1, cached=1000)]
+    parts = sum(len(pickle.dumps(rank)) for rank in ranks)
+    assert len(pickle.dumps(merge(ranks, PLAN))) < 1.1 * parts
+
+
+# -- statistics ------------------------------------------------------------------------------------------------
+
+
+def stats(rank: int, **values: Any) -> SchedulerStats:
+    made = SchedulerStats(
+        num_running_reqs=1 + rank,
+        num_waiting_reqs=10 + rank,
+        num_skipped_waiting_reqs=100 + rank,
+        kv_cache_usage=0.25 * rank,
+        prefix_cache_stats=PrefixCacheStats(requests=1 + rank, queries=10 + rank, hits=5 + rank),
+        kv_cache_eviction_events=[KVCacheEvictionEvent(1.0 + rank, 2.0, (3.0,))],
+        waiting_lora_adapters={"both": 1, f"w{rank}": 2},
+        running_lora_adapters={"both": 3, f"r{rank}": 4},
+    )
+    for name, value in values.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_scheduler_stats_are_sums_and_a_mean() -> None:
+    merged = merge_scheduler_stats([stats(0), stats(1), stats(2)], num_waiting=7)
+    assert merged.num_running_reqs == 1 + 2 + 3
+    assert merged.num_waiting_reqs == 10 + 11 + 12 + 7, "requests that wait for a placement wait too"
+    assert merged.num_skipped_waiting_reqs == 303
+    assert merged.kv_cache_usage == pytest.approx(0.25)
+    assert (merged.prefix_cache_stats.requests, merged.prefix_cache_stats.queries) == (6, 33)
+    assert merged.prefix_cache_stats.hits == 18
+    assert [event.lifetime_seconds for event in merged.kv_cache_eviction_events] == [1.0, 2.0, 3.0]
+    assert merged.waiting_lora_adapters == {"both": 3, "w0": 2, "w1": 2, "w2": 2}
+    assert merged.running_lora_adapters == {"both": 9, "r0": 4, "r1": 4, "r2": 4}
+    assert merged.cudagraph_stats is None and merged.perf_stats is None
+
+
+def test_statistics_that_one_rank_has_are_kept() -> None:
+    graph, perf = object(), object()
+    merged = merge_scheduler_stats([stats(0), stats(1, cudagraph_stats=graph), stats(2, perf_stats=perf)], 0)
+    assert merged.cudagraph_stats is graph and merged.perf_stats is perf
+
+
+def test_the_parts_statistics_stay_as_they_are() -> None:
+    parts = [stats(0), stats(1)]
+    before = copy.deepcopy(parts)
+    merge_scheduler_stats(parts, 3)
+    assert parts == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["requests", "queries", "hits", "preempted_requests", "preempted_queries", "preempted_hits"],
+)
+def test_prefix_cache_counters_add_up(name: str) -> None:
+    parts = [PrefixCacheStats(**{name: 3}), PrefixCacheStats(), PrefixCacheStats(**{name: 4})]
+    merged = merge_prefix_cache(parts)
+    assert merged == PrefixCacheStats(**{name: 7})
+
+
+@pytest.mark.parametrize("where", [None, 0, 1])
+def test_a_reset_anywhere_is_a_reset(where: int | None) -> None:
+    parts = [PrefixCacheStats(reset=rank == where) for rank in range(2)]
+    assert merge_prefix_cache(parts).reset is (where is not None)

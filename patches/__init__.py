@@ -37,6 +37,7 @@ PATCHES = (
     Patch("cpu_gatherv", platform="cpu"),
     Patch("cpu_expert_map", platform="cpu"),
     Patch("cpu_moe_opaque", platform="cpu"),
+    Patch("cpu_seeded_chunks", platform="cpu"),
 )
 
 

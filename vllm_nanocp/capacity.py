@@ -26,4 +26,4 @@ def install(degree: int) -> None:
         return _auto_fit(vllm_config, groups, [memory * degree for memory in available_memory])
 
     kv_cache_utils._check_enough_kv_cache_memory = check
-    kv_cache_utils._auto_fit_max_model_len = auto_fit
+    kv_cache_utils._auto_fit_max_model_len = auto_fit  # type: ignore[assignment]

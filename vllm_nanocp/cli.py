@@ -36,7 +36,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "long request spread over several of them.",
     )
     group.add_argument(
-        "--nanocp", action="store_true", default=False, help="Serve all data-parallel ranks as one engine, long requests sharded over them."
+        "--nanocp",
+        action="store_true",
+        default=False,
+        help="Serve all data-parallel ranks as one engine, long requests sharded over them.",
     )
     group.add_argument(
         "--nanocp-config",

@@ -62,7 +62,9 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
         NanoCPConfigError: a value of the wrong type or out of range, or an unknown key.
     """
     if not isinstance(raw, Mapping):
-        raise NanoCPConfigError(f'nanocp: the configuration must be a JSON object, got {raw!r}; use {{}} or {{"segment_size": 65536}}')
+        raise NanoCPConfigError(
+            f'nanocp: the configuration must be a JSON object, got {raw!r}; use {{}} or {{"segment_size": 65536}}'
+        )
     known = [f.name for f in fields(NanoCPConfig)]
     for key in raw:
         if key not in known:

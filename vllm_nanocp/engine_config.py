@@ -43,9 +43,17 @@ def check_flags(args: Any) -> None:
             "leave it out",
         )
     if get("prefill_context_parallel_size", 1) > 1:
-        refuse(f"--prefill-context-parallel-size {args.prefill_context_parallel_size}", "chunks are placed by shard map", "leave it out")
+        refuse(
+            f"--prefill-context-parallel-size {args.prefill_context_parallel_size}",
+            "chunks are placed by shard map",
+            "leave it out",
+        )
     if get("speculative_config") is not None:
-        refuse("speculative decoding", "draft tokens would have to be verified against shards", "leave out --speculative-config")
+        refuse(
+            "speculative decoding",
+            "draft tokens would have to be verified against shards",
+            "leave out --speculative-config",
+        )
     for flag in ("data_parallel_external_lb", "data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb"):
         if get(flag, False):
             refuse("--" + flag.replace("_", "-"), "one scheduler serves all ranks behind one address", "leave it out")
@@ -68,7 +76,9 @@ def check_flags(args: Any) -> None:
         refuse("--ec-transfer-config", "encoder-cache connectors do not know of ranks", "leave it out")
     backend = get("distributed_executor_backend")
     if backend is not None and backend not in EXECUTORS and backend not in EXECUTORS.values():
-        refuse(f"--distributed-executor-backend {backend}", "ranks are processes of one machine", "use mp or leave it out")
+        refuse(
+            f"--distributed-executor-backend {backend}", "ranks are processes of one machine", "use mp or leave it out"
+        )
     for flag, own in (("scheduler_cls", SCHEDULER), ("worker_cls", CPU_WORKER)):
         if get(flag) not in (None, "auto", own):
             refuse(f"--{flag.replace('_', '-')} {get(flag)}", "nanocp brings its own", "leave it out")
@@ -90,22 +100,40 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
         )
     if config.degree_limit == 1:
         return
-    instead = 'use --nanocp-config \'{"max_degree": 1}\' to serve it with one scheduler and no sharding'
+    instead = "use --nanocp-config '{\"max_degree\": 1}' to serve it with one scheduler and no sharding"
     if model.is_encoder_decoder:
         refuse("an encoder-decoder model with max_degree above 1", "cross-attention has no shards", instead)
     if model.use_mla:
-        refuse("multi-head latent attention with max_degree above 1", "its attention backends return no mergeable partials here", instead)
+        refuse(
+            "multi-head latent attention with max_degree above 1",
+            "its attention backends return no mergeable partials here",
+            instead,
+        )
     if model.is_hybrid or model.is_attention_free:
-        refuse("a hybrid or attention-free model with max_degree above 1", "a recurrent state cannot be cut into shards", instead)
-    windowed = model.get_sliding_window() is not None or "sliding_attention" in (getattr(text, "layer_types", None) or ())
+        refuse(
+            "a hybrid or attention-free model with max_degree above 1",
+            "a recurrent state cannot be cut into shards",
+            instead,
+        )
+    windowed = model.get_sliding_window() is not None or "sliding_attention" in (
+        getattr(text, "layer_types", None) or ()
+    )
     if windowed or getattr(text, "attention_chunk_size", None):
         refuse("sliding-window attention with max_degree above 1", "queries would need a mask at the holders", instead)
     if getattr(text, "attn_logit_softcapping", None) or getattr(text, "alibi", None):
-        refuse("softcapped or ALiBi attention with max_degree above 1", "its partial results cannot be merged by log-sum-exp alone here", instead)
+        refuse(
+            "softcapped or ALiBi attention with max_degree above 1",
+            "its partial results cannot be merged by log-sum-exp alone here",
+            instead,
+        )
     from vllm.utils.torch_utils import is_quantized_kv_cache
 
     if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
-        refuse(f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} with max_degree above 1", "the CPU attention path reads unquantised KV only", "leave it out")
+        refuse(
+            f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} with max_degree above 1",
+            "the CPU attention path reads unquantised KV only",
+            "leave it out",
+        )
 
 
 def make(engine_args: Any, create: Callable[[], Any]) -> Any:

@@ -51,7 +51,7 @@ class StepPlan:
             exchange from it.
         tokens: number of tokens scheduled on each rank.
         opened: for each rank, shards that rows of this or a later step visit: (shard id, block ids).
-        closed: shard ids that no later row visits.
+        closed: shard ids that no row of this or a later step visits.
     """
 
     rows: list[PlanRow] = field(default_factory=list)

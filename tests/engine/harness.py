@@ -48,6 +48,7 @@ class Answer:
     prompt_logprobs: Any
     finish: list[str | None]
     num_updates: int
+    cached: int = 0
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -74,7 +75,9 @@ class Engine:
             num_gpu_blocks_override=2048,
         )
         if ranks > 1:
-            defaults |= dict(enable_expert_parallel=True, additional_config={"nanocp": {"ranks": ranks, **(nanocp or {})}})
+            defaults |= dict(
+                enable_expert_parallel=True, additional_config={"nanocp": {"ranks": ranks, **(nanocp or {})}}
+            )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -90,7 +93,9 @@ class Engine:
         """Run a coroutine on the engine's loop, within a time limit."""
         return asyncio.run_coroutine_threadsafe(asyncio.wait_for(what, limit), self._loop).result(limit + 5)
 
-    def ask(self, asks: Sequence[Ask], during: Callable[[Engine], Coroutine[Any, Any, None]] | None = None) -> list[Answer]:
+    def ask(
+        self, asks: Sequence[Ask], during: Callable[[Engine], Coroutine[Any, Any, None]] | None = None
+    ) -> list[Answer]:
         """Run requests concurrently, with something else beside them if given; answers in the order of the asks."""
         answers: list[Answer] = self.call(self._ask_all(asks, during))
         return answers
@@ -124,6 +129,7 @@ class Engine:
             last.prompt_logprobs,
             [o.finish_reason for o in outputs],
             updates,
+            last.num_cached_tokens or 0,
         )
 
     def status(self) -> dict[str, Any]:

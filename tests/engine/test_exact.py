@@ -65,9 +65,17 @@ def test_sampling(stock: Engine, nanocp: Engine, params: dict[str, Any]) -> None
 def test_json_schema(stock: Engine, nanocp: Engine) -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}}, "required": ["a", "b"]}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}},
+        "required": ["a", "b"],
+    }
     requests = asks(
-        [50, 1700, 2400], text=4, structured_outputs=StructuredOutputsParams(json=schema), max_tokens=40, ignore_eos=False
+        [50, 1700, 2400],
+        text=4,
+        structured_outputs=StructuredOutputsParams(json=schema),
+        max_tokens=40,
+        ignore_eos=False,
     )
     ours, theirs = nanocp.ask(requests), stock.ask(requests)
     assert [a.tokens for a in ours] == [a.tokens for a in theirs]
@@ -95,11 +103,27 @@ def test_prompt_logprobs(stock: Engine, nanocp: Engine) -> None:
 
 
 def test_same_prompt_again(stock: Engine, nanocp: Engine) -> None:
-    """With prefix caching on, the second and third runs hit what the first left."""
-    requests = asks([900, 2000], text=7)
-    first = stock.ask(requests)
-    for _ in range(3):
-        assert [a.tokens for a in nanocp.ask(requests)] == [a.tokens for a in first]
+    """With prefix caching on, later runs find what the first left, on whichever ranks it lies."""
+    caching = nanocp.ranks == 3
+    for lengths in ([900], [2000], [6100]):
+        requests = asks(lengths, text=7)
+        (first,) = stock.ask(requests)
+        for again in range(3):
+            (answer,) = nanocp.ask(requests)
+            assert answer.tokens == first.tokens
+            assert answer.cached == ((lengths[0] - 1) // BLOCK * BLOCK if again and caching else 0)
+
+
+def test_shared_prefix(stock: Engine, three: Engine) -> None:
+    """Requests that go on, each its own way, after a prefix that lies on three ranks; a short one too."""
+    stem = prompt(6000, 71)
+    three.ask([Ask(stem)])
+    requests = [Ask([*stem, *prompt(n, 72 + n)], dict(max_tokens=12)) for n in (1, 50, 700, 1300, 33)]
+    requests.append(Ask([*stem[:480], *prompt(9, 70)], dict(max_tokens=12)))
+    ours, theirs = three.ask(requests), stock.ask(requests)
+    assert [a.tokens for a in ours] == [a.tokens for a in theirs]
+    assert all(a.cached >= 0.95 * 6000 for a in ours[:-1])
+    assert ours[-1].cached >= 0.9 * 480
 
 
 def test_shares(three: Engine) -> None:

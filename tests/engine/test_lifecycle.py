@@ -21,7 +21,7 @@ def tokens(engine: Engine, requests: list[Ask]) -> list[list[list[int]]]:
 
 def test_larger_than_a_rank(stock: Engine, small: Engine) -> None:
     """Longer than one rank's cache by far; two of them, so that one waits for the other."""
-    assert 3800 > (SMALL_BLOCKS - 1) * BLOCK
+    assert (SMALL_BLOCKS - 1) * BLOCK < 3800
     requests = [Ask(prompt(3800, 21)), Ask(prompt(3000, 22)), Ask(prompt(100, 23))]
     assert tokens(small, requests) == tokens(stock, requests)
 
@@ -39,7 +39,10 @@ def test_preemption(engines: Callable[..., Engine], stock: Engine, small: Engine
     assert tokens(small_stock, requests) == expected
     before = small.status()["preemptions"]
     assert tokens(small, requests) == expected
-    heavier = [*requests, *(Ask(prompt(1400 + 100 * i, 200 + i), dict(max_tokens=120), delay=0.05 * i) for i in range(5))]
+    heavier = [
+        *requests,
+        *(Ask(prompt(1400 + 100 * i, 200 + i), dict(max_tokens=120), delay=0.05 * i) for i in range(5)),
+    ]
     assert tokens(small, heavier) == tokens(stock, heavier)
     assert small.status()["preemptions"] > before
 
@@ -74,7 +77,10 @@ def test_aborts_at_any_stage(nanocp: Engine) -> None:
             await asyncio.sleep(wait)
             await engine.llm.abort([f"ask-{first + i}" for i in range(1, 20)])
 
-    requests = [Ask(prompt(n, 500 + n), dict(max_tokens=2000), delay=0.12 * i) for i, n in enumerate([3000, 5000, 7000, 800, 6000])]
+    requests = [
+        Ask(prompt(n, 500 + n), dict(max_tokens=2000), delay=0.12 * i)
+        for i, n in enumerate([3000, 5000, 7000, 800, 6000])
+    ]
     nanocp.ask(requests, abort_all)
 
     async def abort_rest(engine: Engine) -> None:
@@ -85,7 +91,9 @@ def test_aborts_at_any_stage(nanocp: Engine) -> None:
 
 
 def test_pause_and_resume(stock: Engine, nanocp: Engine) -> None:
-    requests = [Ask(prompt(n, 600 + n), dict(max_tokens=60), delay=0.1 * i) for i, n in enumerate([50, 2600, 1800, 4000])]
+    requests = [
+        Ask(prompt(n, 600 + n), dict(max_tokens=60), delay=0.1 * i) for i, n in enumerate([50, 2600, 1800, 4000])
+    ]
 
     async def pause(engine: Engine) -> None:
         await asyncio.sleep(0.15)
@@ -99,7 +107,9 @@ def test_pause_and_resume(stock: Engine, nanocp: Engine) -> None:
 
 
 def test_reset_prefix_cache_with_running_requests(stock: Engine, nanocp: Engine) -> None:
-    requests = [Ask(prompt(n, 700 + n), dict(max_tokens=80), delay=0.1 * i) for i, n in enumerate([50, 2600, 1800, 4000])]
+    requests = [
+        Ask(prompt(n, 700 + n), dict(max_tokens=80), delay=0.1 * i) for i, n in enumerate([50, 2600, 1800, 4000])
+    ]
 
     async def reset(engine: Engine) -> None:
         for _ in range(3):
@@ -125,7 +135,14 @@ def _count_collectives(worker: Any, start: bool) -> dict[str, int]:
 
     from vllm_nanocp.attention.context import context
 
-    names = ["all_reduce", "all_gather_into_tensor", "all_gather", "all_to_all_single", "broadcast", "reduce_scatter_tensor"]
+    names = [
+        "all_reduce",
+        "all_gather_into_tensor",
+        "all_gather",
+        "all_to_all_single",
+        "broadcast",
+        "reduce_scatter_tensor",
+    ]
     if start:
         counts: dict[str, int] = {}
         for name in names:

@@ -16,9 +16,7 @@ class Exchange(Protocol):
     lie together, the ranks' in ascending order.
     """
 
-    def dispatch(
-        self, queries: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
-    ) -> torch.Tensor:
+    def dispatch(self, queries: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> torch.Tensor:
         """Send queries to the holders of the shards they visit.
 
         Args:
@@ -31,9 +29,7 @@ class Exchange(Protocol):
         """
         ...
 
-    def combine(
-        self, partials: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
-    ) -> torch.Tensor:
+    def combine(self, partials: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> torch.Tensor:
         """Send partial results back to the homes.
 
         Args:

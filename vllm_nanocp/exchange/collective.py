@@ -38,12 +38,8 @@ class CollectiveExchange:
         dist.all_to_all_single(out, rows.contiguous(), list(recv), list(send), group=self.group)
         return out
 
-    def dispatch(
-        self, queries: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
-    ) -> torch.Tensor:
+    def dispatch(self, queries: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> torch.Tensor:
         return self._all_to_all(queries, send_counts, recv_counts)
 
-    def combine(
-        self, partials: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
-    ) -> torch.Tensor:
+    def combine(self, partials: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> torch.Tensor:
         return self._all_to_all(partials, send_counts, recv_counts)

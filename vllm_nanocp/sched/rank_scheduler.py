@@ -5,7 +5,7 @@ in ``sched`` reaches into a ``Scheduler`` or a ``KVCacheManager``."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -16,6 +16,7 @@ from ..placement import RankLoad
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHash
 
     _Base = Scheduler
 else:
@@ -48,36 +49,39 @@ class RankDoors(_Base):
     def block_pool(self) -> BlockPool:
         return self.kv_cache_manager.block_pool
 
-    def open_shard(self, member: Request, first_block: int, end_block: int) -> int:
-        """Allocate blocks ``first_block`` to ``end_block`` - 1 of a request; null blocks stand for the earlier ones.
+    def cached_run(self, hashes: Sequence[BlockHash], first_block: int) -> int:
+        """How many blocks from ``first_block`` on, one after another, are in this rank's prefix cache."""
+        end = first_block
+        while end < len(hashes) and self.block_pool.get_cached_block(hashes[end], [0]) is not None:
+            end += 1
+        return end - first_block
 
-        A shard that starts at block 0 takes what the rank's prefix cache has of it.
+    def adopt_cached(self, member: Request, first_block: int, num_blocks: int) -> None:
+        """Begin a shard with blocks of this rank's prefix cache; null blocks stand for those before ``first_block``.
 
         Args:
             member: the request as this rank's scheduler will know it; it must hold no blocks here.
-
-        Returns:
-            Tokens of the shard whose KV is there already.
-
-        Raises:
-            ValueError: the rank has not enough free blocks.
+            first_block: the shard's first.
+            num_blocks: blocks from there on that ``cached_run`` has found; may be 0.
         """
         manager, request_id = self._manager, member.request_id
         assert not manager.req_to_blocks.get(request_id)
-        if end_block - first_block > self.block_pool.get_num_free_blocks():
-            raise ValueError(f"{request_id}: {end_block - first_block} blocks asked for, not free")
-        hits = 0
-        if first_block == 0:
-            blocks, hits, _ = self.kv_cache_manager.get_computed_blocks(member)
-            if hits:
-                self.kv_cache_manager.coordinator.allocate_new_computed_blocks(request_id, blocks.blocks, hits, 0)
-            self.kv_cache_manager.record_prefix_cache_stats(member, hits)
-        else:
-            manager.req_to_blocks[request_id] = [self.block_pool.null_block] * first_block
-        manager.num_cached_block[request_id] = first_block + hits // manager.block_size
-        end_token = end_block * manager.block_size
-        manager.allocate_new_blocks(request_id, end_token, end_token)
-        return hits
+        blocks = []
+        for block_hash in member.block_hashes[first_block : first_block + num_blocks]:
+            (block,) = self.block_pool.get_cached_block(block_hash, [0])  # type: ignore[misc]
+            blocks.append(block)
+        self.block_pool.touch(blocks)
+        manager.req_to_blocks[request_id] = [self.block_pool.null_block] * first_block + blocks
+        manager.num_cached_block[request_id] = first_block + num_blocks
+
+    def allocate(self, member: Request, end_block: int) -> None:
+        """Complete a shard that ``adopt_cached`` began, up to block ``end_block`` - 1.
+
+        Raises:
+            ValueError: the rank has not enough free blocks. Placement has counted them, so this is a bug.
+        """
+        end_token = end_block * self._manager.block_size
+        self._manager.allocate_new_blocks(member.request_id, end_token, end_token)
 
     def shard_blocks(self, member: Request, first_block: int) -> list[int]:
         """Block ids of a shard, in order."""

@@ -17,6 +17,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
+from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
@@ -29,7 +30,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from .. import config as nanocp_config
 from .. import status
-from ..placement import ShardMap, cdiv, place, queue_at
+from ..placement import Run, ShardMap, cdiv, place, place_after_prefix, queue_at
 from ..plan import StepPlan
 from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, merge
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
@@ -109,7 +110,9 @@ class NanoCPScheduler(SchedulerInterface):
         if rank is not None:  # the next part of a streaming-input session, or a duplicate id, which vLLM refuses
             self.ranks[rank].add_request(request)
             return
-        assert request.request_id not in self.unplaced and request.request_id not in self.sharded, "duplicate request id"
+        assert request.request_id not in self.unplaced and request.request_id not in self.sharded, (
+            "duplicate request id"
+        )
         if self.log_stats:
             request.record_event(EngineCoreEventType.QUEUED)
         self._wait(request)
@@ -143,36 +146,81 @@ class NanoCPScheduler(SchedulerInterface):
         degree_limit = self.config.degree_limit if can_shard(request) else 1
         most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
         growth = cdiv(most_tokens, self.block_size) - cdiv(request.num_tokens, self.block_size)
-        shard_map = place(
-            request.num_tokens,
-            self.block_size,
-            loads,
+        rules: dict[str, Any] = dict(
             segment_size=self.config.segment_size,
             max_degree=degree_limit,
-            policy=self.config.placement,
-            turn=self._serial,
             home=home,
             headroom_blocks=max(0, min(1, growth)),
         )
-        if shard_map is None and (request.num_tokens <= self.config.segment_size or degree_limit == 1):
+        policy = self.config.placement
+        fresh = place(request.num_tokens, self.block_size, loads, policy=policy, turn=self._serial, **rules)
+        if fresh is None:
+            if request.num_tokens > self.config.segment_size and degree_limit > 1:
+                return None
             idle = [not rank.waiting for rank in self.ranks]
             return queue_at(request.num_tokens, self.block_size, loads, idle, home)
-        return shard_map
+        if policy == "round_robin":
+            return fresh
+        prefix = self._find_prefix(request)
+        after = place_after_prefix(prefix, request.num_tokens, self.block_size, loads, **rules) if prefix else None
+        return fresh if after is None else after
+
+    def _lookup_hashes(self, request: Request) -> list[BlockHash]:
+        """Hashes of the blocks that may come from a prefix cache.
+
+        Not of the block of the last token, which has to be computed for there to be something to sample from.
+        """
+        if request.skip_reading_prefix_cache:
+            return []
+        return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
+
+    def _find_prefix(self, request: Request) -> list[Run]:
+        """Where the request's first blocks are cached, on as few ranks as that takes."""
+        hashes = self._lookup_hashes(request)
+        prefix: list[Run] = []
+        at = 0
+        while at < len(hashes):
+            lengths = [rank.cached_run(hashes, at) for rank in self.ranks]
+            longest = max(lengths)
+            if not longest:
+                break
+            prefix.append(Run(lengths.index(longest), at, at + longest))
+            at += longest
+        return prefix
 
     def _open(self, request: Request, shard_map: ShardMap) -> None:
-        """Allocate all shards of a request and let its first member enter."""
+        """Take or allocate the blocks of all shards of a request, and let its first member with work enter."""
         sharded = ShardedRequest.create(request, shard_map, self._serial)
-        for member, run in zip(sharded.members, shard_map.runs, strict=True):
-            hits = self.ranks[run.rank].open_shard(member, run.first_block, run.end_block)
-            member.num_computed_tokens = run.first_block * self.block_size + hits
-            sharded.hits += hits
-            self._owner[member.request_id] = request.request_id
         self.sharded[request.request_id] = sharded
+        hashes = self._lookup_hashes(request)
+        known = 0  # blocks from the start on whose KV is there
+        for member, run in zip(sharded.members, shard_map.runs, strict=True):
+            rank = self.ranks[run.rank]
+            cached = rank.cached_run(hashes[: run.end_block], run.first_block) if known == run.first_block else 0
+            rank.adopt_cached(member, run.first_block, cached)
+            member.num_computed_tokens = (run.first_block + cached) * self.block_size
+            # Its blocks are settled: the rank's scheduler must not look for them in the prefix cache again.
+            member.skip_reading_prefix_cache |= member is not request
+            self._owner[member.request_id] = request.request_id
+            known += cached
+        for member, run in zip(sharded.members, shard_map.runs, strict=True):
+            self.ranks[run.rank].allocate(member, run.end_block)
+        hits = known * self.block_size
+        if not request.skip_reading_prefix_cache:
+            self.ranks[shard_map.home].kv_cache_manager.record_prefix_cache_stats(request, hits)
         if request.prefill_stats is not None and request.num_preemptions == 0:
-            request.prefill_stats.set(request.num_prompt_tokens, sharded.hits, 0)
-        # Its blocks are there already: the rank's scheduler must not look for them in the prefix cache again.
-        sharded.members[0].skip_reading_prefix_cache = True
+            request.prefill_stats.set(request.num_prompt_tokens, hits, 0)
+        while sharded.run_done:
+            self._publish(sharded)
+            sharded.active += 1
         self._enter(sharded)
+
+    def _publish(self, sharded: ShardedRequest) -> None:
+        """Tell the workers, with the next plan, of the shard that the active member has finished."""
+        run, member = sharded.shard_map.runs[sharded.active], sharded.member
+        blocks = self.ranks[run.rank].shard_blocks(member, run.first_block)
+        self._plan.opened.setdefault(run.rank, []).append((member.request_id, blocks))
+        sharded.opened.add(member.request_id)
 
     def _enter(self, sharded: ShardedRequest) -> None:
         if sharded.at_home:
@@ -286,11 +334,8 @@ class NanoCPScheduler(SchedulerInterface):
                 if row is not None:
                     self._plan.rows.append(row)
             if sharded.run_done:
-                rank, run = self.ranks[sharded.rank], sharded.shard_map.runs[sharded.active]
-                blocks = rank.shard_blocks(sharded.member, run.first_block)
-                self._plan.opened.setdefault(run.rank, []).append((sharded.member.request_id, blocks))
-                sharded.opened.add(sharded.member.request_id)
-                rank.park(sharded.member)
+                self._publish(sharded)
+                self.ranks[sharded.rank].park(sharded.member)
                 sharded.active += 1
                 self._enter(sharded)
 
@@ -337,7 +382,9 @@ class NanoCPScheduler(SchedulerInterface):
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         raise NotImplementedError("nanocp: speculative decoding is not supported")
 
-    def update_draft_token_ids_in_output(self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput) -> None:
+    def update_draft_token_ids_in_output(
+        self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
+    ) -> None:
         raise NotImplementedError("nanocp: speculative decoding is not supported")
 
     # -- state -------------------------------------------------------------------------------------------------

@@ -64,7 +64,6 @@ class ShardedRequest:
         shard_map: where its blocks are.
         members: one a run; the last is ``request``.
         active: index of the member that computes now. Members before it are parked, later ones have not entered.
-        hits: tokens of the first run that came from the prefix cache.
         started: whether any member was scheduled.
         opened: ids of members whose blocks the workers know of.
     """
@@ -73,7 +72,6 @@ class ShardedRequest:
     shard_map: ShardMap
     members: list[Request]
     active: int = 0
-    hits: int = 0
     started: bool = False
     opened: set[str] = field(default_factory=set)
 
@@ -81,7 +79,9 @@ class ShardedRequest:
     def create(cls, request: Request, shard_map: ShardMap, serial: int) -> ShardedRequest:
         """Members for each run. ``serial`` makes their ids unique among all a request ever had."""
         members = [
-            make_member(request, f"{request.request_id}#{serial}.{i}", run.end_block * shard_map.block_size, run.end_block)
+            make_member(
+                request, f"{request.request_id}#{serial}.{i}", run.end_block * shard_map.block_size, run.end_block
+            )
             for i, run in enumerate(shard_map.runs[:-1])
         ]
         return cls(request, shard_map, [*members, request])

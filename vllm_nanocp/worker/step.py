@@ -39,7 +39,9 @@ class ShardTable:
         return len(self._blocks)
 
 
-def make_step(plan: StepPlan, shards: ShardTable, num_ranks: int, batch_row: Callable[[str], int]) -> ShardedStep | None:
+def make_step(
+    plan: StepPlan, shards: ShardTable, num_ranks: int, batch_row: Callable[[str], int]
+) -> ShardedStep | None:
     """This rank's part of a plan; None when no row anywhere visits a shard.
 
     Args:

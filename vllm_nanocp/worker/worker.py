@@ -72,6 +72,7 @@ class OneRank(_Base):
         # The executor's message queues go by the rank in the world.
         self.rank = self.global_rank
         context.exchange = CollectiveExchange(get_dp_group().device_group)
+        assert self.device is not None
         self.shards = ShardTable(self.parallel_config.data_parallel_rank, self.device)
         self.runner = V1Runner(self.model_runner)
 
@@ -102,6 +103,4 @@ class NanoCPCPUWorker(OneRank, CPUWorker):
     """A rank on CPU."""
 
     def register_attention(self) -> None:
-        register_backend(
-            AttentionBackendEnum.CPU_ATTN, "vllm_nanocp.attention.cpu_backend.NanoCPCPUAttentionBackend"
-        )
+        register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_nanocp.attention.cpu_backend.NanoCPCPUAttentionBackend")

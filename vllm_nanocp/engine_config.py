@@ -56,12 +56,20 @@ def check_flags(args: Any) -> None:
         )
     for flag in ("data_parallel_external_lb", "data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb"):
         if get(flag, False):
-            refuse("--" + flag.replace("_", "-"), "one scheduler serves all ranks behind one address", "leave it out")
+            refuse(
+                "--" + flag.replace("_", "-"),
+                "one scheduler serves all ranks behind one address",
+                "leave it out",
+            )
     for flag in ("data_parallel_rank", "data_parallel_start_rank", "data_parallel_size_local"):
         if get(flag) is not None:
             refuse("--" + flag.replace("_", "-"), "one engine holds all ranks", "leave it out")
     if get("data_parallel_backend", "mp") != "mp":
-        refuse(f"--data-parallel-backend {args.data_parallel_backend}", "one engine holds all ranks", "leave it out")
+        refuse(
+            f"--data-parallel-backend {args.data_parallel_backend}",
+            "one engine holds all ranks",
+            "leave it out",
+        )
     if get("nnodes", 1) > 1:
         refuse(f"--nnodes {args.nnodes}", "ranks are processes of one machine", "use one node")
     if get("headless", False):
@@ -119,7 +127,11 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
         getattr(text, "layer_types", None) or ()
     )
     if windowed or getattr(text, "attention_chunk_size", None):
-        refuse("sliding-window attention with max_degree above 1", "queries would need a mask at the holders", instead)
+        refuse(
+            "sliding-window attention with max_degree above 1",
+            "queries would need a mask at the holders",
+            instead,
+        )
     if getattr(text, "attn_logit_softcapping", None) or getattr(text, "alibi", None):
         refuse(
             "softcapped or ALiBi attention with max_degree above 1",

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.outputs import RequestOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -110,18 +110,20 @@ class Engine:
         await asyncio.sleep(ask.delay)
         self._serial += 1
         last: RequestOutput | None = None
+        choices: dict[int, CompletionOutput] = {}
         updates = 0
         stream = self.llm.generate(
             {"prompt_token_ids": ask.prompt}, ask.sampling_params(), f"ask-{self._serial}", priority=ask.priority
         )
         async for last in stream:
             updates += 1
+            choices.update({output.index: output for output in last.outputs})
             if ask.leave_after is not None and len(last.outputs[0].token_ids) >= ask.leave_after:
                 break
         await stream.aclose()
         if last is None:
             return Answer([], [], [], None, [], 0)
-        outputs = sorted(last.outputs, key=lambda o: o.index)
+        outputs = [choices[index] for index in sorted(choices)]
         return Answer(
             [list(o.token_ids) for o in outputs],
             [o.text for o in outputs],

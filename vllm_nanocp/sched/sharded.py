@@ -32,15 +32,15 @@ def can_shard(request: Request | EngineCoreRequest) -> bool:
     )
 
 
-def make_member(request: Request, member_id: str, num_tokens: int, end_block: int) -> Request:
-    """A request that computes, for another, the KV of its first ``num_tokens`` tokens, and samples nothing useful.
+def make_member(request: Request, member_id: str, block_size: int, end_block: int) -> Request:
+    """A request that computes, for another, KV up to block ``end_block`` - 1, and samples nothing useful.
 
     It ends where its run ends, so that vLLM's scheduler stops there by itself; the token that the model runner
     samples then belongs to nobody and is dropped, because the member has left by the time it comes.
     """
     member = Request(
         request_id=member_id,
-        prompt_token_ids=list(request.all_token_ids[:num_tokens]),
+        prompt_token_ids=list(request.all_token_ids[: end_block * block_size]),
         sampling_params=SamplingParams(temperature=0.0, max_tokens=1),
         pooling_params=None,
         client_index=request.client_index,
@@ -79,9 +79,7 @@ class ShardedRequest:
     def create(cls, request: Request, shard_map: ShardMap, serial: int) -> ShardedRequest:
         """Members for each run. ``serial`` makes their ids unique among all a request ever had."""
         members = [
-            make_member(
-                request, f"{request.request_id}#{serial}.{i}", run.end_block * shard_map.block_size, run.end_block
-            )
+            make_member(request, f"{request.request_id}#{serial}.{i}", shard_map.block_size, run.end_block)
             for i, run in enumerate(shard_map.runs[:-1])
         ]
         return cls(request, shard_map, [*members, request])

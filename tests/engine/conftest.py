@@ -33,6 +33,14 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
             scheduling_policy="priority",
             async_scheduling=False,
         ),
+        "small-caching": dict(
+            ranks=3,
+            nanocp={"segment_size": 700},
+            num_gpu_blocks_override=SMALL_BLOCKS,
+            max_model_len=4096,
+            enable_prefix_caching=True,
+        ),
+        "tensor-parallel": dict(ranks=2, nanocp={"segment_size": 512}, tensor_parallel_size=2),
     }
 
     def get(name: str) -> Engine:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -133,3 +134,11 @@ def test_shares(three: Engine) -> None:
     three.ask(asks([7000], text=10, max_tokens=4))
     (held,) = [shares for key, shares in three.status()["finished"].items() if key not in before]
     assert sum(held) >= 7000 and max(held) <= 0.4 * 7000
+
+
+def test_tensor_parallel(engines: Callable[..., Engine], stock: Engine) -> None:
+    """Two ranks of two workers each: every tensor-parallel rank exchanges its own heads."""
+    engine = engines("tensor-parallel")
+    requests = asks([3, 700, 1300, 2600], text=11)
+    assert [a.tokens for a in engine.ask(requests)] == [a.tokens for a in stock.ask(requests)]
+    engine.check_nothing_left()

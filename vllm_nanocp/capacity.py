@@ -19,11 +19,21 @@ _auto_fit = kv_cache_utils._auto_fit_max_model_len
 def install(degree: int) -> None:
     """Let this process's checks count ``degree`` caches of the size they are given. Idempotent."""
 
-    def check(available_memory: int, *args: Any, **kwargs: Any) -> Any:
-        return _check(available_memory * degree, *args, **kwargs)
+    def whole_blocks(memory: int, vllm_config: Any, groups: Any) -> int:
+        """Bytes of ``degree`` caches: what is left of a block on one rank makes no block with another's."""
+        per_block = kv_cache_utils._pool_bytes_per_block(vllm_config, groups)
+        return memory // per_block * per_block * degree
+
+    def check(available_memory: int, get_needed_memory: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config, groups = get_needed_memory.args  # vLLM binds exactly these
+        return _check(whole_blocks(available_memory, vllm_config, groups), get_needed_memory, *args, **kwargs)
 
     def auto_fit(vllm_config: Any, groups: Any, available_memory: list[int]) -> Any:
-        return _auto_fit(vllm_config, groups, [memory * degree for memory in available_memory])
+        scaled = [
+            whole_blocks(memory, vllm_config, some) if some else memory
+            for memory, some in zip(available_memory, groups, strict=True)
+        ]
+        return _auto_fit(vllm_config, groups, scaled)
 
-    kv_cache_utils._check_enough_kv_cache_memory = check
+    kv_cache_utils._check_enough_kv_cache_memory = check  # type: ignore[assignment]
     kv_cache_utils._auto_fit_max_model_len = auto_fit  # type: ignore[assignment]

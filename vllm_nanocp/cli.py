@@ -65,6 +65,10 @@ def fold(args: argparse.Namespace) -> None:
         raise NanoCPConfigError("nanocp: --nanocp-config has no effect without --nanocp; add --nanocp or leave it out")
     additional = getattr(args, "additional_config", None)
     raw = settings if given else additional.get(nanocp_config.KEY) if isinstance(additional, dict) else None
+    if given and isinstance(additional, dict) and nanocp_config.KEY in additional:
+        raise NanoCPConfigError(
+            'nanocp: settings come from --nanocp-config and from --additional-config {"nanocp": ...}; give only one'
+        )
     if given and raw is None:
         raw = {}
     if raw is None:

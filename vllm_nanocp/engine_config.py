@@ -78,6 +78,8 @@ def check_flags(args: Any) -> None:
         refuse("--enable-elastic-ep", "the number of ranks is fixed at start", "leave it out")
     if get("enable_dbo", False):
         refuse("--enable-dbo", "a sharded step cannot be cut into micro-batches", "leave it out")
+    if (get("ubatch_size", 0) or 0) > 1:
+        refuse(f"--ubatch-size {args.ubatch_size}", "a sharded step cannot be cut into micro-batches", "leave it out")
     if get("kv_transfer_config") is not None:
         refuse("--kv-transfer-config", "KV connectors do not know of shards", "leave it out")
     if get("ec_transfer_config") is not None:

@@ -21,7 +21,7 @@ def describe(scheduler: NanoCPScheduler) -> dict[str, Any]:
     return {
         "ranks": len(scheduler.ranks),
         "block_size": scheduler.block_size,
-        "total_blocks": [rank.block_pool.num_gpu_blocks - 1 for rank in scheduler.ranks],
+        "total_blocks": [rank.num_blocks for rank in scheduler.ranks],
         "free_blocks": scheduler.free_blocks(),
         "running": [running for running, _ in counts],
         "waiting": [waiting for _, waiting in counts],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything at once on a cache that is too small: shared prefixes, bursts, aborts, resets; then every token checked."""
+"""Everything at once on too small a cache: shared prefixes, bursts, aborts, resets; then every token checked."""
 
 from __future__ import annotations
 

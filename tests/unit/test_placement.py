@@ -186,7 +186,7 @@ class Case:
         ranks = range(len(self.loads))
         if self.policy == "round_robin":
             return [(self.turn + i) % len(self.loads) for i in ranks]
-        return sorted(ranks, key=lambda r: (self.loads[r].batch, -self.room[r], r))
+        return sorted(ranks, key=lambda r: (self.room[r] == 0, self.loads[r].batch, -self.room[r], r))
 
     def degrees(self) -> range:
         """Degrees that the rules allow: the start degree, and more when one rank could never do, or a shard exists."""
@@ -288,7 +288,7 @@ def check_balance(case: Case) -> None:
 
 
 def check_smallest_batches(case: Case) -> None:
-    """If the ranks with the smallest batches have the room, they are taken, and the smallest of them is the home."""
+    """If the ranks with room and the smallest batches suffice, they are taken; the smallest of them is the home."""
     first = case.first_choice(case.degrees()[0])
     if not case.fits(first):
         return
@@ -439,3 +439,11 @@ def test_placement_needs_neither_torch_nor_vllm() -> None:
     code = "import sys, vllm_nanocp.placement; print(*({m.split('.')[0] for m in sys.modules} & {'torch', 'vllm'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_full_rank_is_no_participant() -> None:
+    """A rank with the smallest batch and no room does not stand in the way of one with room."""
+    full = RankLoad(free_blocks=0, used_blocks=40, batch=0, slots=1)
+    roomy = RankLoad(free_blocks=40, used_blocks=0, batch=2, slots=1)
+    shard_map = place(640, 32, [full, roomy, roomy], segment_size=320, max_degree=3)
+    assert shard_map is not None and {run.rank for run in shard_map.runs} == {1, 2}

@@ -147,7 +147,7 @@ def place(
     if policy == "round_robin":
         order = [(turn + i) % len(loads) for i in range(len(loads))]
     else:
-        order = sorted(range(len(loads)), key=lambda r: (loads[r].batch, -room[r], r))
+        order = sorted(range(len(loads)), key=lambda r: (room[r] == 0, loads[r].batch, -room[r], r))
     fits_one = need + headroom_blocks <= max(load.total_blocks for load in loads)
     may_grow = degree > 1 or home is not None or not fits_one
     for d in range(degree, (limit if may_grow else degree) + 1):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +65,12 @@ def merge(ranks: list[SchedulerOutput], plan: StepPlan) -> NanoCPSchedulerOutput
         out.finished_req_ids |= part.finished_req_ids
         out.has_structured_output_requests |= part.has_structured_output_requests
         out.pending_structured_output_tokens |= part.pending_structured_output_tokens
+        encoder, part_encoder = out.scheduled_encoder_input_stats, part.scheduled_encoder_input_stats
+        if encoder is None:
+            out.scheduled_encoder_input_stats = copy(part_encoder)
+        elif part_encoder is not None:
+            encoder.num_inputs += part_encoder.num_inputs
+            encoder.output_tokens += part_encoder.output_tokens
         if part.scheduled_encoder_inputs:
             out.scheduled_encoder_inputs.update(part.scheduled_encoder_inputs)
     return out

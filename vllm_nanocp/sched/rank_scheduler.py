@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank's vLLM scheduler, with the few doors the composition needs. Touches vLLM 0.32 internals; nothing else
-in ``sched`` reaches into a ``Scheduler`` or a ``KVCacheManager``."""
+"""One rank's vLLM scheduler, with the few doors the composition needs.
+
+Touches vLLM 0.32's ``Scheduler``, ``KVCacheManager``, its coordinator and block pool. The rest of ``sched`` uses
+these doors, ``SchedulerInterface``, and the scheduler's public ``requests`` and ``waiting``.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ class RankDoors(_Base):
 
     @property
     def _manager(self) -> Any:
-        """The manager of the one KV cache group (checked when the engine starts)."""
+        """The manager of the first KV cache group; where requests are sharded there is no other."""
         return self.kv_cache_manager.coordinator.single_type_managers[0]
 
     @property
@@ -82,6 +85,24 @@ class RankDoors(_Base):
         """
         end_token = end_block * self._manager.block_size
         self._manager.allocate_new_blocks(member.request_id, end_token, end_token)
+
+    def record_prefix_hits(self, request: Request, num_tokens: int) -> None:
+        """Count a prefix-cache lookup in this rank's statistics, as vLLM's scheduler does for its own."""
+        self.kv_cache_manager.record_prefix_cache_stats(request, num_tokens)
+
+    def note_finished(self, request: Request) -> None:
+        """Tell front-ends that track requests by id of one that ended before this scheduler knew it by its id."""
+        if self.finished_req_ids_dict is not None:
+            self.finished_req_ids_dict[request.client_index].add(request.request_id)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.block_pool.get_num_free_blocks()
+
+    @property
+    def num_blocks(self) -> int:
+        """All blocks that requests can use: without the null block."""
+        return self.block_pool.num_gpu_blocks - 1
 
     def shard_blocks(self, member: Request, first_block: int) -> list[int]:
         """Block ids of a shard, in order."""
@@ -141,9 +162,9 @@ class RankDoors(_Base):
         waiting = len(self.waiting) + len(self.kv_holding_waiting)
         promised = sum(-(-request.num_tokens // block_size) for request in self.waiting if not self.holds(request))
         batch = len(self.running) + waiting
-        total = self.block_pool.num_gpu_blocks - 1
+        total = self.num_blocks
         watermark = self.kv_cache_manager.watermark_blocks if self.running else 0
-        free = max(0, self.block_pool.get_num_free_blocks() - promised - watermark)
+        free = max(0, self.num_free_blocks - promised - watermark)
         slots = self.max_num_active_reqs - batch - self.num_waiting_for_streaming_input
         return RankLoad(free_blocks=free, used_blocks=total - free, batch=batch, slots=slots)
 

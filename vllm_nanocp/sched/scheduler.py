@@ -30,6 +30,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from .. import config as nanocp_config
 from .. import status
+from ..errors import NanoCPConfigError
 from ..placement import Run, ShardMap, cdiv, place, place_after_prefix, queue_at
 from ..plan import StepPlan
 from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, merge
@@ -62,6 +63,13 @@ class NanoCPScheduler(SchedulerInterface):
         self.config = nanocp_config.parse(raw[nanocp_config.KEY])
         self.kv_cache_config = kv_cache_config
         self.block_size = block_size
+        # Shards and prefixes are found by the blocks of one group; models with more are served unsharded.
+        self.one_group = len(kv_cache_config.kv_cache_groups) == 1
+        if not self.one_group and self.config.degree_limit > 1:
+            raise NanoCPConfigError(
+                f"nanocp: the model has {len(kv_cache_config.kv_cache_groups)} kinds of KV cache, which cannot be "
+                "sharded; use --nanocp-config '{\"max_degree\": 1}' to serve it with one scheduler and no sharding"
+            )
         self.max_model_len = vllm_config.model_config.max_model_len
         self.log_stats = log_stats
         self.connector = None
@@ -170,7 +178,7 @@ class NanoCPScheduler(SchedulerInterface):
 
         Not of the block of the last token, which has to be computed for there to be something to sample from.
         """
-        if request.skip_reading_prefix_cache:
+        if request.skip_reading_prefix_cache or not self.one_group:
             return []
         return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
 
@@ -207,7 +215,7 @@ class NanoCPScheduler(SchedulerInterface):
             self.ranks[run.rank].allocate(member, run.end_block)
         hits = known * self.block_size
         if not request.skip_reading_prefix_cache:
-            self.ranks[shard_map.home].kv_cache_manager.record_prefix_cache_stats(request, hits)
+            self.ranks[shard_map.home].record_prefix_hits(request, hits)
         if request.prefill_stats is not None and request.num_preemptions == 0:
             request.prefill_stats.set(request.num_prompt_tokens, hits, 0)
         while sharded.run_done:
@@ -291,21 +299,15 @@ class NanoCPScheduler(SchedulerInterface):
                 request = sharded.request
                 request.status = finished_status
                 self.ranks[sharded.rank].finish_requests(sharded.member.request_id, finished_status)
-                self._note_finished(request, sharded.rank)
+                self.ranks[sharded.rank].note_finished(request)
                 ended.append(request)
             elif request_id in self.unplaced:
                 request = self.unplaced.pop(request_id)
                 self.waiting.remove_request(request)
                 request.status = finished_status
-                self._note_finished(request, 0)
+                self.ranks[0].note_finished(request)
                 ended.append(request)
         return ended
-
-    def _note_finished(self, request: Request, rank: int) -> None:
-        """Tell the front-ends, when they track requests by id, of one that no rank's scheduler knew by its id."""
-        finished = self.ranks[rank].finished_req_ids_dict
-        if finished is not None:
-            finished[request.client_index].add(request.request_id)
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -405,7 +407,7 @@ class NanoCPScheduler(SchedulerInterface):
 
     def free_blocks(self) -> list[int]:
         """Free KV blocks of each rank."""
-        return [rank.block_pool.get_num_free_blocks() for rank in self.ranks]
+        return [rank.num_free_blocks for rank in self.ranks]
 
     def make_stats(self) -> SchedulerStats | None:
         parts = [stats for rank in self.ranks if (stats := rank.make_stats()) is not None]

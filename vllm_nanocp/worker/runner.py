@@ -33,3 +33,25 @@ class V1Runner:
 
     def run_idle(self, attention: bool) -> None:
         self.model_runner._dummy_run(1, uniform_decode=True, force_attention=attention)
+
+
+class V2Runner:
+    """``vllm/v1/worker/gpu/model_runner.py``. Its batch exists only inside a step: ``prepare_attn`` is handed it
+    just before attention metadata is built, so the order of its requests is noted there."""
+
+    def __init__(self, model_runner: Any) -> None:
+        self.model_runner = model_runner
+        self._rows: dict[str, int] = {}
+        prepare_attn = model_runner.prepare_attn
+
+        def note_rows(input_batch: Any) -> Any:
+            self._rows = {req_id: row for row, req_id in enumerate(input_batch.req_ids)}
+            return prepare_attn(input_batch)
+
+        model_runner.prepare_attn = note_rows
+
+    def batch_row(self, req_id: str) -> int:
+        return self._rows[req_id]
+
+    def run_idle(self, attention: bool) -> None:
+        self.model_runner._dummy_run(1, uniform_decode=True)  # always with attention

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_dp_group
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from .. import config as nanocp_config
 from .. import patches
 from ..attention.context import context
+from ..errors import NanoCPConfigError
 from ..exchange import CollectiveExchange
 from ..sched.output import NanoCPGrammarOutput, NanoCPSchedulerOutput
-from .runner import RunnerAdapter, V1Runner
+from .runner import RunnerAdapter, V1Runner, V2Runner
 from .step import ShardTable, make_step
 
 if TYPE_CHECKING:
@@ -75,7 +74,19 @@ class OneRank(_Base):
         context.exchange = CollectiveExchange(get_dp_group().device_group)
         assert self.device is not None
         self.shards = ShardTable(self.parallel_config.data_parallel_rank, self.device)
-        self.runner = V1Runner(self.model_runner)
+        self.runner = (V2Runner if self.use_v2_model_runner else V1Runner)(self.model_runner)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if self.nanocp.degree_limit == 1:
+            return
+        for name, layer in self.vllm_config.compilation_config.static_forward_context.items():
+            impl = getattr(layer, "impl", None)
+            if impl is not None and not getattr(impl, "serves_shards", False):
+                raise NanoCPConfigError(
+                    f"nanocp: the attention of {name} ({type(impl).__name__}) cannot serve shards; choose the default "
+                    "attention backend, or use --nanocp-config '{\"max_degree\": 1}'"
+                )
 
     def execute_model(  # type: ignore[override]
         self, scheduler_output: NanoCPSchedulerOutput
@@ -86,7 +97,8 @@ class OneRank(_Base):
         context.step = make_step(plan, self.shards, self.nanocp.ranks, self.runner.batch_row)
         try:
             output = super().execute_model(part)
-            if not part.total_num_scheduled_tokens and any(plan.tokens):
+            self._idle = not part.total_num_scheduled_tokens
+            if self._idle and any(plan.tokens):
                 self.runner.run_idle(attention=context.step is not None)
         finally:
             context.step = None
@@ -95,13 +107,8 @@ class OneRank(_Base):
     def sample_tokens(  # type: ignore[override]
         self, grammar_output: NanoCPGrammarOutput | None
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        if self._idle:
+            return EMPTY_MODEL_RUNNER_OUTPUT
         grammar = None if grammar_output is None else grammar_output.ranks[self.shards.rank]
         output = super().sample_tokens(grammar)
         return output if self.tp_rank == 0 else None
-
-
-class NanoCPCPUWorker(OneRank, CPUWorker):
-    """A rank on CPU."""
-
-    def register_attention(self) -> None:
-        register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_nanocp.attention.cpu_backend.NanoCPCPUAttentionBackend")

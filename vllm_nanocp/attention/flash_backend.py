@@ -145,7 +145,7 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
 
     serves_shards = True
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         layer: torch.nn.Module,
         query: torch.Tensor,

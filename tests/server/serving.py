@@ -20,7 +20,7 @@ import psutil  # type: ignore[import-untyped]
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 START_LIMIT_S = 150.0
 ANSWER_LIMIT_S = 120.0
-STOP_LIMIT_S = 60.0
+STOP_LIMIT_S = 20.0
 KILL_LIMIT_S = 10.0
 IDLE_LIMIT_S = 30.0
 BLOCK = 32

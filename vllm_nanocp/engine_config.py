@@ -151,6 +151,31 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
         )
 
 
+def check_graphs(vllm_config: Any, config: NanoCPConfig) -> None:
+    """Refuse CUDA graphs that sharded steps could not stay out of: they run attention outside of graphs.
+
+    Raises:
+        NanoCPConfigError
+    """
+    from vllm.config import CUDAGraphMode
+
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if config.degree_limit == 1 or mode is None or mode == CUDAGraphMode.NONE:
+        return
+    if not vllm_config.use_v2_model_runner:
+        refuse(
+            "CUDA graphs with the V1 model runner",
+            "only the V2 runner can leave them for a sharded step",
+            "add --enforce-eager, or leave VLLM_USE_V2_MODEL_RUNNER unset",
+        )
+    if mode.mixed_mode() == CUDAGraphMode.FULL:
+        refuse(
+            f"the CUDA graph mode {mode.name}",
+            "mixed steps would replay graphs that know no shards",
+            "use -cc.cudagraph_mode=FULL_AND_PIECEWISE",
+        )
+
+
 def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     """Create the engine configuration with this package's scheduler, executor and worker.
 
@@ -168,8 +193,6 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     config = nanocp_config.parse(engine_args.additional_config[nanocp_config.KEY], engine_args.data_parallel_size)
     check_flags(engine_args)
     if current_platform.is_cuda():
-        if not engine_args.enforce_eager:
-            refuse("CUDA graph capture", "sharded steps are not captured yet", "add --enforce-eager")
         worker = GPU_WORKER
     elif current_platform.is_cpu():
         worker = CPU_WORKER
@@ -183,5 +206,6 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     engine_args.worker_cls = worker
     vllm_config = create()
     check_model(vllm_config, config)
+    check_graphs(vllm_config, config)
     admission.install()
     return vllm_config

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On two GPUs, eager, bfloat16: greedy tokens against stock vLLM on one."""
+"""On two GPUs, bfloat16: greedy tokens against stock vLLM on one. Eager with both model runners; V2 with graphs."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.harness import Ask, Engine, prompt
+from tests.engine.harness import Answer, Ask, Engine, prompt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def common() -> dict[str, object]:
+def common() -> dict[str, Any]:
     return dict(dtype="bfloat16", block_size=16, num_gpu_blocks_override=8192)
 
 
@@ -42,31 +43,48 @@ def stock(model: str) -> Iterator[Engine]:
     engine.close()
 
 
-@pytest.fixture(scope="module", params=os.environ.get("NANOCP_RUNNERS", "v2,v1").split(","))
+@pytest.fixture(scope="module", params=os.environ.get("NANOCP_RUNNERS", "v2,v1,graphs").split(","))
 def nanocp(request: pytest.FixtureRequest, model: str) -> Iterator[Engine]:
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if request.param == "v2" else "0"
-    engine = Engine(model, 2, {"segment_size": 600}, **common())
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0" if request.param == "v1" else "1"
+    graphs = dict(enforce_eager=False) if request.param == "graphs" else {}
+    engine = Engine(model, 2, {"segment_size": 600}, **common(), **graphs)
     yield engine
     engine.close()
     del os.environ["VLLM_USE_V2_MODEL_RUNNER"]
 
 
-def test_tokens(stock: Engine, nanocp: Engine) -> None:
-    asks = [Ask(prompt(n, 50 + n), dict(max_tokens=32, logprobs=3), delay=0.01 * i) for i, n in enumerate(LENGTHS)]
-    ours, theirs, again = nanocp.ask(asks), stock.ask(asks), [stock.ask([ask])[0] for ask in asks]
-    assert nanocp.status()["sharded_steps"] > 0
-    partings = {"nanocp": 0, "stock": 0}
-    for name, others in (("nanocp", ours), ("stock", again)):
-        for length, mine, other in zip(LENGTHS, others, theirs, strict=True):
-            a, b = mine.tokens[0], other.tokens[0]
-            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
-            if at is None:
-                continue
-            partings[name] += 1
+def partings(mine: list[Answer], stocks: list[Answer]) -> list[float]:
+    """For each request whose tokens part from stock's: how much likelier stock's token was than the other's."""
+    gaps = []
+    for answer, other in zip(mine, stocks, strict=True):
+        a, b = answer.tokens[0], other.tokens[0]
+        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+        if at is not None:
             there = other.logprobs[0][at]
-            gap = abs(there[b[at]].logprob - there[a[at]].logprob) if a[at] in there else float("inf")
-            print(f"{name}: {length} tokens parts at {at}, gap {gap:.4f}")
-            if name == "nanocp":
-                assert gap < TIE, (length, at, gap)
-    print("partings", partings)
+            gaps.append(abs(there[b[at]].logprob - there[a[at]].logprob) if a[at] in there else float("inf"))
+    return gaps
+
+
+def test_tokens(stock: Engine, nanocp: Engine) -> None:
+    """bfloat16 runs part where candidates are close, also stock's own two with different batches: no more than that."""
+    asks = [
+        Ask(prompt(n, 50 + n + 7 * k), dict(max_tokens=24, logprobs=5), delay=0.01 * i)
+        for k in range(4)
+        for i, n in enumerate(LENGTHS)
+    ]
+    together, alone = stock.ask(asks), [stock.ask([ask])[0] for ask in asks]
+    before = nanocp.status()["sharded_steps"]
+    ours, ours_alone = nanocp.ask(asks), [nanocp.ask([ask])[0] for ask in asks]
+    assert nanocp.status()["sharded_steps"] > before
+    found = {
+        "stock alone - together": partings(alone, together),
+        "nanocp together - stock together": partings(ours, together),
+        "nanocp alone - stock alone": partings(ours_alone, alone),
+    }
+    for name, gaps in found.items():
+        print(f"{name}: {len(gaps)} of {len(asks)} part, gaps {sorted(round(g, 3) for g in gaps)}")
     nanocp.check_nothing_left()
+    allowed = found["stock alone - together"]
+    for name in list(found)[1:]:
+        assert len(found[name]) <= 1.5 * len(allowed) + 3, name
+        assert max(found[name], default=0.0) <= max([TIE, *allowed]) + TIE, name

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
+
+from ..attention.context import context
 
 
 class RunnerAdapter(Protocol):
@@ -35,12 +38,37 @@ class V1Runner:
         self.model_runner._dummy_run(1, uniform_decode=True, force_attention=attention)
 
 
+def _keep_sharded_steps_out_of_full_graphs() -> None:
+    """Let V2's dispatcher see a sharded step as one that is no uniform decode. Idempotent.
+
+    Full graphs are captured without the exchange; a step whose rows visit shards must run attention outside of a
+    graph, in pieces or eagerly, on every rank. All ranks know the plan, so all agree.
+    """
+    from vllm.v1.worker.gpu import model_runner as module
+
+    dispatch = module.dispatch_cg_and_sync_dp
+    if hasattr(dispatch, "__wrapped__"):
+        return
+
+    @functools.wraps(dispatch)
+    def dispatch_cg_and_sync_dp(
+        manager: Any, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if context.step is not None:
+            uniform_token_count = None
+            kwargs |= dict(max_query_len=None, uniform_decode=False)
+        return dispatch(manager, num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
+
+    module.dispatch_cg_and_sync_dp = dispatch_cg_and_sync_dp
+
+
 class V2Runner:
     """``vllm/v1/worker/gpu/model_runner.py``. Its batch exists only inside a step: ``prepare_attn`` is handed it
     just before attention metadata is built, so the order of its requests is noted there."""
 
     def __init__(self, model_runner: Any) -> None:
         self.model_runner = model_runner
+        _keep_sharded_steps_out_of_full_graphs()
         self._rows: dict[str, int] = {}
         prepare_attn = model_runner.prepare_attn
 

@@ -59,7 +59,7 @@ def _keep_sharded_steps_out_of_full_graphs() -> None:
             kwargs |= dict(max_query_len=None, uniform_decode=False)
         return dispatch(manager, num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
 
-    module.dispatch_cg_and_sync_dp = dispatch_cg_and_sync_dp
+    module.dispatch_cg_and_sync_dp = dispatch_cg_and_sync_dp  # type: ignore[assignment]
 
 
 class V2Runner:

@@ -36,20 +36,15 @@ def common() -> dict[str, Any]:
     return dict(dtype="bfloat16", block_size=16, num_gpu_blocks_override=8192)
 
 
-@pytest.fixture(scope="module")
-def stock(model: str) -> Iterator[Engine]:
-    engine = Engine(model, 1, **common())
-    yield engine
-    engine.close()
-
-
 @pytest.fixture(scope="module", params=os.environ.get("NANOCP_RUNNERS", "v2,v1,graphs").split(","))
-def nanocp(request: pytest.FixtureRequest, model: str) -> Iterator[Engine]:
+def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[Engine, Engine]]:
+    """Stock and nanocp, run the same way: compiled code rounds otherwise than eager code."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0" if request.param == "v1" else "1"
-    graphs = dict(enforce_eager=False) if request.param == "graphs" else {}
-    engine = Engine(model, 2, {"segment_size": 600}, **common(), **graphs)
-    yield engine
-    engine.close()
+    args = common() | dict(enforce_eager=request.param != "graphs")
+    stock, nanocp = Engine(model, 1, **args), Engine(model, 2, {"segment_size": 600}, **args)
+    yield stock, nanocp
+    stock.close()
+    nanocp.close()
     del os.environ["VLLM_USE_V2_MODEL_RUNNER"]
 
 
@@ -65,8 +60,9 @@ def partings(mine: list[Answer], stocks: list[Answer]) -> list[float]:
     return gaps
 
 
-def test_tokens(stock: Engine, nanocp: Engine) -> None:
+def test_tokens(engines: tuple[Engine, Engine]) -> None:
     """bfloat16 runs part where candidates are close, also stock's own two with different batches: no more than that."""
+    stock, nanocp = engines
     asks = [
         Ask(prompt(n, 50 + n + 7 * k), dict(max_tokens=24, logprobs=5), delay=0.01 * i)
         for k in range(4)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_dp_group
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from .. import config as nanocp_config
@@ -89,8 +90,12 @@ class OneRank(_Base):
                 )
 
     def execute_model(  # type: ignore[override]
-        self, scheduler_output: NanoCPSchedulerOutput
+        self, scheduler_output: NanoCPSchedulerOutput | SchedulerOutput
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        if not isinstance(scheduler_output, NanoCPSchedulerOutput):
+            # vLLM's V2 runner warms up with steps of its own, the same on all ranks.
+            self._idle = False
+            return super().execute_model(scheduler_output)
         plan = scheduler_output.plan
         part = scheduler_output.ranks[self.shards.rank]
         self.shards.update(plan)
@@ -105,10 +110,11 @@ class OneRank(_Base):
         return output if self.tp_rank == 0 else None
 
     def sample_tokens(  # type: ignore[override]
-        self, grammar_output: NanoCPGrammarOutput | None
+        self, grammar_output: NanoCPGrammarOutput | GrammarOutput | None
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
         if self._idle:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        grammar = None if grammar_output is None else grammar_output.ranks[self.shards.rank]
-        output = super().sample_tokens(grammar)
+        if isinstance(grammar_output, NanoCPGrammarOutput):
+            grammar_output = grammar_output.ranks[self.shards.rank]
+        output = super().sample_tokens(grammar_output)
         return output if self.tp_rank == 0 else None

@@ -50,7 +50,8 @@ class StepPlan:
         rows: sharded requests with queries in this step. Every rank derives the order and the sizes of the
             exchange from it.
         tokens: number of tokens scheduled on each rank.
-        opened: for each rank, shards that rows of this or a later step visit: (shard id, block ids).
+        opened: for each rank, shards that rows of this or a later step visit: (shard id, block ids). An id is never
+            used again.
         closed: shard ids that no row of this or a later step visits.
     """
 

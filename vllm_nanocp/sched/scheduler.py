@@ -17,7 +17,6 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
-from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
@@ -31,11 +30,12 @@ from vllm.v1.structured_output import StructuredOutputManager
 from .. import config as nanocp_config
 from .. import status
 from ..errors import NanoCPConfigError
-from ..placement import Run, ShardMap, cdiv, place, place_after_prefix, queue_at
+from ..placement import ShardMap
 from ..plan import StepPlan
 from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, merge
+from .placer import Placer
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
-from .sharded import ShardedRequest, can_shard
+from .sharded import ShardedRequest
 from .stats import merge_scheduler_stats
 
 logger = init_logger("vllm.nanocp.scheduler")
@@ -64,13 +64,12 @@ class NanoCPScheduler(SchedulerInterface):
         self.kv_cache_config = kv_cache_config
         self.block_size = block_size
         # Shards and prefixes are found by the blocks of one group; models with more are served unsharded.
-        self.one_group = len(kv_cache_config.kv_cache_groups) == 1
-        if not self.one_group and self.config.degree_limit > 1:
+        one_group = len(kv_cache_config.kv_cache_groups) == 1
+        if not one_group and self.config.degree_limit > 1:
             raise NanoCPConfigError(
                 f"nanocp: the model has {len(kv_cache_config.kv_cache_groups)} kinds of KV cache, which cannot be "
                 "sharded; use --nanocp-config '{\"max_degree\": 1}' to serve it with one scheduler and no sharding"
             )
-        self.max_model_len = vllm_config.model_config.max_model_len
         self.log_stats = log_stats
         self.connector = None
         self.ec_connector = None
@@ -94,6 +93,9 @@ class NanoCPScheduler(SchedulerInterface):
             scheduler.on_preempt = self._on_preempt
             scheduler.on_free = self._on_free
             self.ranks.append(scheduler)
+        self.placer = Placer(
+            self.ranks, self.config, block_size, vllm_config.model_config.max_model_len, find_prefixes=one_group
+        )
         self.waiting = create_request_queue(SchedulingPolicy(vllm_config.scheduler_config.policy))
         # Requests in `waiting`, by id.
         self.unplaced: dict[str, Request] = {}
@@ -136,7 +138,7 @@ class NanoCPScheduler(SchedulerInterface):
             return
         while self.waiting:
             request = self.waiting.peek_request()
-            shard_map = self._place(request)
+            shard_map = self.placer.place(request, self.rank_of.get(request.request_id), self._serial)
             if shard_map is None:
                 return
             self.waiting.pop_request()
@@ -148,59 +150,11 @@ class NanoCPScheduler(SchedulerInterface):
                 self._open(request, shard_map)
             self._serial += 1
 
-    def _place(self, request: Request) -> ShardMap | None:
-        home = self.rank_of.get(request.request_id)
-        loads = [rank.load(self.block_size) for rank in self.ranks]
-        degree_limit = self.config.degree_limit if can_shard(request) else 1
-        most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-        growth = cdiv(most_tokens, self.block_size) - cdiv(request.num_tokens, self.block_size)
-        rules: dict[str, Any] = dict(
-            segment_size=self.config.segment_size,
-            max_degree=degree_limit,
-            home=home,
-            headroom_blocks=max(0, min(1, growth)),
-        )
-        policy = self.config.placement
-        fresh = place(request.num_tokens, self.block_size, loads, policy=policy, turn=self._serial, **rules)
-        if fresh is None:
-            if request.num_tokens > self.config.segment_size and degree_limit > 1:
-                return None
-            idle = [not rank.waiting for rank in self.ranks]
-            return queue_at(request.num_tokens, self.block_size, loads, idle, home)
-        if policy == "round_robin":
-            return fresh
-        prefix = self._find_prefix(request)
-        after = place_after_prefix(prefix, request.num_tokens, self.block_size, loads, **rules) if prefix else None
-        return fresh if after is None else after
-
-    def _lookup_hashes(self, request: Request) -> list[BlockHash]:
-        """Hashes of the blocks that may come from a prefix cache.
-
-        Not of the block of the last token, which has to be computed for there to be something to sample from.
-        """
-        if request.skip_reading_prefix_cache or not self.one_group:
-            return []
-        return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
-
-    def _find_prefix(self, request: Request) -> list[Run]:
-        """Where the request's first blocks are cached, on as few ranks as that takes."""
-        hashes = self._lookup_hashes(request)
-        prefix: list[Run] = []
-        at = 0
-        while at < len(hashes):
-            lengths = [rank.cached_run(hashes, at) for rank in self.ranks]
-            longest = max(lengths)
-            if not longest:
-                break
-            prefix.append(Run(lengths.index(longest), at, at + longest))
-            at += longest
-        return prefix
-
     def _open(self, request: Request, shard_map: ShardMap) -> None:
         """Take or allocate the blocks of all shards of a request, and let its first member with work enter."""
         sharded = ShardedRequest.create(request, shard_map, self._serial)
         self.sharded[request.request_id] = sharded
-        hashes = self._lookup_hashes(request)
+        hashes = self.placer.lookup_hashes(request)
         known = 0  # blocks from the start on whose KV is there
         for member, run in zip(sharded.members, shard_map.runs, strict=True):
             rank = self.ranks[run.rank]

@@ -26,11 +26,14 @@ class ShardTable:
         self._blocks: dict[str, torch.Tensor] = {}
 
     def update(self, plan: StepPlan) -> None:
-        """Take in the shards that the plan opens here and drop those it closes."""
-        for shard in plan.closed:
-            self._blocks.pop(shard, None)
+        """Take in the shards that the plan opens here and drop those it closes.
+
+        A shard may be opened and closed by one plan: when its request found it cached and was preempted at once.
+        """
         for shard, blocks in plan.opened.get(self.rank, ()):
             self._blocks[shard] = torch.tensor(blocks, dtype=torch.int64, device=self.device)
+        for shard in plan.closed:
+            self._blocks.pop(shard, None)
 
     def __getitem__(self, shard: str) -> torch.Tensor:
         return self._blocks[shard]

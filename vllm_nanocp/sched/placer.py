@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks the placement policy on behalf of a request: gathers the ranks' loads and what their prefix caches hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import BlockHash
+from vllm.v1.request import Request
+
+from ..config import NanoCPConfig
+from ..placement import Run, ShardMap, cdiv, place, place_after_prefix, queue_at
+from .rank_scheduler import AsyncRankScheduler, RankScheduler
+from .sharded import can_shard
+
+
+class Placer:
+    """From requests and schedulers to the plain numbers that placement takes.
+
+    Args:
+        ranks: their schedulers.
+        config: the plugin's settings.
+        block_size: tokens a block holds.
+        max_model_len: tokens.
+        find_prefixes: whether cached prefixes can be found by the blocks of one KV cache group.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[AsyncRankScheduler | RankScheduler],
+        config: NanoCPConfig,
+        block_size: int,
+        max_model_len: int,
+        find_prefixes: bool,
+    ) -> None:
+        self.ranks = ranks
+        self.config = config
+        self.block_size = block_size
+        self.max_model_len = max_model_len
+        self.find_prefixes = find_prefixes
+
+    def place(self, request: Request, home: int | None, turn: int) -> ShardMap | None:
+        """A shard map for a request, or None when it has to wait.
+
+        Args:
+            request: waiting.
+            home: the rank that has its sampling state, if it has run before.
+            turn: how many requests were placed before.
+        """
+        loads = [rank.load(self.block_size) for rank in self.ranks]
+        degree_limit = self.config.degree_limit if can_shard(request) else 1
+        most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        growth = cdiv(most_tokens, self.block_size) - cdiv(request.num_tokens, self.block_size)
+        rules: dict[str, Any] = dict(
+            segment_size=self.config.segment_size,
+            max_degree=degree_limit,
+            home=home,
+            headroom_blocks=max(0, min(1, growth)),
+        )
+        policy = self.config.placement
+        fresh = place(request.num_tokens, self.block_size, loads, policy=policy, turn=turn, **rules)
+        if fresh is None:
+            if request.num_tokens > self.config.segment_size and degree_limit > 1:
+                return None
+            idle = [not rank.waiting for rank in self.ranks]
+            return queue_at(request.num_tokens, self.block_size, loads, idle, home)
+        if policy == "round_robin":
+            return fresh
+        prefix = self._find_prefix(request)
+        after = place_after_prefix(prefix, request.num_tokens, self.block_size, loads, **rules) if prefix else None
+        return fresh if after is None else after
+
+    def lookup_hashes(self, request: Request) -> list[BlockHash]:
+        """Hashes of the blocks that may come from a prefix cache.
+
+        Not of the block of the last token, which has to be computed for there to be something to sample from.
+        """
+        if request.skip_reading_prefix_cache or not self.find_prefixes:
+            return []
+        return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
+
+    def _find_prefix(self, request: Request) -> list[Run]:
+        """Where the request's first blocks are cached, on as few ranks as that takes."""
+        hashes = self.lookup_hashes(request)
+        prefix: list[Run] = []
+        at = 0
+        while at < len(hashes):
+            lengths = [rank.cached_run(hashes, at) for rank in self.ranks]
+            longest = max(lengths)
+            if not longest:
+                break
+            prefix.append(Run(lengths.index(longest), at, at + longest))
+            at += longest
+        return prefix

@@ -20,6 +20,8 @@ pytestmark = [
 
 # Where two bfloat16 runs part, both candidates are nearly as likely.
 TIE = 0.05
+# This model's logits are 8 to 16 in size, where neighbouring bfloat16 numbers are this far apart.
+STEP = 0.0625
 LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 
 
@@ -83,4 +85,4 @@ def test_tokens(engines: tuple[Engine, Engine]) -> None:
     allowed = found["stock alone - together"]
     for name in list(found)[1:]:
         assert len(found[name]) <= 1.5 * len(allowed) + 3, name
-        assert max(found[name], default=0.0) <= max([TIE, *allowed]) + TIE, name
+        assert max(found[name], default=0.0) <= max([TIE, *allowed]) + 2 * STEP, name

@@ -96,7 +96,8 @@ class NanoCPCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         common = common_attn_metadata
         starts = common.query_start_loc_cpu.tolist()
         rows = [own.batch_row() for own in step.own]
-        plain_rows = [r for r in range(common.num_reqs) if r not in set(rows)]
+        visiting = set(rows)
+        plain_rows = [r for r in range(common.num_reqs) if r not in visiting]
         stock, plain_tokens = self._plain(common, starts, plain_rows, fast_build)
         local, send_tokens = self._local(common, starts, rows, step)
         return ShardedCPUAttentionMetadata(

@@ -63,7 +63,7 @@ def install() -> None:
         vllm_config = self.vllm_config
         additional = vllm_config.additional_config
         if isinstance(additional, dict) and nanocp_config.KEY in additional:
-            config = nanocp_config.parse(additional[nanocp_config.KEY])
+            config = nanocp_config.of(vllm_config)
             cache = vllm_config.cache_config
             blocks = (cache.num_gpu_blocks or 1) - 1  # vLLM keeps one as its null block
             check(request, vllm_config.model_config.max_model_len, blocks * cache.block_size, config.degree_limit)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -12,6 +13,7 @@ from .errors import NanoCPConfigError
 KEY = "nanocp"
 PLACEMENTS = ("balanced", "round_robin")
 EXCHANGES = ("auto", "collective")
+DECODE_BENCH = "NANOCP_DECODE_BENCH"
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class NanoCPConfig:
         max_degree: most ranks one request may use; None means all.
         placement: ``balanced`` (least batch, then most room, water filling) or ``round_robin`` (a baseline).
         exchange: how queries and partial results travel. ``auto`` takes the best one that works here.
+        graph_capacities: CUDA graphs of sharded decode steps are captured for so many visits between any two ranks,
+            ascending; a step with more runs attention outside of graphs. Empty: every sharded step does.
+        decode_bench: take prompts as computed, whatever their KV blocks contain, to time decoding alone. Refused
+            unless the environment has ``NANOCP_DECODE_BENCH=1``.
     """
 
     ranks: int
@@ -33,6 +39,8 @@ class NanoCPConfig:
     max_degree: int | None = None
     placement: str = "balanced"
     exchange: str = "auto"
+    graph_capacities: tuple[int, ...] = (4, 16)
+    decode_bench: bool = False
 
     @property
     def degree_limit(self) -> int:
@@ -41,7 +49,7 @@ class NanoCPConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able mapping that ``parse`` accepts again."""
-        return asdict(self)
+        return asdict(self) | {"graph_capacities": list(self.graph_capacities)}
 
 
 def _integer(raw: Mapping[str, Any], key: str, least: int, example: str) -> int:
@@ -93,4 +101,34 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
             if raw[key] not in choices:
                 raise NanoCPConfigError(f"nanocp: {key} is {raw[key]!r}; use one of {', '.join(choices)}")
             values[key] = raw[key]
+    if "graph_capacities" in raw:
+        values["graph_capacities"] = _capacities(raw["graph_capacities"])
+    if "decode_bench" in raw:
+        values["decode_bench"] = _decode_bench(raw["decode_bench"])
     return NanoCPConfig(**values)
+
+
+def _capacities(value: Any) -> tuple[int, ...]:
+    numbers = [n for n in value if type(n) is int and n > 0] if isinstance(value, list | tuple) else []
+    if not isinstance(value, list | tuple) or numbers != list(value) or numbers != sorted(set(numbers)):
+        raise NanoCPConfigError(
+            f"nanocp: graph_capacities must be a list of ascending positive integers, got {value!r}; "
+            "use [4, 16], or [] for no graphs of sharded steps"
+        )
+    return tuple(numbers)
+
+
+def _decode_bench(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise NanoCPConfigError(f"nanocp: decode_bench must be true or false, got {value!r}; leave it out")
+    if value and os.environ.get(DECODE_BENCH) != "1":
+        raise NanoCPConfigError(
+            "nanocp: decode_bench makes all answers meaningless: prompts are not computed; leave it out, or set "
+            f"{DECODE_BENCH}=1 in a benchmark"
+        )
+    return value
+
+
+def of(vllm_config: Any) -> NanoCPConfig:
+    """The settings that ``engine_config.make`` has put into vLLM's configuration."""
+    return parse(vllm_config.additional_config[KEY])

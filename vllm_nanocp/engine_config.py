@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -14,6 +15,8 @@ SCHEDULER = "vllm_nanocp.sched.scheduler.NanoCPScheduler"
 EXECUTORS = {"mp": "vllm_nanocp.executor.NanoCPMultiprocExecutor"}
 CPU_WORKER = "vllm_nanocp.worker.cpu_worker.NanoCPCPUWorker"
 GPU_WORKER = "vllm_nanocp.worker.gpu_worker.NanoCPGPUWorker"
+CPU_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+CUDA_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 
 
 def refuse(what: str, why: str, instead: str) -> NoReturn:
@@ -101,6 +104,8 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
     Raises:
         NanoCPConfigError
     """
+    from vllm.platforms import current_platform
+
     model = vllm_config.model_config
     text = model.hf_text_config
     if not model.is_moe:
@@ -111,6 +116,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
         )
     if config.degree_limit == 1:
         return
+    cuda = current_platform.is_cuda()
     instead = "use --nanocp-config '{\"max_degree\": 1}' to serve it with one scheduler and no sharding"
     if model.is_encoder_decoder:
         refuse("an encoder-decoder model with max_degree above 1", "cross-attention has no shards", instead)
@@ -141,13 +147,44 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
             "its partial results cannot be merged by log-sum-exp alone here",
             instead,
         )
-    from vllm.utils.torch_utils import is_quantized_kv_cache
-
-    if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in (CUDA_CACHE_DTYPES if cuda else CPU_CACHE_DTYPES):
         refuse(
-            f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} with max_degree above 1",
-            "the attention paths here read unquantised KV only",
-            "leave it out",
+            f"--kv-cache-dtype {cache_dtype} with max_degree above 1",
+            "the attention path here cannot read it",
+            "leave it out" + (", or use fp8" if cuda else ""),
+        )
+    if cuda:
+        check_merge(model, instead)
+
+
+def check_merge(model: Any, instead: str) -> None:
+    """Refuse, on CUDA, what FlashInfer's merge of partial results cannot do.
+
+    Raises:
+        NanoCPConfigError
+    """
+    import vllm.envs as envs
+
+    from .attention.partials import HEAD_SIZES
+
+    if importlib.util.find_spec("flashinfer") is None:
+        refuse(
+            "max_degree above 1 without FlashInfer",
+            "its kernels merge the ranks' partial results",
+            "install flashinfer-python, or " + instead,
+        )
+    if model.get_head_size() not in HEAD_SIZES:
+        refuse(
+            f"attention heads of {model.get_head_size()} with max_degree above 1",
+            f"FlashInfer merges heads of {', '.join(map(str, HEAD_SIZES))}",
+            instead,
+        )
+    if envs.VLLM_BATCH_INVARIANT:
+        refuse(
+            "VLLM_BATCH_INVARIANT with max_degree above 1",
+            "how a request's KV is cut depends on the other requests",
+            "unset it, or " + instead,
         )
 
 

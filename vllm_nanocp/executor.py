@@ -42,9 +42,7 @@ class OneWorld(_Base):
     """Mixed into vLLM's executor: its world spans all ranks, and a step's result is one output a rank."""
 
     def _get_parallel_sizes(self) -> tuple[int, int, int]:
-        raw = self.vllm_config.additional_config
-        assert isinstance(raw, dict)
-        config = nanocp_config.parse(raw[nanocp_config.KEY])
+        config = nanocp_config.of(self.vllm_config)
         capacity.install(config.degree_limit)
         parallel = self.parallel_config
         parallel.world_size = parallel.tensor_parallel_size * config.ranks

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 
@@ -42,20 +43,59 @@ class PlanRow:
     holders: tuple[Holder, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the other ranks must know of one rank's batch, so that all run the same graph or none.
+
+    Attributes:
+        num_reqs: requests with tokens in this step.
+        num_tokens: tokens of them.
+        decode: whether each has one token, after others that are computed already.
+    """
+
+    num_reqs: int
+    num_tokens: int
+    decode: bool
+
+
+# What a rank runs that has no tokens while another has: see ``worker.OneRank``.
+IDLE = Batch(num_reqs=1, num_tokens=1, decode=True)
+
+
 @dataclass(slots=True)
 class StepPlan:
-    """A step's sharded work, the same on every rank.
+    """A step's work as all ranks must know it, the same on every rank.
 
     Attributes:
         rows: sharded requests with queries in this step. Every rank derives the order and the sizes of the
             exchange from it.
-        tokens: number of tokens scheduled on each rank.
+        batches: each rank's; ``IDLE`` for one without tokens beside one with. Empty when no rank has any.
         opened: for each rank, shards that rows of this or a later step visit: (shard id, block ids). An id is never
             used again.
         closed: shard ids that no row of this or a later step visits.
     """
 
     rows: list[PlanRow] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
     opened: dict[int, list[tuple[str, list[int]]]] = field(default_factory=dict)
     closed: list[str] = field(default_factory=list)
+
+    def most_visits(self, num_ranks: int) -> int | None:
+        """Queries of the busiest pair of ranks, a row's part at its home counted as a visit of the home to itself.
+
+        A captured graph has room for so many between any two ranks.
+
+        Args:
+            num_ranks: N.
+
+        Returns:
+            None when a row has several queries, or visits more shards than there are other ranks.
+        """
+        pairs: Counter[tuple[int, int]] = Counter()
+        for row in self.rows:
+            if row.num_queries != 1 or len(row.holders) >= num_ranks:
+                return None
+            pairs[row.home, row.home] += 1
+            for holder in row.holders:
+                pairs[row.home, holder.rank] += 1
+        return max(pairs.values(), default=0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,6 @@ from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.cpu_backend import (
     NanoCPCPUAttentionImpl,
     NanoCPCPUAttentionMetadataBuilder,
-    ShardedCPUAttentionMetadata,
 )
 from vllm_nanocp.exchange import CollectiveExchange
 from vllm_nanocp.plan import Holder, PlanRow, StepPlan
@@ -114,19 +114,24 @@ class Scenario:
                     first_block=home.first_block,
                     local_tokens=row.first - home.first_block * block_size,
                     holders=tuple(
-                        Holder(s.rank, f"{row.request}#{i}", len(s.blocks) * block_size)
+                        Holder(s.rank, f"{self.seed}.{row.request}#{i}", len(s.blocks) * block_size)
                         for i, s in enumerate(shards[: row.shard])
                     ),
                 )
             )
         for request, shards in enumerate(self.shards):
             for i, shard in enumerate(shards[:-1]):
-                plan.opened.setdefault(shard.rank, []).append((f"{request}#{i}", list(shard.blocks)))
+                plan.opened.setdefault(shard.rank, []).append((f"{self.seed}.{request}#{i}", list(shard.blocks)))
         return plan
 
 
-def make_scenario(shape: Shape, seed: int, num_ranks: int = 3, sharded: bool = True) -> Scenario:
-    """A random one. Of every three with shards, one has a rank without rows of its own."""
+def make_scenario(
+    shape: Shape, seed: int, num_ranks: int = 3, sharded: bool = True, decode_only: bool = False
+) -> Scenario:
+    """A random one. Of every three with shards, one has a rank without rows of its own.
+
+    With ``decode_only`` every row has one query and visits at most N - 1 shards: what a captured graph serves.
+    """
     dice = random.Random(seed)
     size, num_blocks = shape.block_size, 80
     scenario = Scenario(shape, seed, num_ranks, num_blocks)
@@ -153,13 +158,15 @@ def make_scenario(shape: Shape, seed: int, num_ranks: int = 3, sharded: bool = T
     homes = [rank for rank in range(num_ranks) if rank != idle]
     for _ in range(dice.randint(0, 4)):
         held = dice.randint(1, 3 * size)
-        tail(add([dice.choice(homes)], [], held), dice.choice([1, 1, held, dice.randint(1, held)]))
-    for kind in dice.choices(["decode", "chunk", "chain"], k=dice.randint(1, 4)) if sharded else []:
+        queries = dice.choice([1, 1, held, dice.randint(1, held)])
+        tail(add([dice.choice(homes)], [], held), 1 if decode_only else queries)
+    kinds = ["decode"] if decode_only else ["decode", "chunk", "chain"]
+    for kind in dice.choices(kinds, k=dice.randint(1, 4)) if sharded else []:
         home = dice.choice(homes)
         # Any degree; now and then several shards at one rank, or one at the home besides its own.
         others = [r for r in range(num_ranks) if r != home]
         holders = dice.sample(others, dice.randint(1, len(others)))
-        if dice.random() < 0.3:
+        if dice.random() < 0.3 and not (decode_only and len(holders) == num_ranks - 1):
             holders.append(dice.randrange(num_ranks))
         whole = [dice.randint(1, 4) for _ in holders]
         held = dice.choice([1, dice.randint(1, 3 * size), size, 2 * size])
@@ -255,6 +262,38 @@ def full_attention(
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """An attention backend under test, without the engine's configuration.
+
+    Attributes:
+        builder, impl, layer: for a shape; ``layer`` is what the implementation reads of vLLM's attention layer.
+        write: keys and values into a cache, as the backend keeps them: (impl, layer, keys, values, cache, slots).
+        device: of all tensors.
+        forward: runs the implementation: (impl, layer, query, key, value, cache, metadata, output).
+        capacity: see ``ShardedStep``; then batches are padded to ``pad`` rows.
+    """
+
+    builder: Callable[[Shape], Any]
+    impl: Callable[[Shape], Any]
+    layer: Callable[[Shape], Any]
+    write: Callable[..., None]
+    device: torch.device
+    forward: Callable[..., None]
+    capacity: int = 0
+    pad: int = 0
+
+
+CPU_KERNEL = Kernel(
+    make_builder,
+    make_impl,
+    make_layer,
+    lambda impl, *args: impl.do_kv_cache_update(*args),
+    torch.device("cpu"),
+    lambda impl, *args: impl.forward(*args),
+)
+
+
 class RankSimulation:
     """One rank's part of a scenario.
 
@@ -263,8 +302,10 @@ class RankSimulation:
         errors: largest absolute error of each row.
     """
 
-    def __init__(self, scenario: Scenario, rank: int, exchange: CollectiveExchange) -> None:
-        self.scenario, self.rank, self.exchange = scenario, rank, exchange
+    def __init__(
+        self, scenario: Scenario, rank: int, exchange: CollectiveExchange, kernel: Kernel = CPU_KERNEL
+    ) -> None:
+        self.scenario, self.rank, self.exchange, self.kernel = scenario, rank, exchange, kernel
         self.counts: Counter[str] = Counter()
         self.errors: list[float] = []
         self.rows = [scenario.rows[i] for i in scenario.batches[rank]]
@@ -282,19 +323,26 @@ class RankSimulation:
             shard = scenario.shards[row.request][row.shard]
             table[i, shard.first_block : shard.first_block + len(shard.blocks)] = torch.tensor(shard.blocks)
             mapping.append(slots(shape, shard, row.first, row.first + row.num_queries))
+        seq_lens, tokens = torch.tensor(ends, dtype=torch.int32), sum(lengths)
+        if spare := max(0, self.kernel.pad - len(lengths)):  # as vLLM pads for a graph: rows without queries
+            starts = torch.cat([starts, starts[-1:].repeat(spare)])
+            seq_lens = torch.cat([seq_lens, seq_lens.new_zeros(spare)])
+            table = torch.cat([table, table.new_zeros(spare, 40)])
+            tokens = self.kernel.pad
+        device = self.kernel.device
         return CommonAttentionMetadata(
-            query_start_loc=starts,
+            query_start_loc=starts.to(device),
             query_start_loc_cpu=starts,
-            seq_lens=torch.tensor(ends, dtype=torch.int32),
-            num_reqs=len(lengths),
-            num_actual_tokens=sum(lengths),
+            seq_lens=seq_lens.to(device),
+            num_reqs=len(seq_lens),
+            num_actual_tokens=tokens,
             max_query_len=max(lengths),
             max_seq_len=max(ends),
-            block_table_tensor=table,
-            slot_mapping=torch.cat(mapping) if mapping else torch.tensor([-1]),
+            block_table_tensor=table.to(device),
+            slot_mapping=(torch.cat(mapping) if mapping else torch.tensor([-1])).to(device),
         )
 
-    def _past(self, impl: NanoCPCPUAttentionImpl, cache: torch.Tensor, layer: int) -> None:
+    def _past(self, impl: Any, cache: torch.Tensor, layer: int) -> None:
         """Write what earlier steps left here: all tokens of this rank's shards but this step's queries."""
         scenario, shape = self.scenario, self.scenario.shape
         for request, shards in enumerate(scenario.shards):
@@ -310,23 +358,34 @@ class RankSimulation:
                 if end > first:
                     part = slice(first, end)
                     mapping = slots(shape, shard, first, end)
-                    impl.do_kv_cache_update(make_layer(shape), keys[part], values[part], cache, mapping)
+                    self._write(impl, keys[part], values[part], cache, mapping)
+
+    def _write(
+        self, impl: Any, keys: torch.Tensor, values: torch.Tensor, cache: torch.Tensor, mapping: torch.Tensor
+    ) -> None:
+        kernel, device = self.kernel, self.kernel.device
+        layer = kernel.layer(self.scenario.shape)
+        kernel.write(impl, layer, keys.to(device), values.to(device), cache, mapping.to(device))
 
     def run(self) -> None:
         """All layers of the step."""
-        scenario, shape = self.scenario, self.scenario.shape
-        builder, impl, layer = make_builder(shape), make_impl(shape), make_layer(shape)
+        scenario, kernel, shape = self.scenario, self.kernel, self.scenario.shape
+        builder, impl, layer = kernel.builder(shape), kernel.impl(shape), kernel.layer(shape)
         plan = scenario.plan()
-        shards = ShardTable(self.rank, torch.device("cpu"))
+        shards = ShardTable(self.rank, kernel.device)
         shards.update(plan)
         batch = [str(i) for i in scenario.batches[self.rank]]
         calls = self.exchange.calls
         context.exchange = self.exchange
         context.step = make_step(plan, shards, scenario.num_ranks, batch.index)
+        if context.step is not None and kernel.capacity:
+            visits = plan.most_visits(scenario.num_ranks)
+            assert visits is not None and visits <= kernel.capacity
+            context.step.capacity = kernel.capacity
         try:
             common = self._common()
             metadata = builder.build(0, common)
-            assert isinstance(metadata, ShardedCPUAttentionMetadata) == bool(plan.rows)
+            assert (getattr(metadata, "sharded", None) is not None) == bool(plan.rows)
             for number in range(LAYERS):
                 self._layer(impl, layer, number, common, metadata)
         finally:
@@ -336,11 +395,9 @@ class RankSimulation:
         self.counts["guests"] += guests
         self.counts["idle with guests"] += bool(guests) and not self.rows
 
-    def _layer(
-        self, impl: NanoCPCPUAttentionImpl, layer: Any, number: int, common: CommonAttentionMetadata, metadata: Any
-    ) -> None:
-        scenario, shape = self.scenario, self.scenario.shape
-        cache = empty_cache(shape, scenario.num_blocks)
+    def _layer(self, impl: Any, layer: Any, number: int, common: CommonAttentionMetadata, metadata: Any) -> None:
+        scenario, shape, device = self.scenario, self.scenario.shape, self.kernel.device
+        cache = empty_cache(shape, scenario.num_blocks).to(device)
         for row in self.rows:
             if row.shard == 0:
                 # vLLM's kernel reads a last block to its end and weighs what is past the length with zero, which a
@@ -358,11 +415,17 @@ class RankSimulation:
             joined = [torch.randn(1, n, shape.head_size).to(shape.dtype) for n in heads]
         # As the model has them: slices of one projection.
         fused = torch.cat([x.flatten(1) for x in joined], dim=1)
+        if self.kernel.pad > len(fused):
+            fused = torch.cat([fused, fused.new_full((self.kernel.pad - len(fused), fused.shape[1]), 7.0)])
         split = fused.split([n * shape.head_size for n in heads], dim=1)
         query, key, value = (x.view(-1, n, shape.head_size) for x, n in zip(split, heads, strict=True))
-        impl.do_kv_cache_update(layer, key, value, cache, common.slot_mapping)
-        output = torch.full_like(query, float("nan"), memory_format=torch.contiguous_format)
-        impl.forward(layer, query, key, value, cache, metadata, output)
+        if self.rows:
+            written = len(common.slot_mapping)  # the rest is padding
+            self._write(impl, key[:written], value[:written], cache, common.slot_mapping)
+        output = torch.full_like(query, float("nan"), memory_format=torch.contiguous_format).to(device)
+        inputs = (query.to(device), key.to(device), value.to(device))
+        self.kernel.forward(impl, layer, *inputs, cache, metadata, output)
+        output = output.cpu()
         at = 0
         for row, (queries, keys, values) in zip(self.rows, whole, strict=True):
             end = row.first + row.num_queries
@@ -377,16 +440,20 @@ class RankSimulation:
 
 
 def run_scenarios(
-    rank: int, size: int, groups: dict[str, list[tuple[Shape, int, bool]]]
+    rank: int,
+    size: int,
+    groups: dict[str, list[tuple[Shape, int, bool]]],
+    kernel: Callable[[], Kernel] = lambda: CPU_KERNEL,
 ) -> dict[str, tuple[dict[str, int], list[tuple[int, float]]]]:
     """For each group of (shape, seed, sharded): counts, and (seed, largest error) of each scenario at this rank."""
-    exchange = CollectiveExchange(dist.group.WORLD)
+    exchange, used = CollectiveExchange(dist.group.WORLD), kernel()
     results: dict[str, tuple[dict[str, int], list[tuple[int, float]]]] = {}
     for name, specs in groups.items():
         counts: Counter[str] = Counter()
         errors: list[tuple[int, float]] = []
         for shape, seed, sharded in specs:
-            simulation = RankSimulation(make_scenario(shape, seed, size, sharded), rank, exchange)
+            scenario = make_scenario(shape, seed, size, sharded, bool(used.capacity))
+            simulation = RankSimulation(scenario, rank, exchange, used)
             simulation.run()
             counts += simulation.counts
             errors.append((seed, max(simulation.errors, default=0.0)))

@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.metrics.stats import KVCacheEvictionEvent, PrefixCacheStats, SchedulerStats
 
-from vllm_nanocp.plan import Holder, PlanRow, StepPlan
+from vllm_nanocp.plan import Batch, Holder, PlanRow, StepPlan
 from vllm_nanocp.sched.output import NanoCPSchedulerOutput, merge
 from vllm_nanocp.sched.stats import merge_prefix_cache, merge_scheduler_stats
 
@@ -58,7 +58,7 @@ def rank_output(rank: int, new: int = 1, cached: int = 2, tokens: int = 4) -> Sc
 
 PLAN = StepPlan(
     rows=[PlanRow("old1.0", 1, 1, 3, 17, (Holder(0, "old1.0#0.0", 48),))],
-    tokens=[6, 3],
+    batches=[Batch(3, 6, False), Batch(3, 3, True)],
     opened={0: [("old1.0#0.0", [5, 4, 3])]},
     closed=["gone#1.0"],
 )
@@ -112,7 +112,7 @@ def test_structured_output_anywhere_counts(flag: str, where: int | None) -> None
 
 
 def test_a_step_without_tokens() -> None:
-    out = merge([rank_output(0, 0, 0), rank_output(1, 0, 0)], StepPlan(tokens=[0, 0]))
+    out = merge([rank_output(0, 0, 0), rank_output(1, 0, 0)], StepPlan())
     assert out.total_num_scheduled_tokens == 0 and not out.num_scheduled_tokens
     assert out.finished_req_ids == {"done0", "done1"}
 

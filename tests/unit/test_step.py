@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_nanocp.attention.context import ShardedStep
-from vllm_nanocp.plan import Holder, PlanRow, StepPlan
+from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
 from vllm_nanocp.worker.step import ShardTable, make_step
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_own_rows_are_the_plan_s(world: World) -> None:
                 row.first_block,
                 row.local_tokens,
             )
-            assert [source for source, _ in own.sources] == [holder.rank for holder in row.holders]
+            assert [rank for rank, _ in own.visits] == [holder.rank for holder in row.holders]
 
 
 @given(worlds())
@@ -102,7 +102,7 @@ def test_every_visit_meets_exactly_one_guest(world: World) -> None:
     sent: list[list[list[tuple[str, int, int] | None]]] = [[[None] * count for count in s.send_counts] for s in steps]
     for home, step in enumerate(steps):
         for own in step.own:
-            for i, (rank, first) in enumerate(own.sources):
+            for i, (rank, first) in enumerate(own.visits):
                 for query in range(own.num_queries):
                     assert sent[home][rank][first + query] is None, "two queries in one place"
                     sent[home][rank][first + query] = (f"r{own.batch_row()}", i, query)
@@ -112,9 +112,9 @@ def test_every_visit_meets_exactly_one_guest(world: World) -> None:
         received = [entry for home in range(n) for entry in sent[home][rank]]
         assert len(received) == sum(step.recv_counts)
         covered = []
-        for guest in step.guests:
-            entries = received[guest.first_row : guest.first_row + guest.num_queries]
-            covered += range(guest.first_row, guest.first_row + guest.num_queries)
+        for guest, part in zip(step.guests, step.guest_rows(), strict=True):
+            entries = received[part]
+            covered += range(part.start, part.stop)
             assert entries and entries[0] is not None
             req_id, i, _ = entries[0]
             row = by_id[req_id]
@@ -129,7 +129,7 @@ def test_every_visit_meets_exactly_one_guest(world: World) -> None:
 
 
 def test_without_rows_there_is_no_sharded_step() -> None:
-    plan = StepPlan(tokens=[3, 0], opened={0: [("a", [1])]})
+    plan = StepPlan(batches=[Batch(3, 3, True), IDLE], opened={0: [("a", [1])]})
     assert make_step(plan, ShardTable(0, CPU), 2, lambda _: 0) is None
 
 

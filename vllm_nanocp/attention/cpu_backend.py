@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from .context import Guest, ShardedStep, context
+from .context import ShardedStep, context
 from .cpu_partial import attend, attend_causal, gather_shard
 from .merge import merge_partials
 
@@ -44,6 +44,7 @@ class ShardedRows:
 
     Attributes:
         step: the exchange's counts and the guests.
+        guest_rows: for each guest, its queries among the received ones.
         plain: metadata of the rows that visit no other shard; None when there are none.
         plain_tokens: int64, where their queries are; None when they are the whole batch.
         local: the rows that do.
@@ -51,6 +52,7 @@ class ShardedRows:
     """
 
     step: ShardedStep
+    guest_rows: list[slice]
     plain: CPUAttentionMetadata | None
     plain_tokens: torch.Tensor | None
     local: list[LocalRow]
@@ -99,10 +101,13 @@ class NanoCPCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         visiting = set(rows)
         plain_rows = [r for r in range(common.num_reqs) if r not in visiting]
         stock, plain_tokens = self._plain(common, starts, plain_rows, fast_build)
-        local, send_tokens = self._local(common, starts, rows, step)
+        send_tokens, visits = step.lay_out([starts[row] for row in rows])
+        local = self._local(common, starts, rows, step, visits)
         return ShardedCPUAttentionMetadata(
             **{f.name: getattr(stock, f.name) for f in fields(CPUAttentionMetadata)},
-            sharded=ShardedRows(step, stock if plain_rows else None, plain_tokens, local, send_tokens),
+            sharded=ShardedRows(
+                step, step.guest_rows(), stock if plain_rows else None, plain_tokens, local, send_tokens
+            ),
         )
 
     def _plain(
@@ -127,24 +132,20 @@ class NanoCPCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         return super().build(0, part, fast_build), tokens
 
     def _local(
-        self, common: CommonAttentionMetadata, starts: list[int], rows: list[int], step: ShardedStep
-    ) -> tuple[list[LocalRow], torch.Tensor]:
-        first_of_rank = [0]
-        for count in step.send_counts:
-            first_of_rank.append(first_of_rank[-1] + count)
-        send = torch.empty(first_of_rank[-1], dtype=torch.int64)
+        self,
+        common: CommonAttentionMetadata,
+        starts: list[int],
+        rows: list[int],
+        step: ShardedStep,
+        visits: list[list[slice]],
+    ) -> list[LocalRow]:
         local: list[LocalRow] = []
-        for own, row in zip(step.own, rows, strict=True):
+        for own, row, mine in zip(step.own, rows, visits, strict=True):
             tokens = slice(starts[row], starts[row] + own.num_queries)
             num_blocks = -(-(own.local_tokens + own.num_queries) // self.block_size)
             blocks = common.block_table_tensor[row, own.first_block : own.first_block + num_blocks].long()
-            visits = []
-            for rank, first_row in own.sources:
-                at = first_of_rank[rank] + first_row
-                visits.append(slice(at, at + own.num_queries))
-                send[visits[-1]] = torch.arange(tokens.start, tokens.stop)
-            local.append(LocalRow(tokens, blocks, own.local_tokens, visits))
-        return local, send
+            local.append(LocalRow(tokens, blocks, own.local_tokens, mine))
+        return local
 
 
 class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
@@ -173,7 +174,7 @@ class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
         exchange, step = context.exchange, rows.step
         assert exchange is not None
         visiting = exchange.dispatch(query.index_select(0, rows.send_tokens), step.send_counts, step.recv_counts)
-        answers = self._serve(step.guests, visiting, kv_cache)
+        answers = self._serve(rows, visiting, kv_cache)
         if rows.plain is not None:
             self._plain(layer, query, key, value, kv_cache, rows, output)
         partials = exchange.combine(answers, step.recv_counts, step.send_counts)
@@ -181,11 +182,10 @@ class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
             self._finish(row, query, key, value, kv_cache, partials, output)
         return output
 
-    def _serve(self, guests: list[Guest], visiting: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+    def _serve(self, rows: ShardedRows, visiting: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         """Partial results of the visiting queries: [rows, num_heads, head_size + 1], output and log-sum-exp."""
         answers = torch.empty((*visiting.shape[:2], self.head_size + 1), dtype=torch.float32)
-        for guest in guests:
-            part = slice(guest.first_row, guest.first_row + guest.num_queries)
+        for guest, part in zip(rows.step.guests, rows.guest_rows, strict=True):
             keys, values = gather_shard(kv_cache, guest.blocks, guest.length)
             answers[part, :, :-1], answers[part, :, -1] = attend(visiting[part], keys, values, self.scale)
         return answers

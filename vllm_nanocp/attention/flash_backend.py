@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's FlashAttention backend, taught shards. Touches ``vllm/v1/attention/backends/flash_attn.py`` of 0.32.
 
-In a sharded step one launch attends to what is held here, for all rows of the batch (a row that visits shards
-elsewhere is cut to its local blocks and length), and one serves all guests. FlashAttention's log-sum-exp is natural.
+A step without sharded rows runs stock code. In one with them, rows that visit nobody still do: their launch is vLLM's,
+with length 0 for the rows that visit. Those, and all guests, attend to shards in one launch more (two outside of
+graphs), with log-sum-exps. FlashAttention's log-sum-exp is natural.
 """
 
 from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -20,48 +24,18 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from .context import Guest, ShardedStep, context
-from .merge import merge_partials
+from ..errors import NanoCPConfigError
+from .context import ShardedStep, context
+from .flash_tables import CapturedTables, ShardedRows, ShardLaunch, exact_tables
+from .partials import LOG2_E, RowLayout
 
-
-@dataclass
-class GuestBatch:
-    """All guests of a step as one batch.
-
-    Attributes:
-        query_starts: int32 [num_guests + 1].
-        lengths: int32 [num_guests], KV tokens each sees.
-        block_table: int32 [num_guests, most blocks].
-        max_queries, max_length: the largest of them.
-    """
-
-    query_starts: torch.Tensor
-    lengths: torch.Tensor
-    block_table: torch.Tensor
-    max_queries: int
-    max_length: int
-
-
-@dataclass
-class ShardedRows:
-    """A sharded step of this rank.
-
-    Attributes:
-        step: the exchange's counts.
-        guests: None when nobody visits.
-        send_tokens: int64 [sum(step.send_counts)], queries to dispatch, in the exchange's order.
-        local: for each row that visits: where its queries are, and its slices of the combined partials.
-    """
-
-    step: ShardedStep
-    guests: GuestBatch | None
-    send_tokens: torch.Tensor
-    local: list[tuple[slice, list[slice]]]
+# Enough pieces of one row's KV, over its KV heads, for all processors of a Hopper GPU (132).
+_BUSY = 128
 
 
 @dataclass
 class ShardedFlashAttentionMetadata(FlashAttentionMetadata):
-    """Stock metadata, of the local view in a sharded step."""
+    """Stock metadata, without the rows that visit in a sharded step."""
 
     sharded: ShardedRows | None = field(default=None)
 
@@ -78,28 +52,8 @@ class NanoCPFlashAttentionBackend(FlashAttentionBackend):
         return NanoCPFlashAttentionMetadataBuilder
 
 
-def batch_guests(guests: list[Guest], device: torch.device) -> GuestBatch | None:
-    """Lay the guests out for one varlen launch; they come in the order of the received rows."""
-    if not guests:
-        return None
-    starts = [0]
-    for guest in guests:
-        starts.append(starts[-1] + guest.num_queries)
-    table = torch.zeros((len(guests), max(len(g.blocks) for g in guests)), dtype=torch.int32, device=device)
-    for row, guest in enumerate(guests):
-        table[row, : len(guest.blocks)] = guest.blocks
-    lengths = [guest.length for guest in guests]
-    return GuestBatch(
-        torch.tensor(starts, dtype=torch.int32, device=device),
-        torch.tensor(lengths, dtype=torch.int32, device=device),
-        table,
-        max(guest.num_queries for guest in guests),
-        max(lengths),
-    )
-
-
 class NanoCPFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
-    """Cuts the rows laid out in ``context.step`` to what is held here."""
+    """Takes the rows laid out in ``context.step`` out of the stock metadata and into tables of their own."""
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -108,42 +62,78 @@ class NanoCPFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         if step is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         common = copy(common_attn_metadata)
-        starts = common.query_start_loc_cpu.tolist()
-        if step.own:
-            common.seq_lens = common.seq_lens.clone()
-            common.block_table_tensor = common.block_table_tensor.clone()
-        first_of_rank = [0]
-        for count in step.send_counts:
-            first_of_rank.append(first_of_rank[-1] + count)
-        send = torch.empty(first_of_rank[-1], dtype=torch.int64)
-        local: list[tuple[slice, list[slice]]] = []
-        block_size = self.kv_cache_spec.block_size
-        for own in step.own:
-            row = own.batch_row()
-            tokens = slice(starts[row], starts[row] + own.num_queries)
-            length = own.local_tokens + own.num_queries
-            blocks = -(-length // block_size)
-            held = common_attn_metadata.block_table_tensor[row, own.first_block : own.first_block + blocks]
-            common.block_table_tensor[row, :blocks] = held
-            common.seq_lens[row] = length
-            visits = []
-            for rank, first_row in own.sources:
-                at = first_of_rank[rank] + first_row
-                visits.append(slice(at, at + own.num_queries))
-                send[visits[-1]] = torch.arange(tokens.start, tokens.stop)
-            local.append((tokens, visits))
+        if step.capacity:
+            tables = self._captured_tables(step, common)
+            rows, common.seq_lens = tables.fill(step, common)
+        else:
+            rows, common.seq_lens = exact_tables(step, common, self.block_size, self._layout)
         stock = super().build(0, common, fast_build)
-        device = common.seq_lens.device
-        rows = ShardedRows(step, batch_guests(step.guests, device), send.to(device, non_blocking=True), local)
+        if step.capacity:
+            self._schedule(tables.launch)
         values = {f.name: getattr(stock, f.name) for f in fields(FlashAttentionMetadata)}
         return ShardedFlashAttentionMetadata(**values, sharded=rows)
 
+    @property
+    def _layout(self) -> RowLayout:
+        dtype = self.model_config.dtype
+        assert isinstance(dtype, torch.dtype)
+        return RowLayout(self.num_heads_q, self.headdim, dtype)
+
+    def _captured_tables(self, step: ShardedStep, common: CommonAttentionMetadata) -> CapturedTables:
+        """Made when the first graph of a capacity is captured."""
+        made: dict[int, CapturedTables] = self.__dict__.setdefault("nanocp_tables", {})
+        if step.capacity not in made:
+            places = step.capacity * step.num_ranks
+            blocks = min(common.block_table_tensor.shape[1], self.cache_config.num_gpu_blocks or 1 << 31)
+            made[step.capacity] = CapturedTables(
+                capacity=step.capacity,
+                num_ranks=step.num_ranks,
+                max_tokens=self.vllm_config.scheduler_config.max_num_seqs,
+                max_blocks=blocks,
+                block_size=self.block_size,
+                layout=self._layout,
+                num_splits=max(self.max_num_splits, _BUSY // self.num_heads_kv),
+                schedule_size=1 + -(-places // 4) * 16 if self.aot_schedule else 0,
+                device=self.device,
+            )
+        return made[step.capacity]
+
+    def _schedule(self, launch: ShardLaunch) -> None:
+        """Have FlashAttention divide the work, once a step rather than once a layer."""
+        made = self._get_scheduler_metadata(
+            aot_schedule=self.aot_schedule,
+            batch_size=len(launch.lengths),
+            cu_query_lens=launch.query_starts,
+            max_query_len=1,
+            seqlens=launch.lengths,
+            max_seq_len=launch.max_length,
+            causal=launch.causal,
+            max_num_splits=launch.num_splits,
+        )
+        if made is not None:
+            assert launch.schedule is not None
+            launch.schedule[: len(made)] = made
+            launch.schedule[len(made) :] = 0
+
 
 class NanoCPFlashAttentionImpl(FlashAttentionImpl):
-    """Local rows, guests, merge. The KV of all new tokens is in the cache before ``forward`` runs, on every rank
-    before it serves guests (the dispatch is a collective)."""
+    """Plain rows, guests, own rows, merge. The KV of all new tokens is in the cache before ``forward`` runs, on every
+    rank before it serves guests (the dispatch is a collective).
+
+    Raises:
+        NanoCPConfigError: this GPU or layer would not run FlashAttention 3.
+    """
 
     serves_shards = True
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        if self.vllm_flash_attn_version != 3:
+            raise NanoCPConfigError(
+                f"nanocp: FlashAttention {self.vllm_flash_attn_version} with max_degree above 1 is not supported: only "
+                "version 3 (Hopper GPUs) is known to return mergeable partials; use --nanocp-config "
+                "'{\"max_degree\": 1}' to serve with one scheduler and no sharding"
+            )
 
     def forward(  # type: ignore[override]
         self,
@@ -158,64 +148,79 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows: ShardedRows | None = getattr(attn_metadata, "sharded", None)
-        if rows is None:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
-        exchange, step, version = context.exchange, rows.step, self.vllm_flash_attn_version
-        assert exchange is not None and version is not None
-        n = attn_metadata.num_actual_tokens
-        queries = query[:n]
-        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        visiting = exchange.dispatch(queries.index_select(0, rows.send_tokens), step.send_counts, step.recv_counts)
-        answers = self._serve(rows.guests, visiting, keys, values)
-        _, lse = flash_attn_varlen_func(
-            q=queries,
-            k=keys,
-            v=values,
-            out=output[:n],
-            cu_seqlens_q=attn_metadata.query_start_loc,
-            max_seqlen_q=attn_metadata.max_query_len,
-            seqused_k=attn_metadata.seq_lens,
-            max_seqlen_k=attn_metadata.max_seq_len,
-            softmax_scale=self.scale,
-            causal=True,
-            block_table=attn_metadata.block_table,
-            return_softmax_lse=True,
-            scheduler_metadata=attn_metadata.scheduler_metadata,
-            fa_version=version,
-            num_splits=attn_metadata.max_num_splits,
-        )
-        partials = exchange.combine(answers, step.recv_counts, step.send_counts)
-        for tokens, visits in rows.local:
-            outputs = [output[tokens].float(), *(partials[visit, :, :-1] for visit in visits)]
-            lses = [lse[:, tokens].transpose(0, 1), *(partials[visit, :, -1] for visit in visits)]
-            output[tokens] = merge_partials(torch.stack(outputs), torch.stack(lses)).to(output.dtype)
+        if rows is None or rows.plain:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        if rows is not None:
+            self._visit(layer, query, kv_cache, rows, output)
         return output
 
-    def _serve(
-        self, guests: GuestBatch | None, visiting: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """Partial results of the visiting queries: [rows, num_heads, head_size + 1], output and log-sum-exp."""
-        shape = (*visiting.shape[:2], self.head_size + 1)
-        answers = torch.empty(shape, dtype=torch.float32, device=visiting.device)
-        version = self.vllm_flash_attn_version
-        if guests is not None:
-            assert version is not None
-            out, lse = flash_attn_varlen_func(
-                q=visiting,
-                k=keys,
-                v=values,
-                cu_seqlens_q=guests.query_starts,
-                max_seqlen_q=guests.max_queries,
-                seqused_k=guests.lengths,
-                max_seqlen_k=guests.max_length,
-                softmax_scale=self.scale,
-                causal=False,
-                block_table=guests.block_table,
-                return_softmax_lse=True,
-                fa_version=version,
-            )
-            answers[:, :, :-1] = out
-            answers[:, :, -1] = lse.transpose(0, 1)
-        return answers
+    def _visit(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: ShardedRows,
+        output: torch.Tensor,
+    ) -> None:
+        """The sharded rows of a step: dispatch, attend, combine, merge, write."""
+        exchange, layout = context.exchange, RowLayout(self.num_heads, self.head_size, output.dtype)
+        assert exchange is not None
+        visiting = exchange.dispatch(query.index_select(0, rows.send), rows.send_counts, rows.recv_counts)
+        answers = layout.empty(len(visiting), output.device)
+        if rows.guests is not None:
+            self._attend(layer, visiting, kv_cache, rows.guests, layout, answers)
+        sent = rows.partials[: len(rows.send)]
+        exchange.combine(answers, rows.recv_counts, rows.send_counts, sent)
+        if rows.own is not None:
+            assert rows.tokens is not None
+            mine = rows.partials[len(sent) : len(sent) + len(rows.tokens)]
+            self._attend(layer, query.index_select(0, rows.tokens), kv_cache, rows.own, layout, mine)
+        if rows.pick is None:
+            return
+        merged = layout.merge(rows.partials, rows.pick)
+        if rows.result_of is None:
+            assert rows.tokens is not None
+            output.index_copy_(0, rows.tokens, merged)
+        else:
+            assert rows.visits is not None
+            out = output[: len(rows.visits)]
+            torch.where(rows.visits[:, None, None], merged.index_select(0, rows.result_of), out, out=out)
+
+    def _attend(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        launch: ShardLaunch,
+        layout: RowLayout,
+        into: torch.Tensor,
+    ) -> None:
+        """Partial results of queries over shards held here, as rows."""
+        keys, values = (
+            canonicalize_singleton_dim_strides(part) for part in kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        )
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            keys, values = keys.view(current_platform.fp8_dtype()), values.view(current_platform.fp8_dtype())
+        scales, version = (len(launch.lengths), self.num_kv_heads), self.vllm_flash_attn_version
+        assert version is not None
+        _, lse = fa_utils.flash_attn_varlen_func(
+            q=query,
+            k=keys,
+            v=values,
+            out=layout.outputs(into),
+            cu_seqlens_q=launch.query_starts,
+            max_seqlen_q=launch.max_queries,
+            seqused_k=launch.lengths,
+            max_seqlen_k=launch.max_length,
+            softmax_scale=self.scale,
+            causal=launch.causal,
+            block_table=launch.block_table,
+            return_softmax_lse=True,
+            scheduler_metadata=launch.schedule,
+            fa_version=version,
+            q_descale=layer._q_scale.expand(scales) if self.supports_quant_query_input else None,
+            k_descale=layer._k_scale.expand(scales),
+            v_descale=layer._v_scale.expand(scales),
+            num_splits=launch.num_splits,
+        )
+        torch.mul(lse.transpose(0, 1), LOG2_E, out=layout.lses(into))

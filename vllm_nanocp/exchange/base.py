@@ -8,37 +8,44 @@ from typing import Protocol
 
 import torch
 
+# Rows for (or from) each rank; None: as many for every rank.
+Counts = Sequence[int] | None
+
 
 class Exchange(Protocol):
     """Moves rows between ranks. Every rank makes the same calls in the same order, also with nothing to send.
 
     ``counts[r]`` is the number of rows for (or from) rank r, known to all ranks from the step plan. Rows for a rank
-    lie together, the ranks' in ascending order.
+    lie together, the ranks' in ascending order. Without counts every pair of ranks exchanges equally many rows: then
+    the same calls can be captured in a graph and replayed for any step.
     """
 
-    def dispatch(self, queries: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> torch.Tensor:
+    def dispatch(self, queries: torch.Tensor, send_counts: Counts, recv_counts: Counts) -> torch.Tensor:
         """Send queries to the holders of the shards they visit.
 
         Args:
-            queries: [sum(send_counts), num_heads, head_size].
+            queries: [rows to send, num_heads, head_size].
             send_counts: rows for each rank.
             recv_counts: rows from each rank.
 
         Returns:
-            [sum(recv_counts), num_heads, head_size], valid until the next call.
+            [rows to receive, num_heads, head_size], valid until the next call.
         """
         ...
 
-    def combine(self, partials: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> torch.Tensor:
+    def combine(
+        self, partials: torch.Tensor, send_counts: Counts, recv_counts: Counts, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Send partial results back to the homes.
 
         Args:
-            partials: [sum(send_counts), num_heads, head_size + 1], float32: output, then natural log-sum-exp.
+            partials: [rows to send, ...], one row for each query that ``dispatch`` received: output and log-sum-exp,
+                laid out as the attention path likes.
             send_counts: rows for each rank (what ``dispatch`` received from it).
             recv_counts: rows from each rank (what ``dispatch`` sent to it).
+            out: contiguous [rows to receive, ...], to write to.
 
         Returns:
-            [sum(recv_counts), num_heads, head_size + 1], float32, in the order of the queries sent; valid until the
-            next call.
+            ``out``, or a tensor that is valid until the next call: a row for each query sent, in that order.
         """
         ...

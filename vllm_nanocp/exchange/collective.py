@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
 import torch
 import torch.distributed as dist
+
+from .base import Counts
 
 
 class CollectiveExchange:
@@ -23,23 +25,32 @@ class CollectiveExchange:
 
     def _buffer(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """A tensor of this shape over storage that only grows."""
-        size = 1
-        for n in shape:
-            size *= n
+        size = math.prod(shape)
         buffer = self._buffers.get(like.dtype)
         if buffer is None or buffer.numel() < size:
             buffer = torch.empty(size, dtype=like.dtype, device=like.device)
             self._buffers[like.dtype] = buffer
         return buffer[:size].view(shape)
 
-    def _all_to_all(self, rows: torch.Tensor, send: Sequence[int], recv: Sequence[int]) -> torch.Tensor:
+    def _all_to_all(self, rows: torch.Tensor, send: Counts, recv: Counts, out: torch.Tensor | None) -> torch.Tensor:
         self.calls += 1
-        out = self._buffer((sum(recv), *rows.shape[1:]), rows)
-        dist.all_to_all_single(out, rows.contiguous(), list(recv), list(send), group=self.group)
+        if out is None:
+            shape = (len(rows) if recv is None else sum(recv), *rows.shape[1:])
+            # A graph keeps the addresses it was captured with, so it must not share storage that may be replaced.
+            out = rows.new_empty(shape) if recv is None else self._buffer(shape, rows)
+        # Bytes, where NCCL has no name for the type (float8).
+        source, target = rows.contiguous(), out
+        if rows.dtype.itemsize == 1:
+            source, target = source.view(torch.uint8), target.view(torch.uint8)
+        dist.all_to_all_single(
+            target, source, None if recv is None else list(recv), None if send is None else list(send), self.group
+        )
         return out
 
-    def dispatch(self, queries: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> torch.Tensor:
-        return self._all_to_all(queries, send_counts, recv_counts)
+    def dispatch(self, queries: torch.Tensor, send_counts: Counts, recv_counts: Counts) -> torch.Tensor:
+        return self._all_to_all(queries, send_counts, recv_counts, None)
 
-    def combine(self, partials: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> torch.Tensor:
-        return self._all_to_all(partials, send_counts, recv_counts)
+    def combine(
+        self, partials: torch.Tensor, send_counts: Counts, recv_counts: Counts, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._all_to_all(partials, send_counts, recv_counts, out)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
 
-from ..plan import StepPlan
+from ..plan import IDLE, Batch, StepPlan
 
 
 @dataclass
@@ -74,3 +74,21 @@ def merge(ranks: list[SchedulerOutput], plan: StepPlan) -> NanoCPSchedulerOutput
         if part.scheduled_encoder_inputs:
             out.scheduled_encoder_inputs.update(part.scheduled_encoder_inputs)
     return out
+
+
+def describe(ranks: list[SchedulerOutput]) -> list[Batch]:
+    """The ranks' batches, as their model runners will see them; empty when there are no tokens at all."""
+    if not any(part.total_num_scheduled_tokens for part in ranks):
+        return []
+    return [_batch(part) if part.total_num_scheduled_tokens else IDLE for part in ranks]
+
+
+def _batch(part: SchedulerOutput) -> Batch:
+    num_reqs, num_tokens = len(part.num_scheduled_tokens), part.total_num_scheduled_tokens
+    # One token each; a request's first token is no decode, though it may be its only one.
+    decode = (
+        num_tokens == num_reqs
+        and all(part.scheduled_cached_reqs.num_computed_tokens)
+        and all(request.num_computed_tokens for request in part.scheduled_new_reqs)
+    )
+    return Batch(num_reqs, num_tokens, decode)

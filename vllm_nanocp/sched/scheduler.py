@@ -32,7 +32,7 @@ from .. import status
 from ..errors import NanoCPConfigError
 from ..placement import ShardMap
 from ..plan import StepPlan
-from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, merge
+from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, describe, merge
 from .placer import Placer
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .sharded import ShardedRequest
@@ -58,9 +58,7 @@ class NanoCPScheduler(SchedulerInterface):
         include_finished_set: bool = False,
         log_stats: bool = False,
     ) -> None:
-        raw = vllm_config.additional_config
-        assert isinstance(raw, dict)
-        self.config = nanocp_config.parse(raw[nanocp_config.KEY])
+        self.config = nanocp_config.of(vllm_config)
         self.kv_cache_config = kv_cache_config
         self.block_size = block_size
         # Shards and prefixes are found by the blocks of one group; models with more are served unsharded.
@@ -143,12 +141,17 @@ class NanoCPScheduler(SchedulerInterface):
                 return
             self.waiting.pop_request()
             del self.unplaced[request.request_id]
-            if len(shard_map.runs) == 1:
+            if len(shard_map.runs) == 1 and not self._bench(shard_map):
                 self.rank_of[request.request_id] = shard_map.home
                 self.ranks[shard_map.home].enter(request)
             else:
                 self._open(request, shard_map)
             self._serial += 1
+
+    def _bench(self, shard_map: ShardMap) -> bool:
+        """Whether a request of one run is to be taken as computed: then its blocks are allocated here, too."""
+        room = self.ranks[shard_map.home].num_free_blocks
+        return self.config.decode_bench and room >= shard_map.num_blocks
 
     def _open(self, request: Request, shard_map: ShardMap) -> None:
         """Take or allocate the blocks of all shards of a request, and let its first member with work enter."""
@@ -165,6 +168,8 @@ class NanoCPScheduler(SchedulerInterface):
             member.skip_reading_prefix_cache |= member is not request
             self._owner[member.request_id] = request.request_id
             known += cached
+            if self.config.decode_bench:
+                member.num_computed_tokens = min(run.end_block * self.block_size, request.num_tokens - 1)
         for member, run in zip(sharded.members, shard_map.runs, strict=True):
             self.ranks[run.rank].allocate(member, run.end_block)
         hits = known * self.block_size
@@ -275,7 +280,7 @@ class NanoCPScheduler(SchedulerInterface):
         plan, self._plan = self._plan, StepPlan()
         self.num_steps += 1
         self.num_sharded_steps += bool(plan.rows)
-        plan.tokens = [part.total_num_scheduled_tokens for part in parts]
+        plan.batches = describe(parts)
         return merge(parts, plan)
 
     def _advance(self, parts: list[SchedulerOutput]) -> None:

@@ -3,14 +3,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
 
+from ..attention.partials import RowLayout, warm_up
 from .worker import OneRank
 
 
 class NanoCPGPUWorker(OneRank, Worker):
     """vLLM's GPU worker as one of N ranks."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if self.nanocp.degree_limit > 1:
+            model = self.vllm_config.model_config
+            assert self.device is not None and isinstance(model.dtype, torch.dtype)
+            layout = RowLayout(model.get_num_attention_heads(self.parallel_config), model.get_head_size(), model.dtype)
+            warm_up(layout, self.device)
 
     def register_attention(self) -> None:
         register_backend(

@@ -3,14 +3,23 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Protocol
 
+import torch
+from vllm.config.compilation import CUDAGraphMode
+
 from ..attention.context import context
+from ..plan import StepPlan
 
 
 class RunnerAdapter(Protocol):
-    """What the worker asks of a model runner."""
+    """What the worker asks of a model runner.
+
+    Attributes:
+        plan: of the step that runs; None outside of one (warm-up, memory profiling).
+    """
+
+    plan: StepPlan | None
 
     def batch_row(self, req_id: str) -> int:
         """Index of a request in the batch being prepared."""
@@ -26,10 +35,26 @@ class RunnerAdapter(Protocol):
 
 
 class V1Runner:
-    """``vllm/v1/worker/gpu_model_runner.py``."""
+    """``vllm/v1/worker/gpu_model_runner.py``. Its ``coordinate_batch_across_dp`` is answered from the plan when there
+    are no graphs, whose padding only the other ranks know."""
 
     def __init__(self, model_runner: Any) -> None:
+        from vllm.v1.worker import gpu_model_runner as module
+
         self.model_runner = model_runner
+        self.plan: StepPlan | None = None
+        mode = model_runner.compilation_config.cudagraph_mode
+        if mode is None or mode == CUDAGraphMode.NONE:
+            self._ask_ranks = module.coordinate_batch_across_dp
+            module.coordinate_batch_across_dp = self._coordinate  # type: ignore[assignment]
+
+    def _coordinate(self, num_tokens_unpadded: int, *args: Any, **kwargs: Any) -> Any:
+        if self.plan is None:
+            return self._ask_ranks(num_tokens_unpadded, *args, **kwargs)
+        tokens = torch.tensor([batch.num_tokens for batch in self.plan.batches], dtype=torch.int32)
+        rank = self.model_runner.parallel_config.data_parallel_rank
+        _check(num_tokens_unpadded == tokens[rank], num_tokens_unpadded, self.plan, rank)
+        return False, tokens, CUDAGraphMode.NONE.value
 
     def batch_row(self, req_id: str) -> int:
         return int(self.model_runner.input_batch.req_id_to_index[req_id])
@@ -38,48 +63,70 @@ class V1Runner:
         self.model_runner._dummy_run(1, uniform_decode=True, force_attention=attention)
 
 
-def _keep_sharded_steps_out_of_full_graphs() -> None:
-    """Let V2's dispatcher see a sharded step as one that is no uniform decode. Idempotent.
-
-    Full graphs are captured without the exchange; a step whose rows visit shards must run attention outside of a
-    graph, in pieces or eagerly, on every rank. All ranks know the plan, so all agree.
-    """
-    from vllm.v1.worker.gpu import model_runner as module
-
-    dispatch = module.dispatch_cg_and_sync_dp
-    if hasattr(dispatch, "__wrapped__"):
-        return
-
-    @functools.wraps(dispatch)
-    def dispatch_cg_and_sync_dp(
-        manager: Any, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        if context.step is not None:
-            uniform_token_count = None
-            kwargs |= dict(max_query_len=None, uniform_decode=False)
-        return dispatch(manager, num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
-
-    module.dispatch_cg_and_sync_dp = dispatch_cg_and_sync_dp  # type: ignore[assignment]
-
-
 class V2Runner:
     """``vllm/v1/worker/gpu/model_runner.py``. Its batch exists only inside a step: ``prepare_attn`` is handed it
-    just before attention metadata is built, so the order of its requests is noted there."""
+    just before attention metadata is built, so the order of its requests is noted there. Its
+    ``dispatch_cg_and_sync_dp`` is answered from the plan, and its manager of graphs is this package's."""
 
     def __init__(self, model_runner: Any) -> None:
+        from vllm.v1.worker.gpu import model_runner as module
+
+        from .graphs import NanoCPCudaGraphManager
+
         self.model_runner = model_runner
-        _keep_sharded_steps_out_of_full_graphs()
+        self.plan: StepPlan | None = None
         self._rows: dict[str, int] = {}
-        prepare_attn = model_runner.prepare_attn
+        self._prepare_attn = model_runner.prepare_attn
+        model_runner.prepare_attn = self._note_rows
+        # What these runs need depends on what only their rank knows: adapters, encoder inputs.
+        self._must_ask = model_runner.lora_config is not None or model_runner.is_encoder_decoder
+        self._ask_ranks = module.dispatch_cg_and_sync_dp
+        module.dispatch_cg_and_sync_dp = self._dispatch  # type: ignore[assignment]
+        module.ModelCudaGraphManager = NanoCPCudaGraphManager  # type: ignore[misc]
 
-        def note_rows(input_batch: Any) -> Any:
-            self._rows = {req_id: row for row, req_id in enumerate(input_batch.req_ids)}
-            return prepare_attn(input_batch)
+    def _note_rows(self, input_batch: Any) -> Any:
+        self._rows = {req_id: row for row, req_id in enumerate(input_batch.req_ids)}
+        return self._prepare_attn(input_batch)
 
-        model_runner.prepare_attn = note_rows
+    def _dispatch(
+        self,
+        manager: Any,
+        num_reqs: int,
+        num_tokens: int,
+        uniform_token_count: int | None,
+        dp_size: int,
+        dp_rank: int,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock's answer without its all-reduce, or a graph that knows shards.
+
+        Where the ranks must be asked, sharded steps run attention outside of graphs.
+        """
+        from .agreement import agree, capacity_of
+
+        plan, step = self.plan, context.step
+        if plan is None or self._must_ask:
+            if step is not None:
+                uniform_token_count = None
+                kwargs |= dict(max_query_len=None, uniform_decode=False)
+            return self._ask_ranks(manager, num_reqs, num_tokens, uniform_token_count, dp_size, dp_rank, **kwargs)
+        mine = plan.batches[dp_rank]
+        seen = (num_reqs, num_tokens, uniform_token_count == 1)
+        _check(seen == (mine.num_reqs, mine.num_tokens, mine.decode), seen, plan, dp_rank)
+        visits = plan.most_visits(dp_size) if step is not None else None
+        desc, state = agree(manager, plan.batches, dp_rank, step is not None, visits)
+        if step is not None:
+            step.capacity = capacity_of(desc)
+        return desc, state
 
     def batch_row(self, req_id: str) -> int:
         return self._rows[req_id]
 
     def run_idle(self, attention: bool) -> None:
         self.model_runner._dummy_run(1, uniform_decode=True)  # always with attention
+
+
+def _check(same: Any, seen: Any, plan: StepPlan, rank: int) -> None:
+    """A rank that sees another batch than the plan says would leave the others waiting in a collective: say so now."""
+    if not same:
+        raise RuntimeError(f"nanocp: rank {rank} runs {seen} where the step plan has {plan.batches[rank]}")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from ..attention.context import Guest, OwnRow, ShardedStep
 from ..plan import StepPlan
@@ -31,7 +32,7 @@ class ShardTable:
         A shard may be opened and closed by one plan: when its request found it cached and was preempted at once.
         """
         for shard, blocks in plan.opened.get(self.rank, ()):
-            self._blocks[shard] = torch.tensor(blocks, dtype=torch.int64, device=self.device)
+            self._blocks[shard] = async_tensor_h2d(blocks, self.device, torch.int64)
         for shard in plan.closed:
             self._blocks.pop(shard, None)
 
@@ -56,22 +57,19 @@ def make_step(
     if not plan.rows:
         return None
     me = shards.rank
-    step = ShardedStep(own=[], guests=[], send_counts=[0] * num_ranks, recv_counts=[0] * num_ranks)
-    visitors: list[tuple[int, int, int, str, int]] = []  # home, first row among its rows, queries, shard, length
+    step = ShardedStep(me, send_counts=[0] * num_ranks, recv_counts=[0] * num_ranks)
     for row in plan.rows:
-        sources: list[tuple[int, int]] = []
+        visits: list[tuple[int, int]] = []
         for holder in row.holders:
             if row.home == me:
-                sources.append((holder.rank, step.send_counts[holder.rank]))
+                visits.append((holder.rank, step.send_counts[holder.rank]))
                 step.send_counts[holder.rank] += row.num_queries
             if holder.rank == me:
-                first = step.recv_counts[row.home]
-                visitors.append((row.home, first, row.num_queries, holder.shard, holder.length))
+                first, blocks = step.recv_counts[row.home], shards[holder.shard]
+                step.guests.append(Guest(row.home, first, row.num_queries, holder.shard, blocks, holder.length))
                 step.recv_counts[row.home] += row.num_queries
         if row.home == me:
-            own = OwnRow(partial(batch_row, row.req_id), row.num_queries, row.first_block, row.local_tokens, sources)
+            own = OwnRow(partial(batch_row, row.req_id), row.num_queries, row.first_block, row.local_tokens, visits)
             step.own.append(own)
-    first_of_rank = [sum(step.recv_counts[:r]) for r in range(num_ranks)]
-    for home, first, queries, shard, length in sorted(visitors, key=lambda v: v[:2]):
-        step.guests.append(Guest(first_of_rank[home] + first, queries, shards[shard], length))
+    step.guests.sort(key=lambda guest: (guest.home, guest.index))
     return step

@@ -36,6 +36,8 @@ class OneRank(_Base):
 
     shards: ShardTable
     runner: RunnerAdapter
+    num_sharded_steps = 0
+    num_captured_steps = 0
 
     def __init__(
         self,
@@ -46,9 +48,7 @@ class OneRank(_Base):
         is_driver_worker: bool = False,
         **kwargs: Any,
     ) -> None:
-        raw = vllm_config.additional_config
-        assert isinstance(raw, dict)
-        self.nanocp = nanocp_config.parse(raw[nanocp_config.KEY])
+        self.nanocp = nanocp_config.of(vllm_config)
         parallel = vllm_config.parallel_config
         tp_size = parallel.tensor_parallel_size
         parallel.world_size = tp_size
@@ -100,14 +100,22 @@ class OneRank(_Base):
         part = scheduler_output.ranks[self.shards.rank]
         self.shards.update(plan)
         context.step = make_step(plan, self.shards, self.nanocp.ranks, self.runner.batch_row)
+        self.runner.plan = plan
         try:
             output = super().execute_model(part)
             self._idle = not part.total_num_scheduled_tokens
-            if self._idle and any(plan.tokens):
+            if self._idle and plan.batches:
                 self.runner.run_idle(attention=context.step is not None)
+            if context.step is not None:
+                self.num_sharded_steps += 1
+                self.num_captured_steps += context.step.capacity > 0
         finally:
-            context.step = None
+            context.step = self.runner.plan = None
         return output if self.tp_rank == 0 else None
+
+    def nanocp_counters(self) -> dict[str, int]:
+        """Sharded steps of this worker, and those of them that replayed a graph with the exchange in it."""
+        return {"sharded_steps": self.num_sharded_steps, "captured_steps": self.num_captured_steps}
 
     def sample_tokens(  # type: ignore[override]
         self, grammar_output: NanoCPGrammarOutput | GrammarOutput | None

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ranks agree on without asking each other: against what vLLM's own functions find by asking."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker import dp_utils as v1_dp_utils
+from vllm.v1.worker.gpu import cudagraph_utils, dp_utils
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+
+from vllm_nanocp.attention.context import ShardedStep, context
+from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
+from vllm_nanocp.worker.agreement import agree, capacity_of
+from vllm_nanocp.worker.graphs import NanoCPCudaGraphManager, ShardedDescriptor, sharded_sizes
+from vllm_nanocp.worker.runner import V1Runner, V2Runner
+
+SIZES = [1, 2, 4, 8, 16, 24, 32]
+
+
+def make_manager(monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, degree: int = 2) -> NanoCPCudaGraphManager:
+    """With graphs 'captured' for all it would capture."""
+    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: SimpleNamespace(is_first_rank=1, is_last_rank=1))
+    nanocp = {"ranks": 2, "max_degree": degree, "graph_capacities": [2, 8]}
+    config: Any = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=24),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=SIZES, max_cudagraph_capture_size=32),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=2, data_parallel_rank=1),
+        speculative_config=None,
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+        additional_config={"nanocp": nanocp},
+    )
+    monkeypatch.setattr(cudagraph_utils.current_platform, "get_global_graph_pool", lambda: None, raising=False)
+    manager = NanoCPCudaGraphManager(config, torch.device("cpu"), mode, decode_query_len=1)
+    manager._graphs_captured = True
+    manager.graphs = {d: SimpleNamespace() for d in manager._capture_descs.get(CUDAGraphMode.FULL, [])}  # type: ignore
+    return manager
+
+
+@pytest.fixture
+def managers(monkeypatch: pytest.MonkeyPatch) -> dict[CUDAGraphMode, NanoCPCudaGraphManager]:
+    return {mode: make_manager(monkeypatch, mode) for mode in MODES}
+
+
+MODES = [CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE]
+
+
+def test_sizes() -> None:
+    assert sharded_sizes([1, 2, 4, 8, 16, 24], [4, 16]) == [
+        (1, 4), (2, 4), (4, 4), (8, 4), (16, 4), (16, 16), (24, 4), (24, 16)
+    ]  # fmt: skip
+    assert sharded_sizes([8], []) == sharded_sizes([], [4]) == []
+    assert sharded_sizes([1, 2], [8, 16]) == [(1, 8), (2, 8)]
+
+
+def test_what_is_captured(managers: dict[CUDAGraphMode, NanoCPCudaGraphManager]) -> None:
+    """Beside all of vLLM's, from large to small; vLLM's dispatcher never finds them."""
+    manager = managers[CUDAGraphMode.FULL_AND_PIECEWISE]
+    captured = manager._capture_descs[CUDAGraphMode.FULL]
+    assert [d.num_tokens for d in captured] == sorted((d.num_tokens for d in captured), reverse=True)
+    sharded = [d for d in captured if isinstance(d, ShardedDescriptor)]
+    assert sharded and sharded == sorted(manager.sharded, key=lambda d: -d.num_tokens)
+    stock = [d for d in captured if not isinstance(d, ShardedDescriptor)]
+    assert [d.num_tokens for d in stock] == [24, 16, 8, 4, 2, 1]
+    for tokens in range(1, 33):
+        assert not isinstance(manager.dispatch(tokens, tokens, 1, 0), ShardedDescriptor)
+    assert not managers[CUDAGraphMode.PIECEWISE].sharded and not managers[CUDAGraphMode.NONE].sharded
+
+
+def test_nothing_more_is_captured_without_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not make_manager(monkeypatch, CUDAGraphMode.FULL_AND_PIECEWISE, degree=1).sharded
+
+
+def test_the_smallest_graph_that_fits(managers: dict[CUDAGraphMode, NanoCPCudaGraphManager]) -> None:
+    manager = managers[CUDAGraphMode.FULL_AND_PIECEWISE]
+
+    def found(tokens: int, visits: int) -> tuple[int, int] | None:
+        desc = manager.sharded_graph(tokens, visits)
+        return None if desc is None else (desc.num_tokens, desc.capacity)
+
+    assert found(1, 1) == (1, 2) and found(3, 2) == (4, 2) and found(3, 3) == (8, 8) and found(9, 8) == (16, 8)
+    assert found(24, 1) == (24, 2) and found(25, 1) is None and found(4, 9) is None
+    manager.graphs = {}  # not captured yet
+    assert found(1, 1) is None
+
+
+def test_capture_lays_out_an_empty_step(
+    monkeypatch: pytest.MonkeyPatch, managers: dict[CUDAGraphMode, NanoCPCudaGraphManager]
+) -> None:
+    """While vLLM prepares the inputs of a sharded graph, and for no other."""
+    seen: dict[BatchExecutionDescriptor, ShardedStep | None] = {}
+
+    def fake(self: Any, create: Callable[..., Any], progress: str) -> None:
+        for desc in self._capture_descs[CUDAGraphMode.FULL]:
+            create(desc, warmup=True)
+            assert context.step is None
+
+    monkeypatch.setattr(CudaGraphManager, "capture", fake)
+    manager = managers[CUDAGraphMode.FULL_AND_PIECEWISE]
+    super(cudagraph_utils.ModelCudaGraphManager, manager).capture(
+        lambda desc, warmup: seen.update({desc: context.step})
+    )
+    for desc, step in seen.items():
+        if isinstance(desc, ShardedDescriptor):
+            assert step == ShardedStep(1, send_counts=[0, 0], recv_counts=[0, 0], capacity=desc.capacity)
+        else:
+            assert step is None
+    assert len(seen) == len(manager._capture_descs[CUDAGraphMode.FULL])
+
+
+batches = st.one_of(
+    st.just(IDLE),
+    st.integers(1, 24).map(lambda n: Batch(n, n, True)),
+    st.tuples(st.integers(1, 24), st.integers(0, 40)).map(lambda t: Batch(t[0], sum(t), False)),
+)
+
+
+def stock_answer(manager: Any, worlds: list[Batch], rank: int) -> Any:
+    """vLLM's functions, with an all-reduce that knows what the others would put in."""
+
+    def contributions(tensor: torch.Tensor, group: Any) -> None:
+        for other, batch in enumerate(worlds):
+            if other == rank:
+                continue
+            uniform = 1 if batch.decode else None
+            desired = manager.dispatch(
+                batch.num_reqs, batch.num_tokens, uniform, num_active_loras=0, max_query_len=None
+            )
+            tensor[0][other], tensor[1][other] = batch.num_tokens, desired.cg_mode.value
+            tensor[2][other], tensor[3][other], tensor[5][other] = uniform or 0, -1, batch.num_reqs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dp_utils, "get_dp_group", lambda: SimpleNamespace(cpu_group=None))
+        patch.setattr(dp_utils.dist, "all_reduce", contributions)
+        mine = worlds[rank]
+        return dp_utils.dispatch_cg_and_sync_dp(
+            manager, mine.num_reqs, mine.num_tokens, 1 if mine.decode else None, len(worlds), rank
+        )
+
+
+def same(ours: Any, stock: Any) -> None:
+    (desc, state), (stock_desc, stock_state) = ours, stock
+    assert desc == stock_desc
+    assert torch.equal(state.num_tokens_across_dp, stock_state.num_tokens_across_dp)
+    for f in dataclasses.fields(state):
+        if f.name != "num_tokens_across_dp":
+            assert getattr(state, f.name) == getattr(stock_state, f.name), f.name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(world=st.lists(batches, min_size=2, max_size=5))
+def test_without_shards_it_is_what_vllm_finds(mode: CUDAGraphMode, world: list[Batch]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        manager = make_manager(patch, mode)
+        for rank in range(len(world)):
+            same(agree(manager, world, rank, False, None), stock_answer(manager, world, rank))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(world=st.lists(batches, min_size=2, max_size=5), visits=st.none() | st.integers(1, 10))
+def test_with_shards_all_ranks_find_the_same(mode: CUDAGraphMode, world: list[Batch], visits: int | None) -> None:
+    """One graph that knows shards and has room for all; or, on every rank, none that would replay without them."""
+    with pytest.MonkeyPatch.context() as patch:
+        manager = make_manager(patch, mode)
+        found = [agree(manager, world, rank, True, visits) for rank in range(len(world))]
+        modes = {desc.cg_mode for desc, _ in found}
+        assert len(modes) == 1
+        if modes == {CUDAGraphMode.FULL}:
+            assert len({desc for desc, _ in found}) == 1
+            (desc, _) = found[0]
+            assert all(b.decode for b in world) and visits is not None and visits <= capacity_of(desc)
+            assert desc.num_tokens >= max(b.num_tokens for b in world)
+        else:
+            assert all(capacity_of(desc) == 0 for desc, _ in found)
+            plain = [Batch(b.num_reqs, b.num_tokens, False) for b in world]
+            for rank, ours in enumerate(found):
+                same(ours, stock_answer(manager, plain, rank))
+
+
+def test_busiest_pair() -> None:
+    def row(home: int, *holders: int, queries: int = 1) -> PlanRow:
+        return PlanRow("r", home, queries, 0, 0, tuple(Holder(rank, "s", 16) for rank in holders))
+
+    assert StepPlan().most_visits(3) == 0
+    assert StepPlan(rows=[row(0, 1), row(0, 2), row(0, 2), row(1, 0)]).most_visits(3) == 3  # 0 visits itself thrice
+    assert StepPlan(rows=[row(0, 1, 1), row(2, 1)]).most_visits(3) == 2
+    assert StepPlan(rows=[row(0, 1), row(0, 1, queries=2)]).most_visits(3) is None
+    assert StepPlan(rows=[row(0, 1, 2, 1)]).most_visits(3) is None  # with its own part, more than one for each rank
+
+
+def runner_of(**values: Any) -> Any:
+    return SimpleNamespace(
+        prepare_attn=lambda batch: batch, lora_config=None, is_encoder_decoder=False, parallel_config=None, **values
+    )
+
+
+def test_the_v2_runner_asks_nobody(
+    monkeypatch: pytest.MonkeyPatch, managers: dict[CUDAGraphMode, NanoCPCudaGraphManager]
+) -> None:
+    from vllm.v1.worker.gpu import model_runner as module
+
+    asked: list[Any] = []
+    monkeypatch.setattr(module, "dispatch_cg_and_sync_dp", lambda *args, **kwargs: asked.append((args, kwargs)))
+    monkeypatch.setattr(module, "ModelCudaGraphManager", module.ModelCudaGraphManager)
+    runner = V2Runner(runner_of())
+    manager = managers[CUDAGraphMode.FULL_AND_PIECEWISE]
+    assert module.ModelCudaGraphManager is NanoCPCudaGraphManager
+    dispatch = module.dispatch_cg_and_sync_dp
+    dispatch(manager, 3, 3, 1, 2, 0)
+    assert len(asked) == 1  # vLLM's own warm-up runs have no plan
+    runner.plan = StepPlan(batches=[Batch(3, 3, True), IDLE])
+    desc, _ = dispatch(manager, 3, 3, 1, 2, 0)
+    assert (desc.cg_mode, desc.num_tokens) == (CUDAGraphMode.FULL, 4) and len(asked) == 1
+    runner.plan.rows.append(PlanRow("r", 0, 1, 0, 0, (Holder(1, "s", 16),)))
+    context.step = ShardedStep(0)
+    try:
+        desc, _ = dispatch(manager, 3, 3, 1, 2, 0)
+        assert context.step.capacity == 2 == desc.capacity and len(asked) == 1
+        with pytest.raises(RuntimeError, match=r"rank 1 runs \(2, 2, True\)"):
+            dispatch(manager, 2, 2, 1, 2, 1)
+        runner._must_ask = True
+        dispatch(manager, 3, 3, 1, 2, 0, max_query_len=1, uniform_decode=True)
+        assert asked[1] == ((manager, 3, 3, None, 2, 0), dict(max_query_len=None, uniform_decode=False))
+    finally:
+        context.step = None
+
+
+def test_the_v1_runner_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker import gpu_model_runner as module
+
+    def ask(num_tokens: int, **_: Any) -> Any:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(module, "coordinate_batch_across_dp", ask)
+    model_runner = runner_of(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE))
+    model_runner.parallel_config = SimpleNamespace(data_parallel_rank=0)
+    runner = V1Runner(model_runner)
+    world = [Batch(2, 9, False), IDLE]
+    runner.plan = StepPlan(batches=world)
+    kwargs = dict(allow_microbatching=False, num_tokens_padded=9, uniform_decode=False, cudagraph_mode=0)
+    ours = module.coordinate_batch_across_dp(num_tokens_unpadded=9, parallel_config=None, **kwargs)
+
+    def reduce(**_: Any) -> torch.Tensor:
+        return torch.tensor([[9, 1], [9, 1], [0, 0], [0, 0]], dtype=torch.int32)
+
+    monkeypatch.setattr(v1_dp_utils, "_run_ar", reduce)
+    config: Any = SimpleNamespace(data_parallel_size=2, num_ubatches=1, disable_nccl_for_dp_synchronization=True)
+    stock = v1_dp_utils.coordinate_batch_across_dp(num_tokens_unpadded=9, parallel_config=config, **kwargs)
+    assert ours[0] == stock[0] and ours[2] == stock[2] and torch.equal(ours[1], stock[1])
+    with pytest.raises(RuntimeError, match="rank 0 runs 8"):
+        module.coordinate_batch_across_dp(num_tokens_unpadded=8, parallel_config=None, **kwargs)
+    runner.plan = None
+    with pytest.raises(AssertionError, match="asked"):
+        module.coordinate_batch_across_dp(num_tokens_unpadded=9, parallel_config=None, **kwargs)

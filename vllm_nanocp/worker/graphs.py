@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA graphs for decode steps with sharded rows. Touches vLLM 0.32's ``vllm/v1/worker/gpu/cudagraph_utils.py``.
+
+vLLM captures one full graph for each of many batch sizes. Besides those, a few sizes are captured once more with the
+exchange inside, for a few capacities: visits that any two ranks may exchange. A step takes the smallest that fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager, ModelCudaGraphManager
+
+from .. import config as nanocp_config
+from ..attention.context import ShardedStep, context
+
+
+@dataclass(frozen=True)
+class ShardedDescriptor(BatchExecutionDescriptor):
+    """vLLM's descriptor of a batch that a graph is for.
+
+    Attributes:
+        capacity: visits that any two ranks exchange. A descriptor is never equal to one of vLLM's.
+    """
+
+    capacity: int = 0
+
+
+def sharded_sizes(sizes: Iterable[int], capacities: Sequence[int]) -> list[tuple[int, int]]:
+    """Which (tokens, capacity) are captured: powers of two and the largest, with capacities worth it for a size.
+
+    A batch of T tokens has at most T rows that visit, so a capacity above T serves only the visits of larger batches on
+    other ranks; the smallest capacity is there for every size.
+
+    Args:
+        sizes: tokens of vLLM's own decode graphs.
+        capacities: ascending.
+    """
+    known = set(sizes)
+    chosen = [size for size in sorted(known) if size & (size - 1) == 0 or size == max(known)]
+    return [(size, c) for size in chosen for c in capacities if c <= max(size, min(capacities))]
+
+
+class ShardedCapture(CudaGraphManager):
+    """Mixed in between vLLM's manager and its base: captures the sharded graphs along with vLLM's."""
+
+    def _init_candidates(self) -> None:
+        super()._init_candidates()
+        self.sharded: list[ShardedDescriptor] = []
+        config = nanocp_config.of(self.vllm_config)
+        full = self._capture_descs.get(CUDAGraphMode.FULL, [])
+        decode = [d.num_tokens for d in full if d.uniform_token_count == 1 and not d.num_active_loras]
+        if not decode or config.degree_limit == 1:
+            return
+        self.sharded = [
+            ShardedDescriptor(
+                cg_mode=CUDAGraphMode.FULL, num_tokens=size, num_reqs=size, uniform_token_count=1, capacity=capacity
+            )
+            for size, capacity in sharded_sizes(decode, config.graph_capacities)
+        ]
+        # vLLM captures from large to small, so that the smaller ones find their memory in the pool.
+        self._capture_descs[CUDAGraphMode.FULL] = sorted([*full, *self.sharded], key=lambda d: -d.num_tokens)
+
+    def capture(self, create_forward_fn: Callable[..., Any], progress_bar_desc: str = "Capturing CUDA graphs") -> None:
+        num_ranks = nanocp_config.of(self.vllm_config).ranks
+        rank = self.vllm_config.parallel_config.data_parallel_rank
+
+        def create(desc: BatchExecutionDescriptor, warmup: bool) -> Any:
+            if not isinstance(desc, ShardedDescriptor):
+                return create_forward_fn(desc, warmup=warmup)
+            none = [0] * num_ranks
+            context.step = ShardedStep(rank, send_counts=none, recv_counts=none, capacity=desc.capacity)
+            try:
+                return create_forward_fn(desc, warmup=warmup)
+            finally:
+                context.step = None
+
+        super().capture(create, progress_bar_desc)
+
+    def sharded_graph(self, num_tokens: int, visits: int) -> ShardedDescriptor | None:
+        """The smallest captured graph for so many tokens on the largest rank, and visits of the busiest pair."""
+        fitting = [d for d in self.sharded if d in self.graphs and d.num_tokens >= num_tokens and d.capacity >= visits]
+        return min(fitting, key=lambda d: (d.num_tokens, d.capacity), default=None)
+
+
+class NanoCPCudaGraphManager(ModelCudaGraphManager, ShardedCapture):  # type: ignore[misc]
+    """vLLM's manager of the model's graphs, with ``ShardedCapture`` below it."""

@@ -14,6 +14,8 @@ KEY = "nanocp"
 PLACEMENTS = ("balanced", "round_robin")
 EXCHANGES = ("auto", "collective")
 DECODE_BENCH = "NANOCP_DECODE_BENCH"
+# Rows that FlashAttention can cut into pieces in one launch.
+MAX_VISITS = 992
 
 
 @dataclass(frozen=True)
@@ -102,18 +104,23 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
                 raise NanoCPConfigError(f"nanocp: {key} is {raw[key]!r}; use one of {', '.join(choices)}")
             values[key] = raw[key]
     if "graph_capacities" in raw:
-        values["graph_capacities"] = _capacities(raw["graph_capacities"])
+        values["graph_capacities"] = _capacities(raw["graph_capacities"], ranks)
     if "decode_bench" in raw:
         values["decode_bench"] = _decode_bench(raw["decode_bench"])
     return NanoCPConfig(**values)
 
 
-def _capacities(value: Any) -> tuple[int, ...]:
+def _capacities(value: Any, ranks: int) -> tuple[int, ...]:
     numbers = [n for n in value if type(n) is int and n > 0] if isinstance(value, list | tuple) else []
     if not isinstance(value, list | tuple) or numbers != list(value) or numbers != sorted(set(numbers)):
         raise NanoCPConfigError(
             f"nanocp: graph_capacities must be a list of ascending positive integers, got {value!r}; "
             "use [4, 16], or [] for no graphs of sharded steps"
+        )
+    if numbers and numbers[-1] * ranks > MAX_VISITS:
+        raise NanoCPConfigError(
+            f"nanocp: graph_capacities has {numbers[-1]}, and {numbers[-1]} visits from each of {ranks} ranks are more "
+            f"than one launch serves ({MAX_VISITS}); use at most {MAX_VISITS // ranks}"
         )
     return tuple(numbers)
 

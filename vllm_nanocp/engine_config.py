@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -104,6 +103,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
     Raises:
         NanoCPConfigError
     """
+    import vllm.envs as envs
     from vllm.platforms import current_platform
 
     model = vllm_config.model_config
@@ -153,32 +153,6 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
             f"--kv-cache-dtype {cache_dtype} with max_degree above 1",
             "the attention path here cannot read it",
             "leave it out" + (", or use fp8" if cuda else ""),
-        )
-    if cuda:
-        check_merge(model, instead)
-
-
-def check_merge(model: Any, instead: str) -> None:
-    """Refuse, on CUDA, what FlashInfer's merge of partial results cannot do.
-
-    Raises:
-        NanoCPConfigError
-    """
-    import vllm.envs as envs
-
-    from .attention.partials import HEAD_SIZES
-
-    if importlib.util.find_spec("flashinfer") is None:
-        refuse(
-            "max_degree above 1 without FlashInfer",
-            "its kernels merge the ranks' partial results",
-            "install flashinfer-python, or " + instead,
-        )
-    if model.get_head_size() not in HEAD_SIZES:
-        refuse(
-            f"attention heads of {model.get_head_size()} with max_degree above 1",
-            f"FlashInfer merges heads of {', '.join(map(str, HEAD_SIZES))}",
-            instead,
         )
     if envs.VLLM_BATCH_INVARIANT:
         refuse(

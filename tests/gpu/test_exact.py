@@ -38,16 +38,23 @@ def common() -> dict[str, Any]:
     return dict(dtype="bfloat16", block_size=16, num_gpu_blocks_override=8192)
 
 
-@pytest.fixture(scope="module", params=os.environ.get("NANOCP_RUNNERS", "v2,v1,graphs").split(","))
-def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[Engine, Engine]]:
+@pytest.fixture(scope="module", params=os.environ.get("NANOCP_RUNNERS", "v2,v1,graphs,fp8").split(","))
+def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[str, Engine, Engine]]:
     """Stock and nanocp, run the same way: compiled code rounds otherwise than eager code."""
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0" if request.param == "v1" else "1"
-    args = common() | dict(enforce_eager=request.param != "graphs")
-    stock, nanocp = Engine(model, 1, **args), Engine(model, 2, {"segment_size": 600}, **args)
-    yield stock, nanocp
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0" if request.param == "v1" else "1")
+        args = common() | dict(enforce_eager=request.param != "graphs")
+        if request.param == "graphs":
+            args |= dict(compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32]})
+        if request.param == "fp8":
+            args |= dict(kv_cache_dtype="fp8")
+        stock = Engine(model, 1, **args)
+        if request.param == "graphs":  # vLLM's own check of its workers' steps
+            patch.setenv("VLLM_GPU_SYNC_CHECK", "error")
+        nanocp = Engine(model, 2, {"segment_size": 600}, **args)
+    yield request.param, stock, nanocp
     stock.close()
     nanocp.close()
-    del os.environ["VLLM_USE_V2_MODEL_RUNNER"]
 
 
 def partings(mine: list[Answer], stocks: list[Answer]) -> list[float]:
@@ -62,9 +69,9 @@ def partings(mine: list[Answer], stocks: list[Answer]) -> list[float]:
     return gaps
 
 
-def test_tokens(engines: tuple[Engine, Engine]) -> None:
+def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     """bfloat16 runs part where candidates are close, also stock's own two with different batches: no more than that."""
-    stock, nanocp = engines
+    mode, stock, nanocp = engines
     asks = [
         Ask(prompt(n, 50 + n + 7 * k), dict(max_tokens=24, logprobs=5), delay=0.01 * i)
         for k in range(4)
@@ -82,6 +89,10 @@ def test_tokens(engines: tuple[Engine, Engine]) -> None:
     for name, gaps in found.items():
         print(f"{name}: {len(gaps)} of {len(asks)} part, gaps {sorted(round(g, 3) for g in gaps)}")
     nanocp.check_nothing_left()
+    counters = nanocp.call(nanocp.llm.collective_rpc("nanocp_counters"))
+    print(f"{mode}: {counters}")
+    for worker in counters:  # of 24 steps that decode, most hold no prefill beside it
+        assert (worker["captured_steps"] > worker["sharded_steps"] / 4) == (mode == "graphs")
     allowed = found["stock alone - together"]
     for name in list(found)[1:]:
         assert len(found[name]) <= 1.5 * len(allowed) + 3, name

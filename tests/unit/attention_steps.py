@@ -272,6 +272,8 @@ class Kernel:
         device: of all tensors.
         forward: runs the implementation: (impl, layer, query, key, value, cache, metadata, output).
         capacity: see ``ShardedStep``; then batches are padded to ``pad`` rows.
+        fill: what a cache holds where nothing was written.
+        stock: attention of one row over all its keys, to compare errors with.
     """
 
     builder: Callable[[Shape], Any]
@@ -282,6 +284,8 @@ class Kernel:
     forward: Callable[..., None]
     capacity: int = 0
     pad: int = 0
+    fill: float = float("nan")
+    stock: Callable[..., torch.Tensor] | None = None
 
 
 CPU_KERNEL = Kernel(
@@ -306,7 +310,7 @@ class RankSimulation:
         self, scenario: Scenario, rank: int, exchange: CollectiveExchange, kernel: Kernel = CPU_KERNEL
     ) -> None:
         self.scenario, self.rank, self.exchange, self.kernel = scenario, rank, exchange, kernel
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # and, in floats, summed squares of errors
         self.errors: list[float] = []
         self.rows = [scenario.rows[i] for i in scenario.batches[rank]]
 
@@ -398,6 +402,7 @@ class RankSimulation:
     def _layer(self, impl: Any, layer: Any, number: int, common: CommonAttentionMetadata, metadata: Any) -> None:
         scenario, shape, device = self.scenario, self.scenario.shape, self.kernel.device
         cache = empty_cache(shape, scenario.num_blocks).to(device)
+        cache.nan_to_num_(self.kernel.fill)
         for row in self.rows:
             if row.shard == 0:
                 # vLLM's kernel reads a last block to its end and weighs what is past the length with zero, which a
@@ -431,6 +436,11 @@ class RankSimulation:
             end = row.first + row.num_queries
             expected = full_attention(queries[row.first : end], keys[:end], values[:end], row.first, shape.scale)
             error = (output[at : at + row.num_queries].double() - expected).abs()
+            if self.kernel.stock is not None and row.shard:
+                stock = self.kernel.stock(queries[row.first : end], keys[:end], values[:end], row.first, shape.scale)
+                self.counts["norm"] += expected.square().sum().item()
+                self.counts["ours"] += error.square().sum().item()
+                self.counts["stock"] += (stock.double() - expected).square().sum().item()
             self.errors.append(error.max().item() if error.isfinite().all() else float("inf"))
             at += row.num_queries
             kind = "plain" if row.shard == 0 else "sharded"

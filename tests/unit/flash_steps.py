@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FlashAttention backend under ``attention_steps``: on GPUs with the real kernels, on CPU with references for the
-three kernels it calls, so that all its tables, layouts and merges run on any machine."""
+"""The FlashAttention backend under ``attention_steps``: on GPUs with the real kernels, on CPU with references for
+FlashAttention and with Triton's interpreter, so that all its tables and merges run on any machine."""
 
 from __future__ import annotations
 
 import functools
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.backends import fa_utils, flash_attn
+from vllm.v1.attention.backends import flash_attn
 
 from tests.unit.attention_steps import Kernel, Shape
-from vllm_nanocp.attention import partials
+from vllm_nanocp.attention import flash_backend, flash_pieces
 from vllm_nanocp.attention.flash_backend import NanoCPFlashAttentionImpl, NanoCPFlashAttentionMetadataBuilder
+from vllm_nanocp.attention.flash_pieces import ShardLaunch
+from vllm_nanocp.attention.partial_rows import RowLayout
 
 MAX_REQS = 64
 
@@ -86,6 +93,40 @@ def write(impl: Any, layer: Any, keys: torch.Tensor, values: torch.Tensor, cache
     cache[block, :, at] = torch.cat([keys, values], dim=-1)
 
 
+def reference_schedule(launch: ShardLaunch, **_: Any) -> None:
+    """Each row is cut into 2 to 4 pieces."""
+    rows = torch.arange(len(launch.lengths), dtype=torch.int32)
+    launch.pieces = 2 + (rows + launch.lengths) % 3
+
+
+def reference_pieces(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, launch: ShardLaunch, scale: float, descale: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What FlashAttention leaves unwritten is NaN, and so is the output of a piece without keys."""
+    num_queries, num_heads, head_size = query.shape
+    outputs = torch.full((4, num_heads, num_queries, head_size), float("nan"))
+    lses = torch.full((4, num_heads, num_queries), float("nan"))
+    group = num_heads // keys.shape[2]
+    starts = launch.query_starts.tolist()
+    assert launch.pieces is not None
+    for row, (length, pieces) in enumerate(zip(launch.lengths.tolist(), launch.pieces.tolist(), strict=True)):
+        part = slice(starts[row], starts[row + 1])
+        blocks = launch.block_table[row, : -(-length // keys.shape[1])].long()
+        k, v = (x[blocks].flatten(0, 1)[:length].double().repeat_interleave(group, 1) for x in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", query[part].double(), k) * scale
+        if launch.causal:
+            last = length - (part.stop - part.start) + torch.arange(part.stop - part.start)
+            scores.masked_fill_(torch.arange(length)[None, :] > last[:, None], float("-inf"))
+        for piece in range(pieces):
+            cut = slice(length * piece // pieces, length * (piece + 1) // pieces)
+            lse = scores[:, :, cut].logsumexp(-1)
+            # FlashAttention writes either, by the kind of launch.
+            lses[piece, :, part] = lse.masked_fill(lse == float("-inf"), (-1) ** row * float("inf")).float()
+            weights = scores[:, :, cut].softmax(-1)
+            outputs[piece, :, part] = torch.einsum("hqk,khd->hqd", weights, v[cut]).float()
+    return outputs, lses
+
+
 def reference_flash(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -98,41 +139,47 @@ def reference_flash(
     causal: bool,
     out: torch.Tensor,
     **_: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``flash_attn_varlen_func`` over paged KV. What it leaves unwritten, and what it writes for no keys, is NaN."""
-    out.fill_(float("nan"))
-    lse = torch.full((q.shape[1], len(q)), float("nan"))
-    group = q.shape[1] // k.shape[2]
+) -> torch.Tensor:
+    """``flash_attn_varlen_func`` over paged KV, for plain rows. What it writes for no keys is NaN."""
+    rows = range(len(seqused_k))
+    launch = ShardLaunch(cu_seqlens_q, seqused_k, block_table, 0, 0, causal, 4, pieces=torch.ones_like(seqused_k))
+    outputs, _ = reference_pieces(q, k, v, launch, softmax_scale, None)
     starts = cu_seqlens_q.tolist()
-    for row, length in enumerate(seqused_k.tolist()):
-        queries = q[starts[row] : starts[row + 1]].double()
-        if not length or not len(queries):
-            continue
-        blocks = block_table[row, : -(-length // k.shape[1])].long()
-        keys, values = (x[blocks].flatten(0, 1)[:length].double().repeat_interleave(group, 1) for x in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", queries, keys) * softmax_scale
-        if causal:
-            last = length - len(queries) + torch.arange(len(queries))
-            scores.masked_fill_(torch.arange(length)[None, :] > last[:, None], float("-inf"))
+    for row in rows:
         part = slice(starts[row], starts[row + 1])
-        lse[:, part] = scores.logsumexp(-1).float()
-        out[part] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(out.dtype)
-    return out, lse
+        out[part] = outputs[0, :, part].transpose(0, 1).to(out.dtype)
+    return out
 
 
-def reference_merge(outputs: torch.Tensor, lses: torch.Tensor) -> torch.Tensor:
-    """FlashInfer's merge, which wants contiguous inputs and multiplies whatever has no weight by 0."""
-    assert outputs.is_contiguous() and lses.is_contiguous() and lses.dtype == torch.float32
-    assert lses.isfinite().all() and outputs.isfinite().all()
-    weights = (lses.double() * 0.6931471805599453).softmax(1)
-    return (weights.unsqueeze(-1) * outputs.double()).sum(1).to(outputs.dtype)
+def reference_pack(
+    rows: torch.Tensor, layout: RowLayout, outputs: torch.Tensor, lses: torch.Tensor, pieces: torch.Tensor, row: Any
+) -> None:
+    """Triton's interpreter is too slow for whole steps: ``test_flash.py`` holds the kernels against this formula."""
+    used = torch.arange(len(outputs))[:, None] < pieces[torch.arange(len(rows)) if row is None else row]
+    lse = lses.double().masked_fill(~used[:, None, :] | lses.isinf(), float("-inf"))
+    weights = lse.softmax(0).nan_to_num(0).unsqueeze(-1)
+    merged = torch.where(weights > 0, weights * outputs.double(), 0.0).sum(0)
+    layout.outputs(rows).copy_(merged.transpose(0, 1))
+    layout.lses(rows).copy_(lse.logsumexp(0).transpose(0, 1))
+
+
+def reference_merge(
+    rows: torch.Tensor, layout: RowLayout, pick: torch.Tensor, tokens: torch.Tensor, output: torch.Tensor
+) -> None:
+    for chosen, token in zip(pick.tolist(), tokens.tolist(), strict=True):
+        if token >= 0:
+            picked = rows[[row for row in chosen if row >= 0]]
+            weights = layout.lses(picked).double().softmax(0).unsqueeze(-1)
+            output[token] = (weights * layout.outputs(picked).double()).sum(0).to(output.dtype)
 
 
 def use_references() -> None:
     """In this process, which has no GPU."""
     flash_attn.flash_attn_varlen_func = reference_flash  # type: ignore[attr-defined]
-    fa_utils.flash_attn_varlen_func = reference_flash  # type: ignore[attr-defined]
-    partials.merge_states = reference_merge
+    flash_pieces.make_schedule = reference_schedule  # type: ignore[assignment]
+    flash_pieces.attend_pieces = reference_pieces
+    flash_backend.pack_pieces = reference_pack  # type: ignore[assignment]
+    flash_backend.merge_rows = reference_merge
 
 
 def flash_kernel(device: str = "cpu", capacity: int = 0) -> Kernel:

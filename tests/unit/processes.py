@@ -29,12 +29,15 @@ def _main(
     seconds: float,
     args: tuple[Any, ...],
     answer: Connection,
+    backend: str,
 ) -> None:
     try:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         torch.set_num_threads(1)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
+            backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
         )
         answer.send((True, function(rank, size, *args)))
         dist.destroy_process_group()
@@ -42,7 +45,9 @@ def _main(
         answer.send((False, traceback.format_exc()))
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, seconds: float = 100) -> list[Any]:
+def run_ranks(
+    size: int, function: Callable[..., Any], *args: Any, seconds: float = 100, backend: str = "gloo"
+) -> list[Any]:
     """``function(rank, size, *args)`` in ``size`` processes; what each returned.
 
     Args:
@@ -50,6 +55,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, seconds: floa
         function: of a module, so that it can be pickled.
         args: picklable.
         seconds: time limit of all together.
+        backend: of the group; with ``nccl`` each process has a GPU of its own.
 
     Raises:
         AssertionError: one failed, or the time ran out.
@@ -61,7 +67,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, seconds: floa
         for rank in range(size):
             mine, theirs = _CONTEXT.Pipe(duplex=False)
             process = _CONTEXT.Process(
-                target=_main, args=(function, rank, size, store, seconds, args, theirs), daemon=True
+                target=_main, args=(function, rank, size, store, seconds, args, theirs, backend), daemon=True
             )
             process.start()
             theirs.close()

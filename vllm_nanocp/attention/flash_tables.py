@@ -17,31 +17,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ..exchange.base import Counts
 from .context import ShardedStep
-from .partials import NO_KEYS, RowLayout
-
-
-@dataclass
-class ShardLaunch:
-    """One launch of attention over shards, with log-sum-exps.
-
-    Attributes:
-        query_starts: int32 [num_rows + 1].
-        lengths: int32 [num_rows], KV tokens each row sees; 0 for an unused one.
-        block_table: int32 [num_rows, most blocks].
-        max_queries, max_length: bounds of the queries and of the lengths of a row.
-        causal: whether a row's queries are the last tokens of what it sees.
-        num_splits: most pieces a row's KV is cut into; 0 leaves that to the kernel, which a graph must not.
-        schedule: FlashAttention's scheduler metadata, if made ahead.
-    """
-
-    query_starts: torch.Tensor
-    lengths: torch.Tensor
-    block_table: torch.Tensor
-    max_queries: int
-    max_length: int
-    causal: bool
-    num_splits: int = 0
-    schedule: torch.Tensor | None = None
+from .flash_pieces import ShardLaunch, pieces_that_fit
+from .partial_rows import RowLayout
 
 
 @dataclass
@@ -55,12 +32,9 @@ class ShardedRows:
         guests: the received queries; None when nobody visits.
         own: queries of this rank that visit others, over what is held here; None when there are none, or when they
             visit their own rank like anyone else.
-        tokens: int64, the indices in the batch of the queries of ``own``.
-        partials: room for the rows that come back, then those of ``own`` (or one with no keys).
-        pick: int64 [num_results, num_partials], see ``RowLayout.merge``; None without own rows.
-        result_of: int64 [num_tokens], for each token of the batch its result, if ``visits``; None when the results
-            belong to ``tokens`` in order.
-        visits: bool [num_tokens].
+        partials: room for the rows that come back, and behind them those of ``own``.
+        tokens: int64 [num_results], the indices in the batch of the queries that visit; -1 for an unused one.
+        pick: int64 [num_results, num_partials], see ``merge_rows``; None without such queries.
     """
 
     plain: bool
@@ -69,15 +43,19 @@ class ShardedRows:
     recv_counts: Counts
     guests: ShardLaunch | None
     own: ShardLaunch | None
-    tokens: torch.Tensor | None
     partials: torch.Tensor
+    tokens: torch.Tensor | None
     pick: torch.Tensor | None
-    result_of: torch.Tensor | None = None
-    visits: torch.Tensor | None = None
 
 
 def _launch(
-    queries: Sequence[int], lengths: Sequence[int], blocks: Sequence[torch.Tensor], causal: bool, device: torch.device
+    queries: Sequence[int],
+    lengths: Sequence[int],
+    blocks: Sequence[torch.Tensor],
+    causal: bool,
+    layout: RowLayout,
+    num_kv_heads: int,
+    device: torch.device,
 ) -> ShardLaunch | None:
     """A launch for rows of any number of queries."""
     if not queries:
@@ -87,6 +65,9 @@ def _launch(
         table[row, : len(held)] = held
     starts = np.zeros(len(queries) + 1, dtype=np.int32)
     np.cumsum(queries, out=starts[1:])
+    launch_row = None
+    if max(queries) > 1:
+        launch_row = async_tensor_h2d(np.repeat(np.arange(len(queries)), queries), device)
     return ShardLaunch(
         query_starts=async_tensor_h2d(starts, device),
         lengths=async_tensor_h2d(list(lengths), device, torch.int32),
@@ -94,11 +75,13 @@ def _launch(
         max_queries=max(queries),
         max_length=max(lengths),
         causal=causal,
+        max_pieces=pieces_that_fit(int(starts[-1]), layout.num_heads, layout.head_size, num_kv_heads),
+        launch_row=launch_row,
     )
 
 
 def exact_tables(
-    step: ShardedStep, common: CommonAttentionMetadata, block_size: int, layout: RowLayout
+    step: ShardedStep, common: CommonAttentionMetadata, block_size: int, layout: RowLayout, num_kv_heads: int
 ) -> tuple[ShardedRows, torch.Tensor]:
     """Tables of the step's own size.
 
@@ -107,6 +90,7 @@ def exact_tables(
         common: vLLM's metadata of the batch.
         block_size: tokens a block holds.
         layout: of partial results.
+        num_kv_heads: of this worker.
 
     Returns:
         The tables, and the batch's lengths with 0 for rows that visit: int32 [num_reqs].
@@ -124,46 +108,32 @@ def exact_tables(
         blocks.append(common.block_table_tensor[row, held])
         lengths.append(length)
         queries.append(own.num_queries)
-    own_launch = _launch(queries, lengths, blocks, True, device)
     tokens = pick = None
-    num_own = sum(queries)
-    if own_launch is not None:
+    if rows:
         seq_lens.index_fill_(0, async_tensor_h2d(rows, device, torch.int64), 0)
         batch = np.concatenate([np.arange(f, f + q) for f, q in zip(firsts, queries, strict=True)])
         tokens = async_tensor_h2d(batch, device)
         pick = async_tensor_h2d(_picks(visits, queries, step.num_sent), device)
+    guests = step.guests
     return ShardedRows(
         plain=len(rows) < common.num_reqs,
         send=async_tensor_h2d(send, device),
         send_counts=step.send_counts,
         recv_counts=step.recv_counts,
         guests=_launch(
-            [g.num_queries for g in step.guests],
-            [g.length for g in step.guests],
-            [g.blocks for g in step.guests],
-            False,
-            device,
+            [g.num_queries for g in guests], [g.length for g in guests], [g.blocks for g in guests],
+            False, layout, num_kv_heads, device,
         ),
-        own=own_launch,
+        own=_launch(queries, lengths, blocks, True, layout, num_kv_heads, device),
+        partials=layout.empty(step.num_sent + sum(queries), device),
         tokens=tokens,
-        partials=_room(layout, step.num_sent + num_own, device),
         pick=pick,
-    ), seq_lens
-
-
-def _room(layout: RowLayout, rows: int, device: torch.device) -> torch.Tensor:
-    """Room for partial results, and behind it a row with no keys."""
-    room = layout.empty(rows + 1, device)
-    layout.outputs(room)[rows] = 0
-    layout.lses(room)[rows] = NO_KEYS
-    return room
+    ), seq_lens  # fmt: skip
 
 
 def _picks(visits: list[list[slice]], queries: list[int], num_sent: int) -> np.ndarray:
-    """For each own query, its rows among those that come back and the own ones behind them; then ones with no keys."""
-    widest = 1 + max(len(mine) for mine in visits)
-    num_own = sum(queries)
-    picks = np.full((num_own, widest), num_sent + num_own, dtype=np.int64)
+    """For each own query, its row among the own ones, behind those that come back, and its rows among these."""
+    picks = np.full((sum(queries), 1 + max(len(mine) for mine in visits)), -1, dtype=np.int64)
     at = 0
     for mine, count in zip(visits, queries, strict=True):
         picks[at : at + count, 0] = np.arange(num_sent + at, num_sent + at + count)
@@ -186,8 +156,7 @@ class CapturedTables:
         max_blocks: most blocks of a shard.
         block_size: tokens a block holds.
         layout: of partial results.
-        num_splits: see ``ShardLaunch``.
-        schedule_size: int32 elements of FlashAttention's schedule of so many rows; 0 when it makes none ahead.
+        num_kv_heads: of this worker.
         device: of all tables.
     """
 
@@ -199,21 +168,19 @@ class CapturedTables:
         max_blocks: int,
         block_size: int,
         layout: RowLayout,
-        num_splits: int,
-        schedule_size: int,
+        num_kv_heads: int,
         device: torch.device,
     ) -> None:
         places = capacity * num_ranks
         self.capacity, self.places, self.max_tokens = capacity, places, max_tokens
-        # What changes from step to step comes in one copy: queries to send, picks, lengths, results of tokens.
-        self._sizes = (places, places, places, max_tokens)
+        # What changes from step to step comes in one copy: queries to send, picks, lengths, tokens of results, and
+        # these once more with a spare index for unused ones.
+        self._sizes = (places, places, places, capacity, capacity)
         self._ints = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
-        self._send, pick, self._lengths, self._result_of = self._ints.split(self._sizes)
+        self._send, pick, self._lengths, self._tokens, self._visiting = self._ints.split(self._sizes)
         self._pick = pick.view(capacity, num_ranks)
-        self._visits = torch.zeros(max_tokens, dtype=torch.bool, device=device)
-        self._clamped = torch.zeros(max_tokens, dtype=torch.int64, device=device)
-        self._seq_lens = torch.zeros(max_tokens, dtype=torch.int32, device=device)
-        self._partials = _room(layout, places, device)
+        self._seq_lens = torch.zeros(max_tokens + 1, dtype=torch.int32, device=device)
+        self._partials = layout.empty(places, device)
         # The shard whose blocks a place's row of the block table holds; they need not be written again.
         self._shards: list[str | None] = [None] * places
         self.launch = ShardLaunch(
@@ -223,8 +190,7 @@ class CapturedTables:
             max_queries=1,
             max_length=max_blocks * block_size,
             causal=False,
-            num_splits=num_splits,
-            schedule=torch.zeros(schedule_size, dtype=torch.int32, device=device) if schedule_size else None,
+            max_pieces=pieces_that_fit(places, layout.num_heads, layout.head_size, num_kv_heads),
         )
         self.block_size = block_size
 
@@ -239,17 +205,17 @@ class CapturedTables:
             As ``exact_tables``; the same tensors each time.
         """
         host = np.zeros(len(self._ints), dtype=np.int64)
-        send, pick, lengths, result_of = np.split(host, np.cumsum(self._sizes)[:-1])
-        pick[:], result_of[:] = self.places, -1
+        send, pick, lengths, tokens, visiting = np.split(host, np.cumsum(self._sizes)[:-1])
+        pick[:], tokens[:], visiting[:] = -1, -1, self.max_tokens
         for i, own in enumerate(step.own):
-            row = own.batch_row()  # its one token has the same index
+            tokens[i] = visiting[i] = row = own.batch_row()  # its one token has the same index
             here = step.send_counts[step.rank] + i
             for j, (rank, index) in enumerate([*own.visits, (step.rank, here)]):
                 place = rank * self.capacity + index
                 send[place] = row
                 pick[i * step.num_ranks + j] = place
-            result_of[row] = i
-            self._hold(place, own.local_tokens + 1, lengths, common.block_table_tensor[row], own.first_block)
+            lengths[place] = own.local_tokens + 1
+            self._hold(place, own.local_tokens + 1, common.block_table_tensor[row], own.first_block)
         for guest in step.guests:
             place = guest.home * self.capacity + guest.index
             lengths[place] = guest.length
@@ -259,9 +225,8 @@ class CapturedTables:
         async_tensor_h2d(host, out=self._ints)
         return self._derive(common)
 
-    def _hold(self, place: int, length: int, lengths: np.ndarray, blocks: torch.Tensor, first_block: int) -> None:
+    def _hold(self, place: int, length: int, blocks: torch.Tensor, first_block: int) -> None:
         """A place's row is one of this rank's own: its blocks follow ``first_block`` in the batch's table."""
-        lengths[place] = length
         count = -(-length // self.block_size)
         self._shards[place] = None
         self.launch.block_table[place, :count] = blocks[first_block : first_block + count]
@@ -269,12 +234,9 @@ class CapturedTables:
     def _derive(self, common: CommonAttentionMetadata) -> tuple[ShardedRows, torch.Tensor]:
         """What follows on the device from the integers copied to it."""
         self.launch.lengths.copy_(self._lengths)
-        torch.ge(self._result_of, 0, out=self._visits)
-        torch.clamp(self._result_of, min=0, out=self._clamped)
-        n, tokens = common.num_reqs, common.num_actual_tokens
-        seq_lens = self._seq_lens[:n]
-        seq_lens.copy_(common.seq_lens[:n])
-        seq_lens.masked_fill_(self._visits[:n], 0)
+        n = common.num_reqs
+        self._seq_lens[:n] = common.seq_lens[:n]
+        self._seq_lens.index_fill_(0, self._visiting, 0)
         return ShardedRows(
             plain=True,
             send=self._send,
@@ -282,9 +244,7 @@ class CapturedTables:
             recv_counts=None,
             guests=self.launch,
             own=None,
-            tokens=None,
             partials=self._partials,
+            tokens=self._tokens,
             pick=self._pick,
-            result_of=self._clamped[:tokens],
-            visits=self._visits[:tokens],
-        ), seq_lens
+        ), self._seq_lens[:n]

@@ -9,7 +9,7 @@ import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
 
-from ..attention.partials import RowLayout, warm_up
+from ..attention import flash_pieces
 from .worker import OneRank
 
 
@@ -19,10 +19,10 @@ class NanoCPGPUWorker(OneRank, Worker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         if self.nanocp.degree_limit > 1:
-            model = self.vllm_config.model_config
+            model, parallel = self.vllm_config.model_config, self.parallel_config
             assert self.device is not None and isinstance(model.dtype, torch.dtype)
-            layout = RowLayout(model.get_num_attention_heads(self.parallel_config), model.get_head_size(), model.dtype)
-            warm_up(layout, self.device)
+            heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
+            flash_pieces.self_check(heads, kv_heads, model.get_head_size(), model.dtype, self.device)
 
     def register_attention(self) -> None:
         register_backend(

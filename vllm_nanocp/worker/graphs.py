@@ -61,8 +61,9 @@ class ShardedCapture(CudaGraphManager):
             )
             for size, capacity in sharded_sizes(decode, config.graph_capacities)
         ]
-        # vLLM captures from large to small, so that the smaller ones find their memory in the pool.
-        self._capture_descs[CUDAGraphMode.FULL] = sorted([*full, *self.sharded], key=lambda d: -d.num_tokens)
+        # From large to small, so that the smaller ones find their memory in the pool; behind all of vLLM's, which takes
+        # the first two for samples when it foresees the memory of all.
+        self._capture_descs[CUDAGraphMode.FULL] = [*full, *sorted(self.sharded, key=lambda d: -d.num_tokens)]
 
     def capture(self, create_forward_fn: Callable[..., Any], progress_bar_desc: str = "Capturing CUDA graphs") -> None:
         num_ranks = nanocp_config.of(self.vllm_config).ranks

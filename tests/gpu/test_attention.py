@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels and the exchange on two GPUs: whole attention steps against float64, and against the error that stock
+attention itself makes on the same input; with tables of a step's size, with fixed ones, and replayed from a graph."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.attention_steps import Kernel, Shape, run_scenarios
+from tests.unit.flash_steps import flash_kernel
+from tests.unit.processes import run_ranks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+BF16 = torch.bfloat16
+# Groups of 1 to 16 query heads a KV head; all head sizes that are served.
+SHAPES = [
+    Shape(4, 4, 64, BF16, 16),
+    Shape(8, 4, 128, BF16, 16),
+    Shape(32, 4, 128, BF16, 16),
+    Shape(16, 1, 128, BF16, 16),
+    Shape(8, 2, 256, BF16, 16),
+    Shape(6, 2, 64, torch.float16, 32),
+]
+RELATIVE = 1e-2
+OF_STOCK = 1.2
+
+
+def stock_flash(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int, scale: float) -> Any:
+    """vLLM's kernel on one GPU, nothing cut: queries are the last of the keys they see."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+    q, k, v = (x.cuda() for x in (queries, keys, values))
+    ends = [torch.tensor([0, len(x)], dtype=torch.int32, device="cuda") for x in (q, k)]
+    out = flash_attn_varlen_func(
+        q, k, v, len(q), ends[0], len(k), cu_seqlens_k=ends[1], softmax_scale=scale, causal=True, fa_version=3
+    )
+    return out.cpu()
+
+
+class GraphForward:
+    """Runs an implementation from a graph, captured when it is first called, with an empty step's tables."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]] = {}
+
+    def __call__(self, impl: Any, layer: Any, *args: Any) -> None:
+        *inputs, metadata, output = args
+        if getattr(metadata, "sharded", None) is None:
+            impl.forward(layer, *args)
+            return
+        # One builder, so the same tables, for each shape.
+        key = metadata.sharded.send.data_ptr(), tuple(inputs[0].shape), tuple(inputs[3].shape)
+        if key not in self.graphs:
+            static = [torch.zeros_like(x) for x in (*inputs, output)]
+            for name in ("query_start_loc", "seq_lens", "block_table"):
+                static.append(torch.zeros_like(getattr(metadata, name)))
+            self.graphs[key] = self._capture(impl, layer, static, metadata), static
+        graph, static = self.graphs[key]
+        batch = (metadata.query_start_loc, metadata.seq_lens, metadata.block_table)
+        for buffer, value in zip(static, (*inputs, output, *batch), strict=True):
+            buffer.copy_(value)
+        graph.replay()
+        output.copy_(static[4])
+
+    def _capture(self, impl: Any, layer: Any, static: list[torch.Tensor], metadata: Any) -> torch.cuda.CUDAGraph:
+        """Nothing of the step at hand may be baked in: its lengths are put away while the graph is captured."""
+        import dataclasses
+
+        launch = metadata.sharded.guests
+        held = [x.clone() for x in (launch.lengths, launch.schedule)]
+        launch.lengths.zero_()
+        fixed = dict(zip(("query_start_loc", "seq_lens", "block_table"), static[5:], strict=True))
+        # The engine's own batch buffers are persistent, the test's are not.
+        captured = dataclasses.replace(metadata, **fixed, max_seq_len=40 * 32)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            impl.forward(layer, *static[:4], captured, static[4])
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            impl.forward(layer, *static[:4], captured, static[4])
+        for x, was in zip((launch.lengths, launch.schedule), held, strict=True):
+            x.copy_(was)
+        return graph
+
+
+def cuda_kernel(capacity: int = 0, graph: bool = False) -> Kernel:
+    import dataclasses
+
+    kernel = flash_kernel("cuda", capacity)
+    # What is past a length is finite in a real cache too, and FlashAttention reads whole blocks.
+    kernel = dataclasses.replace(kernel, fill=1000.0, stock=stock_flash)
+    return dataclasses.replace(kernel, forward=GraphForward()) if graph else kernel
+
+
+MODES = {"exact": (0, False), "fixed": (8, False), "graph": (8, True)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_error(mode: str) -> None:
+    capacity, graph = MODES[mode]
+    groups = {
+        f"{s.num_heads}x{s.num_kv_heads}x{s.head_size}": [(s, seed, seed % 9 != 8) for seed in range(500, 512)]
+        for s in SHAPES
+    }
+    kernel = functools.partial(cuda_kernel, capacity, graph)
+    results = run_ranks(2, run_scenarios, groups, kernel, seconds=240, backend="nccl")
+    for name in groups:
+        totals = {key: sum(result[name][0].get(key, 0.0) for result in results) for key in ("norm", "ours", "stock")}
+        ours, stock = (math.sqrt(totals[key] / totals["norm"]) for key in ("ours", "stock"))
+        print(json.dumps({"mode": mode, "heads": name, "relative_error": ours, "stock": stock, "ratio": ours / stock}))
+        assert ours < RELATIVE, name
+        assert ours <= OF_STOCK * stock, name
+        sharded = sum(result[name][0].get("sharded decode", 0) for result in results)
+        assert sharded >= 5, name
+
+
+def test_merge_is_flashinfer_s() -> None:
+    """The same result as the library's merge, to what that rounds: it takes and gives 16-bit outputs, base 2."""
+    flashinfer = pytest.importorskip("flashinfer")
+    from vllm_nanocp.attention.partial_rows import RowLayout, merge_rows
+
+    layout = RowLayout(8, 128)
+    torch.manual_seed(0)
+    rows = layout.empty(40, torch.device("cuda"))
+    layout.outputs(rows).copy_(torch.randn(40, 8, 128).half())
+    layout.lses(rows).copy_(3 * torch.randn(40, 8))
+    pick, tokens = torch.randint(0, 40, (30, 4), device="cuda"), torch.randperm(30, device="cuda")
+    output = torch.empty(30, 8, 128, dtype=torch.float16, device="cuda")
+    merge_rows(rows, layout, pick, tokens, output)
+    lses = layout.lses(rows)[pick] * 1.4426950408889634
+    theirs, _ = flashinfer.merge_states(layout.outputs(rows)[pick].half().contiguous(), lses.contiguous())
+    torch.testing.assert_close(output[tokens], theirs, rtol=2e-3, atol=2e-3)

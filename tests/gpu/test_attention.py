@@ -102,7 +102,7 @@ def cuda_kernel(capacity: int = 0, graph: bool = False) -> Kernel:
     kernel = flash_kernel("cuda", capacity)
     # What is past a length is finite in a real cache too, and FlashAttention reads whole blocks.
     kernel = dataclasses.replace(kernel, fill=1000.0, stock=stock_flash)
-    return dataclasses.replace(kernel, forward=GraphForward()) if graph else kernel
+    return dataclasses.replace(kernel, forward=GraphForward(), replays=True) if graph else kernel
 
 
 MODES = {"exact": (0, False), "fixed": (8, False), "graph": (8, True)}

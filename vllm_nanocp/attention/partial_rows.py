@@ -60,7 +60,7 @@ def _add_piece(o, lse, most, total, acc):  # type: ignore[no-untyped-def]
     return new, total * old_weight + weight, acc * old_weight[:, None] + o * weight[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "max_pieces"])
 def _pack_kernel(  # type: ignore[no-untyped-def]
     rows_ptr, outs_ptr, lses_ptr, pieces_ptr, launch_row_ptr, num_rows, num_heads, row_size, max_pieces,
     HEAD: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, SAME: tl.constexpr,
@@ -121,7 +121,7 @@ def pack_pieces(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_results", "num_partials"])
 def _merge_kernel(  # type: ignore[no-untyped-def]
     rows_ptr, pick_ptr, token_ptr, output_ptr, num_results, num_partials, num_heads, row_size, output_stride,
     HEAD: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
@@ -168,3 +168,26 @@ def merge_rows(
         rows, pick, tokens, output, num_results, num_partials, layout.num_heads, layout.size, output.stride(0),
         HEAD=layout.head_size, WIDE=triton.next_power_of_2(layout.head_size), TILE=tile,
     )  # fmt: skip
+
+
+def warm_up(layout: RowLayout, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile every variant of the kernels now, not in front of the first long request.
+
+    Args:
+        layout: of rows.
+        dtype: of attention's output.
+        device: a GPU.
+    """
+    many = 1024
+    rows = layout.empty(many, device)
+    outputs = torch.zeros((2, layout.num_heads, many, layout.head_size), dtype=torch.float32, device=device)
+    lses = torch.zeros((2, layout.num_heads, many), dtype=torch.float32, device=device)
+    pieces = torch.full((many,), 2, dtype=torch.int32, device=device)
+    index = torch.zeros(many, dtype=torch.int64, device=device)
+    output = torch.empty((many, layout.num_heads, layout.head_size), dtype=dtype, device=device)
+    for n in (1, many):
+        for launch_row in (None, index[:n]):
+            pack_pieces(
+                rows[:n], layout, outputs[:, :, :n].contiguous(), lses[:, :, :n].contiguous(), pieces, launch_row
+            )
+        merge_rows(rows, layout, index[:n, None], index[:n], output)

@@ -10,6 +10,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.gpu_worker import Worker
 
 from ..attention import flash_pieces
+from ..attention.partial_rows import RowLayout, warm_up
 from .worker import OneRank
 
 
@@ -23,6 +24,7 @@ class NanoCPGPUWorker(OneRank, Worker):
             assert self.device is not None and isinstance(model.dtype, torch.dtype)
             heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
             flash_pieces.self_check(heads, kv_heads, model.get_head_size(), model.dtype, self.device)
+            warm_up(RowLayout(heads, model.get_head_size()), model.dtype, self.device)
 
     def register_attention(self) -> None:
         register_backend(

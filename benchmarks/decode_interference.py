@@ -1,0 +1,393 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""How much a long request slows the short ones: stock vLLM and the plugin, one after the other on one machine.
+
+    python benchmarks/decode_interference.py --ranks 4 --out FOLDER        # serve, measure, print the table
+    python benchmarks/decode_interference.py --report FOLDER               # only print it again
+
+Each system is started with the same flags and gets the same streams over the OpenAI API. Scenarios:
+
+    A          --shorts requests alone
+    B          the same beside one request of --long tokens, which decodes before they start
+    C          the same beside two requests of half as many, sent --stagger seconds apart
+    capacity   one request of --capacity tokens: is it admitted, does it decode
+    prefill    while the shorts decode, a prompt of --prefill tokens is computed (a server of its own)
+
+Except in ``prefill`` no prompt is computed: its KV is taken as there (vLLM's DecodeBenchConnector for stock, the key
+``decode_bench`` for the plugin), so that long contexts cost no prefill time. Figures are gaps between the chunks of a
+stream, in ms; the first 10 of each stream do not count, those of the shorts only while every long request decodes.
+FOLDER gets SYSTEM.json (after each scenario, so a run that is killed keeps what it has), logs, and report.json.
+
+On a machine without a GPU this is a smoke test: eager, and stock with one rank. Its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime
+import json
+import math
+import shlex
+import signal
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import serving
+from serving import Server, ServerError, Stream, StreamError, write_json
+
+SYSTEMS = ("stock", "collective", "routed")
+SCENARIOS = ("A", "B", "C", "capacity", "prefill")
+SKIP = 10  # gaps at the start of a stream, while others start
+BUNCHED_MS = 0.1  # no model steps so fast: client or API server was late, and read several tokens at once
+CAPACITY_TOKENS, PREFILL_OUTPUT = 50, 16
+Window = tuple[float, float]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def long_tokens(args: argparse.Namespace, count: int) -> int:
+    """Long requests must outlast the shorts, also the first of two, which waits for the second."""
+    return max(int(args.long_output), args.tokens + 80 * count)
+
+
+def model_length(args: argparse.Namespace, system: str) -> int:
+    """What the user said for this system, or what the longest request of the scenarios needs."""
+    if system == "stock" and args.stock_max_model_len is not None:
+        return int(args.stock_max_model_len)
+    if args.max_model_len is not None:
+        return int(args.max_model_len)
+    needs = [args.short_prompt + args.tokens]
+    if {"B", "C"} & set(args.scenarios):
+        needs.append(args.long + long_tokens(args, 2))
+    if "capacity" in args.scenarios:
+        needs.append(args.capacity + CAPACITY_TOKENS)
+    if "prefill" in args.scenarios:
+        needs.append(args.prefill + PREFILL_OUTPUT)
+    return max(needs) + 16
+
+
+def summary(gaps: Sequence[float], streams: Sequence[Stream], of: int | None = None) -> dict[str, Any]:
+    """Figures in ms; ``of`` is how many gaps there were before the window was applied."""
+    values = sorted(1e3 * gap for gap in gaps)
+    firsts = [1e3 * (stream.times[0] - stream.sent) for stream in streams if stream.times]
+
+    def percentile(q: float) -> float | None:
+        return round(values[min(len(values) - 1, int(q * len(values)))], 3) if values else None
+
+    return {
+        "streams": len(streams),
+        "p50": percentile(0.5),
+        "p90": percentile(0.9),
+        "p99": percentile(0.99),
+        "mean": round(statistics.fmean(values), 3) if values else None,
+        "ttft": round(statistics.median(firsts), 1) if firsts else None,
+        "gaps": len(values),
+        "bunched": sum(value < BUNCHED_MS for value in values),
+        "gaps_before_window": len(values) if of is None else of,
+        "chunks": sum(len(stream.times) for stream in streams),
+        "tokens": sum(stream.tokens for stream in streams),
+    }
+
+
+def within(streams: Sequence[Stream], window: Window, skip: int, overlap: bool = False) -> dict[str, Any]:
+    """Figures of the gaps inside a window; with ``overlap``, of those that touch it."""
+    low, high = window
+    gaps = [gap for stream in streams for gap in stream.gaps(skip)]
+    if overlap:
+        kept = [end - start for start, end in gaps if end > low and start < high]
+    else:
+        kept = [end - start for start, end in gaps if start >= low and end <= high]
+    return summary(kept, streams, len(gaps))
+
+
+def common(streams: Sequence[Stream]) -> Window:
+    """From when all of them decode to when the first one ends."""
+    return max(s.times[0] for s in streams), min(s.times[-1] for s in streams)
+
+
+class Driver:
+    """Plays scenarios on one server."""
+
+    def __init__(self, args: argparse.Namespace, server: Server) -> None:
+        self.args = args
+        self.url = server.url
+        config = json.loads((Path(args.model) / "config.json").read_text())
+        self.vocab = int(config["vocab_size"])
+
+    def _streams(
+        self, name: str, count: int, prompt: int, tokens: int, seed: str, ready_after: int = 1
+    ) -> list[Stream]:
+        return serving.make_streams(name, count, prompt, tokens, str(self.args.model), self.vocab, seed, ready_after)
+
+    def _play(self, phases: list[list[Stream]], result: dict[str, Any]) -> None:
+        """Play the phases; the raw streams are kept also if they fail."""
+        streams = [stream for phase in phases for stream in phase]
+        try:
+            late = asyncio.run(serving.play(self.url, phases, self.args.stagger, self.args.scenario_timeout))
+            result["client_late_ms"] = round(1e3 * late, 1)
+        finally:
+            origin = streams[0].sent
+            result["streams"] = [stream.raw(origin) for stream in streams if stream.sent]
+
+    def warm_up(self) -> None:
+        self._play([self._streams("short", 16, self.args.short_prompt, 32, "warm-up")], {})
+
+    def interference(self, scenario: str, seed: str, result: dict[str, Any]) -> None:
+        """A, B and C."""
+        args, count = self.args, {"A": 0, "B": 1, "C": 2}[scenario]
+        longs: list[Stream] = []
+        if count:
+            longs = self._streams("long", count, args.long // count, long_tokens(args, count), seed)
+        shorts = self._streams("short", args.shorts, args.short_prompt, args.tokens, seed)
+        self._play([longs, shorts] if longs else [shorts], result)
+        if not longs:
+            result["short"] = within(shorts, (-math.inf, math.inf), SKIP)
+            return
+        result["short"] = within(shorts, common(longs), SKIP)
+        result["long"] = within(longs, common(shorts), SKIP)
+        if result["short"]["gaps"] < result["short"]["gaps_before_window"] / 2:
+            raise StreamError("the long request ended before most tokens of the shorts: raise --long-output")
+
+    def capacity(self, seed: str, result: dict[str, Any]) -> None:
+        """A refusal is a result here, not a failure."""
+        streams = self._streams("long", 1, self.args.capacity, CAPACITY_TOKENS, seed)
+        try:
+            self._play([streams], result)
+        except StreamError as error:
+            result["error"] = str(error)[:400]
+        result["status"] = streams[0].status
+        result["admitted"] = bool(streams[0].times)
+        result["long"] = within(streams, (-math.inf, math.inf), SKIP)
+
+    def prefill(self, seed: str, result: dict[str, Any]) -> None:
+        """The shorts' gaps before the long prompt is sent, and until its first token."""
+        args = self.args
+        steps = math.ceil(args.prefill / args.max_num_batched_tokens)
+        tokens = max(args.tokens, 100 + 3 * steps)
+        shorts = self._streams("short", args.shorts, args.short_prompt, tokens, seed, ready_after=2 * SKIP)
+        longs = self._streams("long", 1, args.prefill, PREFILL_OUTPUT, seed)
+        self._play([shorts, longs], result)
+        sent, first = longs[0].sent, longs[0].times[0]
+        result["before"] = within(shorts, (-math.inf, sent), SKIP)
+        result["short"] = within(shorts, (sent, first), SKIP, overlap=True)
+        result["long"] = within(longs, (-math.inf, math.inf), 0)
+
+    def run(self, scenario: str, seed: str) -> dict[str, Any]:
+        """One repeat's figures; ``failed`` says why there are none."""
+        result: dict[str, Any] = {}
+        try:
+            if scenario in ("A", "B", "C"):
+                self.interference(scenario, seed, result)
+            elif scenario == "capacity":
+                self.capacity(seed, result)
+            else:
+                self.prefill(seed, result)
+        except StreamError as error:
+            result["failed"] = str(error)
+        return result
+
+
+def measure_server(
+    args: argparse.Namespace, system: str, machine: dict[str, Any], bench: bool, scenarios: list[str], record: Any
+) -> None:
+    """Start one server and play its scenarios into ``record``, written after each."""
+    path = args.out / f"{system}.json"
+    gpu, port = machine["gpus"] > 0, args.port or serving.free_port()
+    line = serving.serve_command(args, system, gpu, bench, model_length(args, system), port)
+    env = serving.environment(system, gpu, bench)
+    start: dict[str, Any] = {"decode_bench": bench, "command": shlex.join(line), "env": env, "seconds": None}
+    record["starts"].append(start)
+    log = args.out / (f"{system}.log" if scenarios[0] != "prefill" else f"{system}-prefill.log")
+    say(f"{system}: {' '.join(f'{k}={v}' for k, v in env.items())} {shlex.join(line)}   (log: {log})")
+    with serving.running(line, env, port, log) as server:
+        try:
+            start["seconds"] = server.wait(args.start_timeout)
+            say(f"{system}: healthy after {start['seconds']} s")
+            driver = Driver(args, server)
+            driver.warm_up()
+            for scenario in scenarios:
+                runs = record["scenarios"].setdefault(scenario, [])
+                for repeat in range(args.repeats):
+                    runs.append(driver.run(scenario, f"{args.seed} {scenario} {repeat}"))
+                    shown = {key: value for key, value in runs[-1].items() if key != "streams"}
+                    say(f"{system} {scenario}: {json.dumps(shown)}")
+                    write_json(path, record)
+                    if server.process.poll() is not None:
+                        raise ServerError(f"the server ended during {scenario}:\n{server.tail()}")
+        finally:
+            start["log"] = server.notes()
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    failed = [f"{s}: {run['failed']}" for s, runs in record["scenarios"].items() for run in runs if "failed" in run]
+    return [*failed, *record["errors"]]
+
+
+def measure(args: argparse.Namespace, system: str, machine: dict[str, Any]) -> bool:
+    """All scenarios of one system; whether none failed. A failure is in its file, with the reason."""
+    bench = not args.no_decode_bench
+    record: dict[str, Any] = {
+        "system": system,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "starts": [],
+        "scenarios": {},
+        "errors": [],
+    }
+    if not machine["gpus"]:
+        record["note"] = "smoke test on CPU, eager" + (": one rank, no expert parallel" if system == "stock" else "")
+    decode = [s for s in args.scenarios if s != "prefill" or not bench]
+    prefill = ["prefill"] if bench and "prefill" in args.scenarios else []
+    for with_bench, scenarios in [(bench, decode)] * bool(decode) + [(False, prefill)] * bool(prefill):
+        try:
+            measure_server(args, system, machine, with_bench, scenarios, record)
+        except (ServerError, StreamError) as error:
+            record["errors"].append(str(error))
+        except BaseException as error:
+            record["errors"].append(repr(error))
+            raise
+        finally:
+            write_json(args.out / f"{system}.json", record)
+    failed = failures(record)
+    for failure in failed:
+        say(f"{system}: FAILED: {failure}")
+    return not failed
+
+
+def median_of(record: dict[str, Any], scenario: str, figure: str = "p50") -> float | None:
+    """The median over repeats of a figure of the shorts' gaps."""
+    found = [run["short"][figure] for run in record["scenarios"].get(scenario, []) if "failed" not in run]
+    return round(statistics.median(found), 3) if found else None
+
+
+def ratio(value: float | None, base: float | None) -> float | None:
+    return round(value / base, 3) if value is not None and base else None
+
+
+def compare(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Per scenario and system: p50, its ratio to the system's own A, and to stock's p50 (below 1: faster)."""
+    stock = records.get("stock")
+    rows: dict[str, Any] = {}
+    for scenario in ("A", "B", "C"):
+        base = median_of(stock, scenario) if stock else None
+        rows[scenario] = {
+            name: {
+                "p50_ms": (value := median_of(record, scenario)),
+                "mean_ms": median_of(record, scenario, "mean"),
+                "to_own_A": ratio(value, median_of(record, "A")),
+                "to_stock": ratio(value, base),
+            }
+            for name, record in records.items()
+        }
+    seconds = {name: record["starts"][0]["seconds"] for name, record in records.items()}
+    rows["startup"] = {n: {"seconds": s, "to_stock": ratio(s, seconds.get("stock"))} for n, s in seconds.items()}
+    return rows
+
+
+def other_lines(name: str, record: dict[str, Any]) -> list[str]:
+    """What does not fit the table: capacity, prefill, and failures."""
+    lines = []
+    for run in record["scenarios"].get("capacity", []):
+        if "failed" not in run:
+            said = run.get("error") or f"gap p50 {run['long']['p50']} ms"
+            lines.append(f"capacity, {name}: {record['settings']['capacity']} tokens: HTTP {run['status']}, {said}")
+    for run in record["scenarios"].get("prefill", []):
+        if "failed" not in run:
+            short, before = run["short"], run["before"]
+            lines.append(
+                f"prefill, {name}: {record['settings']['prefill']} tokens: first token after {run['long']['ttft']} ms; "
+                f"shorts' gaps before p50 {before['p50']} ms, meanwhile p50 {short['p50']} p99 {short['p99']} ms"
+            )
+    for scenario in ("A", "B", "C"):
+        shorts = [run["short"] for run in record["scenarios"].get(scenario, []) if "short" in run]
+        if any(short["bunched"] > short["gaps"] / 20 for short in shorts):
+            counts = " ".join(f"{short['bunched']}/{short['gaps']}" for short in shorts)
+            lines.append(f"{scenario}, {name}: client or API server late, tokens came bunched: {counts}; see the means")
+    return lines + [f"FAILED, {name}: {text.splitlines()[0]}" for text in failures(record)]
+
+
+def report(folder: Path) -> None:
+    """Print the table of what is in the folder, and write it with all figures and commands to report.json."""
+    paths = {name: folder / f"{name}.json" for name in SYSTEMS}
+    records = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    if not records:
+        raise SystemExit(f"no {', '.join(path.name for path in paths.values())} in {folder}")
+    rows = compare(records)
+    print("gap p50 of the shorts, ms; /A: to the same system's A; /stock: to stock's (below 1: faster)")
+    print(f"{'':10}" + "".join(f"{name:>12}{'/A':>8}{'/stock':>8}" for name in records))
+    for row, cells in rows.items():
+        values = [(c.get("p50_ms", c.get("seconds")), c.get("to_own_A"), c["to_stock"]) for c in cells.values()]
+        texts = [["-" if v is None else f"{v:.2f}" for v in cell] for cell in values]
+        label = "start-up s" if row == "startup" else row
+        print(f"{label:10}" + "".join(f"{a:>12}{b:>8}{c:>8}" for a, b, c in texts))
+    lines = [line for name, record in records.items() for line in other_lines(name, record)]
+    print("\n".join(lines))
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_json(folder / "report.json", {"date": date, "ratios": rows, "also": lines, "systems": records})
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--systems", type=serving.names(SYSTEMS), default=["stock", "collective"], help=f"of {','.join(SYSTEMS)}")
+    add("--scenarios", type=serving.names(SCENARIOS), default=["A", "B", "C"], help=f"of {','.join(SCENARIOS)}")
+    add("--out", type=Path, help="folder for raw results and logs")
+    add("--report", type=Path, help="start nothing, report what is in this folder")
+    add("--model", type=Path, help="model folder (default: one of Qwen3-30B-A3B's shape is written)")
+    add("--ranks", type=int, default=4)
+    add("--long", type=int, default=400_000, help="prompt tokens of the long request")
+    add("--long-output", type=int, default=200, help="raised where needed to outlast the shorts")
+    add("--shorts", type=int, default=16, help="how many short requests")
+    add("--short-prompt", type=int, default=1000)
+    add("--tokens", type=int, default=150, help="output tokens of a short request")
+    add("--capacity", type=int, default=2_000_000, help="prompt tokens of the capacity scenario")
+    add("--prefill", type=int, default=65536, help="prompt tokens of the prefill scenario")
+    add("--stagger", type=float, default=0.3, help="seconds between the two long requests of C")
+    add("--repeats", type=int, default=1)
+    add("--seed", type=int, default=0)
+    add("--no-decode-bench", action="store_true", help="compute every prompt")
+    add("--segment-size", type=int, default=65536, help="the plugin's segment_size")
+    add("--max-model-len", type=int, help="default: what the scenarios need")
+    add("--stock-max-model-len", type=int, help="for stock, where one rank must hold it; -1: what fits")
+    add("--max-num-seqs", type=int, default=64)
+    add("--max-num-batched-tokens", type=int, default=8192)
+    add("--capture-sizes", default="1,2,4,8,16,24,32,64", help="CUDA graph sizes")
+    add("--gpu-memory-utilization", type=float, default=0.88)
+    add("--extra", default="", help="more vllm serve flags, for every system")
+    add("--port", type=int, default=0, help="default: a free one")
+    add("--start-timeout", type=float, default=600.0, help="seconds until a server must be healthy")
+    add("--scenario-timeout", type=float, default=300.0, help="seconds")
+    args = parser.parse_args()
+    if (args.out is None) == (args.report is None):
+        parser.error("give one of --out and --report")
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    if args.report:
+        report(args.report)
+        return 0
+    for number in serving.ENDINGS:
+        signal.signal(number, serving.end)
+    args.out.mkdir(parents=True, exist_ok=True)
+    machine = serving.probe()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model is None:
+            args.model = Path(folder) / "model"
+            serving.write_model(args.model)
+        passed = [measure(args, system, machine) for system in args.systems]
+    report(args.out)
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

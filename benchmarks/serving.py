@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``decode_interference.py`` drives: a model folder, ``vllm serve`` processes, and streams to them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil  # type: ignore[import-untyped]
+
+ENDINGS = (signal.SIGINT, signal.SIGTERM)
+PROBE_LIMIT_S = 180.0
+STOP_LIMIT_S = 20.0
+KILL_LIMIT_S = 20.0
+PROBE = """
+import importlib.metadata, json, platform, torch, vllm
+cuda = torch.cuda.is_available()
+gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda else None
+versions = {"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.version.cuda, "nccl": nccl}
+print(json.dumps({"gpu": gpus[0] if gpus else None, "gpus": len(gpus), "machine": platform.machine(),
+                  "versions": {**versions, "python": platform.python_version()}}))
+"""
+# What a server's log says of the KV a rank holds, of how long requests were spread, and of why it did not start.
+NOTES = re.compile(r"(ValueError: |KV cache size|KV tokens per rank|Maximum concurrency|Available KV cache memory).*")
+
+
+def names(allowed: Sequence[str]) -> Any:
+    """An argparse type: a list with commas, of these names."""
+
+    def parse(text: str) -> list[str]:
+        found = [name.strip() for name in text.split(",") if name.strip()]
+        if not found or not set(found) <= set(allowed):
+            raise argparse.ArgumentTypeError(f"{text!r}: use some of {','.join(allowed)}")
+        return found
+
+    return parse
+
+
+def probe() -> dict[str, Any]:
+    """Versions and GPUs. In a process of its own: a CUDA context here would take memory from a rank."""
+    result = subprocess.run(
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_LIMIT_S, check=False
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"vLLM or torch cannot be imported:\n{result.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def write_model(folder: Path) -> None:
+    """A folder of Qwen3-30B-A3B's shape with a byte-level tokenizer and no weights, for ``--load-format dummy``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    config = dict(
+        architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", torch_dtype="bfloat16", vocab_size=151936,
+        hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, max_window_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, attention_bias=False, attention_dropout=0.0, num_experts=128,
+        num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, decoder_sparse_step=1,
+        mlp_only_layers=[], output_router_logits=False, router_aux_loss_coef=0.001, hidden_act="silu",
+        initializer_range=0.02, rms_norm_eps=1e-6, rope_theta=1000000.0, rope_scaling=None,
+        max_position_embeddings=4194304, sliding_window=None, use_sliding_window=False, use_cache=True,
+        tie_word_embeddings=False, bos_token_id=256, eos_token_id=256,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    end = "<|endoftext|>"
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary |= {end: 256} | {f"Ġt{i}": i for i in range(257, 151936)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(folder)
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def system_flags(args: argparse.Namespace, system: str, gpu: bool, bench: bool) -> list[str]:
+    """The flags in which the systems differ."""
+    # Data-parallel experts do not exist in stock vLLM for CPU.
+    flags = [f"--data-parallel-size={args.ranks}", "--enable-expert-parallel"]
+    if system == "stock":
+        flags = flags if gpu else ["--data-parallel-size=1"]
+        if bench:
+            flags += ["--kv-transfer-config", '{"kv_connector":"DecodeBenchConnector","kv_role":"kv_both"}']
+        return flags
+    config: dict[str, Any] = {"exchange": system, "segment_size": args.segment_size}
+    if bench:
+        config["decode_bench"] = True
+    return [*flags, "--nanocp", "--nanocp-config", json.dumps(config)]
+
+
+def serve_command(args: argparse.Namespace, system: str, gpu: bool, bench: bool, length: int, port: int) -> list[str]:
+    """The whole command line; without a GPU eager, and without what concerns graphs and memory."""
+    flags = [
+        "--load-format=dummy",
+        f"--max-model-len={length}",
+        "--no-enable-prefix-caching",
+        f"--max-num-seqs={args.max_num_seqs}",
+        f"--max-num-batched-tokens={args.max_num_batched_tokens}",
+        *system_flags(args, system, gpu, bench),
+    ]
+    if gpu:
+        flags.append(f"--gpu-memory-utilization={args.gpu_memory_utilization}")
+        flags.append(f"-cc.cudagraph_capture_sizes=[{args.capture_sizes}]")
+    else:
+        flags.append("--enforce-eager")
+    place = ["--host", "127.0.0.1", f"--port={port}"]
+    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    return [*vllm, str(args.model), *flags, *shlex.split(args.extra), *place]
+
+
+def environment(system: str, gpu: bool, bench: bool) -> dict[str, str]:
+    """What is set for a server besides what it inherits."""
+    env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if not gpu:
+        cpu = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+        env |= {key: os.environ.get(key, value) for key, value in cpu.items()}
+    if system == "stock":
+        # No plugin but the one without which the command does not start on CPU.
+        env["VLLM_PLUGINS"] = "nanocp_metadata_alias"
+    elif bench:
+        env["NANOCP_DECODE_BENCH"] = "1"
+    return env
+
+
+def end(number: int, _: Any) -> None:
+    """A handler that ends this program, once: a second signal must not cut short the stopping of its server."""
+    for other in ENDINGS:
+        signal.signal(other, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+class ServerError(RuntimeError):
+    """The server did not come up, or ended too soon."""
+
+
+class Server:
+    """A ``vllm serve`` process in a session of its own; ``seconds`` is the time to its first healthy answer."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], port: int, log: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self.seconds: float | None = None
+        self._started = time.monotonic()
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        if self.healthy():
+            raise ServerError(f"another server answers at {self.url}")
+        # A key in the environment would make the server refuse this client.
+        inherited = {key: value for key, value in os.environ.items() if key != "VLLM_API_KEY"}
+        with log.open("wb") as sink:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+                env={**inherited, **env},
+            )
+
+    def healthy(self) -> bool:
+        try:
+            with self._opener.open(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def wait(self, limit: float) -> float:
+        """Seconds until it is healthy; raises ``ServerError`` with the end of its log when it will not be."""
+        while not self.healthy():
+            waited = time.monotonic() - self._started
+            if self.process.poll() is not None:
+                raise ServerError(f"the server ended with code {self.process.returncode}:\n{self.tail()}")
+            if waited > limit:
+                raise ServerError(f"the server was not ready after {limit:.0f} s:\n{self.tail()}")
+            time.sleep(0.2)
+        self.seconds = round(time.monotonic() - self._started, 1)
+        return self.seconds
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def notes(self) -> list[str]:
+        """What the log says about capacity and spreading: the first and the last such lines."""
+        found = [match.group(0) for match in NOTES.finditer(self.log.read_text(errors="replace"))]
+        return found if len(found) <= 40 else found[:20] + found[-20:]
+
+    def members(self) -> list[psutil.Process]:
+        """All processes of its session, and their descendants, should one have left the session."""
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(process.pid) == self.process.pid:
+                    found[process.pid] = process
+                    found.update({child.pid: child for child in process.children(recursive=True)})
+        return list(found.values())
+
+    def stop(self) -> None:
+        """SIGINT, then SIGKILL for all that is left; returns when nothing of it runs, so that memory is free again."""
+        members = self.members()
+        try:
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(STOP_LIMIT_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            members = list({process.pid: process for process in members + self.members()}.values())
+            for process in members:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()  # psutil does not kill another process that got the same id
+            self.process.wait(KILL_LIMIT_S)
+            _, alive = psutil.wait_procs(members, KILL_LIMIT_S)
+            if alive:
+                print(f"still running after SIGKILL: {[process.pid for process in alive]}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], env: Mapping[str, str], port: int, log: Path) -> Iterator[Server]:
+    """The server for the body of the ``with``, which must call ``wait``."""
+    server = Server(command, env, port, log)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace the file at once, for a killed run must not leave half of it; lists of numbers take one line."""
+    text = json.dumps(content, indent=1)
+    new = path.with_suffix(".tmp")
+    new.write_text(re.sub(r"\[[\d\s.,-]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n")
+    new.replace(path)
+
+
+class StreamError(RuntimeError):
+    """A stream was refused, failed, or was not complete in time."""
+
+
+@dataclass
+class Stream:
+    """One streamed completion of random token ids. ``ready`` is set once ``ready_after`` chunks came, or it failed."""
+
+    name: str
+    body: bytes
+    max_tokens: int
+    ready_after: int = 1
+    status: int | None = None
+    error: str | None = None
+    tokens: int = 0
+    sent: float = 0.0
+    times: list[float] = field(default_factory=list)
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self, session: aiohttp.ClientSession, url: str) -> None:
+        lines: list[bytes] = []
+        self.sent = time.perf_counter()
+        try:
+            async with session.post(url, data=self.body, headers={"Content-Type": "application/json"}) as answer:
+                self.status = answer.status
+                if answer.status != 200:
+                    self.error = f"HTTP {answer.status}: {(await answer.text())[:300]}"
+                    return
+                async for line in answer.content:
+                    if line.startswith(b"data:"):
+                        self.times.append(time.perf_counter())
+                        lines.append(line)
+                        if len(lines) == self.ready_after:
+                            self.ready.set()
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            self.error = repr(error)
+        finally:
+            self._read(lines)
+            self.ready.set()
+
+    def _read(self, lines: list[bytes]) -> None:
+        """Parse afterwards, not while the gaps are taken; keep the times of chunks with tokens."""
+        times, done = [], False
+        for moment, line in zip(self.times, lines, strict=True):
+            text = line[5:].strip()
+            if text == b"[DONE]":
+                done = True
+                continue
+            chunk = json.loads(text)
+            if chunk.get("error"):
+                self.error = self.error or f"in the stream: {json.dumps(chunk['error'])[:300]}"
+            elif chunk.get("choices"):
+                times.append(moment)
+            elif chunk.get("usage"):
+                self.tokens = chunk["usage"]["completion_tokens"]
+        self.times = times
+        if self.error is None and (not done or self.tokens != self.max_tokens):
+            self.error = f"ended after {len(times)} chunks and {self.tokens} tokens of {self.max_tokens}"
+
+    def gaps(self, skip: int) -> list[tuple[float, float]]:
+        """Start and end of each gap between chunks, the first ``skip`` left out."""
+        return list(zip(self.times, self.times[1:], strict=False))[skip:]
+
+    def raw(self, origin: float) -> dict[str, Any]:
+        """Milliseconds, of ``sent`` since the scenario's start. Fewer chunks than tokens: the server joined some."""
+        return {
+            "name": self.name,
+            "status": self.status,
+            "error": self.error,
+            "tokens": self.tokens,
+            "chunks": len(self.times),
+            "sent_ms": round(1e3 * (self.sent - origin), 3),
+            "ttft_ms": round(1e3 * (self.times[0] - self.sent), 3) if self.times else None,
+            "gaps_ms": [round(1e3 * (end - start), 3) for start, end in self.gaps(0)],
+        }
+
+
+def make_streams(
+    name: str, count: int, prompt: int, tokens: int, model: str, vocab: int, seed: str, ready_after: int = 1
+) -> list[Stream]:
+    """Streams with the same prompts for the same seed, made into bytes before any clock runs."""
+    low, high = min(300, vocab // 2), min(150000, vocab - 1)
+    streams = []
+    for i in range(count):
+        ids = random.Random(f"{seed} {name} {i}").choices(range(low, high + 1), k=prompt)
+        body = dict(model=model, prompt=ids, max_tokens=tokens, temperature=0, ignore_eos=True, stream=True)
+        body["stream_options"] = {"include_usage": True}
+        streams.append(Stream(name, json.dumps(body).encode(), tokens, ready_after))
+    return streams
+
+
+async def _watch_clock(late: list[float]) -> None:
+    """How late this process wakes: others on its cores delay it, and then the gaps are not the server's."""
+    while True:
+        due = time.perf_counter() + 0.01
+        await asyncio.sleep(0.01)
+        late.append(time.perf_counter() - due)
+
+
+async def play(url: str, phases: Sequence[Sequence[Stream]], stagger: float, limit: float) -> float:
+    """Start the phases' streams, each phase once those of the one before are ready; return when all ended.
+
+    Streams of a phase that are ``long`` start ``stagger`` seconds apart, so that a balancer can see the first before
+    it places the second. Returns by how many seconds this client was late at most, so that its delays are not taken
+    for the server's. Raises ``StreamError`` when a stream failed or time ran out.
+    """
+    streams = [stream for phase in phases for stream in phase]
+    timeout = aiohttp.ClientTimeout(total=limit)
+    connector = aiohttp.TCPConnector(limit=0)  # each stream has a connection of its own
+    late = [0.0]
+    tasks = [asyncio.create_task(_watch_clock(late))]
+    try:
+        async with asyncio.timeout(limit), aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            for phase in phases:
+                for i, stream in enumerate(phase):
+                    if i and stream.name == "long":
+                        await asyncio.sleep(stagger)
+                    tasks.append(asyncio.create_task(stream.run(session, f"{url}/v1/completions")))
+                for stream in phase:
+                    await stream.ready.wait()
+                    if stream.error:
+                        raise StreamError(f"{stream.name}: {stream.error}")
+            await asyncio.gather(*tasks[1:])
+    except TimeoutError:
+        raise StreamError(f"not complete after {limit:.0f} s") from None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    failed = [f"{stream.name}: {stream.error}" for stream in streams if stream.error]
+    if failed:
+        raise StreamError("; ".join(failed[:3]))
+    return max(late)

@@ -25,12 +25,20 @@ class RankLoad:
         used_blocks: the others, without vLLM's null block.
         batch: requests that compute there, or wait to.
         slots: how many more requests may.
+        read_blocks: blocks that a step reads, one that several requests share counted for each; None: as many as
+            are used.
     """
 
     free_blocks: int
     used_blocks: int
     batch: int
     slots: int
+    read_blocks: int | None = None
+
+    @property
+    def kv_level(self) -> int:
+        """What is to be even over the ranks: attention takes as long as its reads."""
+        return self.used_blocks if self.read_blocks is None else self.read_blocks
 
     @property
     def total_blocks(self) -> int:
@@ -109,6 +117,18 @@ def _participants(
     return chosen
 
 
+def _by_load(loads: Sequence[RankLoad], room: Sequence[int], kv_weight: float | None) -> list[int]:
+    """Ranks in the order in which a request should use them; those without room last."""
+    ranks = range(len(loads))
+    if kv_weight is None:
+        return sorted(ranks, key=lambda r: (room[r] == 0, loads[r].batch, -room[r], r))
+    # Both in units of their mean, so that neither counts more for being counted in larger numbers.
+    per_request = (1 - kv_weight) / max(1, sum(load.batch for load in loads))
+    per_block = kv_weight / max(1, sum(load.kv_level for load in loads))
+    score = [per_request * load.batch + per_block * load.kv_level for load in loads]
+    return sorted(ranks, key=lambda r: (room[r] == 0, score[r], loads[r].batch, -room[r], r))
+
+
 def place(
     num_tokens: int,
     block_size: int,
@@ -120,6 +140,7 @@ def place(
     turn: int = 0,
     home: int | None = None,
     headroom_blocks: int = 1,
+    kv_weight: float | None = None,
 ) -> ShardMap | None:
     """Place a request, or say that there is no room now.
 
@@ -133,6 +154,9 @@ def place(
         turn: how many requests were placed before (``round_robin``).
         home: a rank that must be the home, because it has the request's sampling state.
         headroom_blocks: free blocks that the home should have beyond the request, for the first new tokens.
+        kv_weight: how much a rank's KV counts, against its batch, in the choice of ranks: between 0 and 1. None:
+            the batch, and KV only between equals. Home moves even out batches later but never KV, so with them KV
+            should count most.
 
     Returns:
         Its shard map; None when the ranks cannot take the request now. A request of one segment waits for room on
@@ -147,7 +171,7 @@ def place(
     if policy == "round_robin":
         order = [(turn + i) % len(loads) for i in range(len(loads))]
     else:
-        order = sorted(range(len(loads)), key=lambda r: (room[r] == 0, loads[r].batch, -room[r], r))
+        order = _by_load(loads, room, kv_weight)
     fits_one = need + headroom_blocks <= max(load.total_blocks for load in loads)
     may_grow = degree > 1 or home is not None or not fits_one
     for d in range(degree, (limit if may_grow else degree) + 1):
@@ -170,7 +194,7 @@ def _pour(
     if home is None:
         able = [r for r in chosen if room[r] > headroom]
         home = able[0] if policy == "round_robin" else min(able, key=lambda r: (loads[r].batch, -room[r], r))
-    used = [0 if policy == "round_robin" else loads[r].used_blocks for r in chosen]
+    used = [0 if policy == "round_robin" else loads[r].kv_level for r in chosen]
     space = [room[r] - headroom if r == home else room[r] for r in chosen]
     least = [1 if r == home else 0 for r in chosen]
     shares = dict(zip(chosen, water_fill(need, used, space, least), strict=True))

@@ -363,7 +363,7 @@ def parse_args() -> argparse.Namespace:
     add("--gpu-memory-utilization", type=float, default=0.88)
     add("--extra", default="", help="more vllm serve flags, for every system")
     add("--port", type=int, default=0, help="default: a free one")
-    add("--start-timeout", type=float, default=600.0, help="seconds until a server must be healthy")
+    add("--start-timeout", type=float, default=420.0, help="seconds until a server must be healthy")
     add("--scenario-timeout", type=float, default=300.0, help="seconds")
     args = parser.parse_args()
     if (args.out is None) == (args.report is None):

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import NanoCPConfigError
+from .placement.moves import MoveConfig
 
 KEY = "nanocp"
 PLACEMENTS = ("balanced", "round_robin")
@@ -29,6 +30,8 @@ class NanoCPConfig:
             ``ceil(T / segment_size)`` ranks, at most ``max_degree``.
         max_degree: most ranks one request may use; None means all.
         placement: ``balanced`` (least batch, then most room, water filling) or ``round_robin`` (a baseline).
+        moves: whether decoding requests change their home, to even out the ranks' loads and where a rank's blocks run
+            out, and when: fields of ``placement.moves.MoveConfig``. With ``balanced`` only.
         exchange: how queries and partial results travel. ``auto`` takes the best one that works here.
         graph_capacities: CUDA graphs of sharded decode steps are captured for so many visits between any two ranks,
             ascending; a step with more runs attention outside of graphs. Empty: every sharded step does.
@@ -40,6 +43,7 @@ class NanoCPConfig:
     segment_size: int = 65536
     max_degree: int | None = None
     placement: str = "balanced"
+    moves: bool | dict[str, Any] = False
     exchange: str = "auto"
     graph_capacities: tuple[int, ...] = (4, 16)
     decode_bench: bool = False
@@ -48,6 +52,13 @@ class NanoCPConfig:
     def degree_limit(self) -> int:
         """The most ranks one request may use, resolved."""
         return self.ranks if self.max_degree is None else self.max_degree
+
+    @property
+    def move_config(self) -> MoveConfig | None:
+        """When homes move; None if they do not."""
+        if not self.moves or self.placement != "balanced" or self.degree_limit == 1:
+            return None
+        return MoveConfig(max_degree=self.degree_limit, **(self.moves if isinstance(self.moves, dict) else {}))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able mapping that ``parse`` accepts again."""
@@ -103,11 +114,29 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
             if raw[key] not in choices:
                 raise NanoCPConfigError(f"nanocp: {key} is {raw[key]!r}; use one of {', '.join(choices)}")
             values[key] = raw[key]
-    if "graph_capacities" in raw:
-        values["graph_capacities"] = _capacities(raw["graph_capacities"], ranks)
+    if "moves" in raw:
+        values["moves"] = _moves(raw["moves"])
+    default = [c for c in NanoCPConfig.graph_capacities if c * ranks <= MAX_VISITS]
+    values["graph_capacities"] = _capacities(raw.get("graph_capacities", default), ranks)
     if "decode_bench" in raw:
         values["decode_bench"] = _decode_bench(raw["decode_bench"])
     return NanoCPConfig(**values)
+
+
+def _moves(value: Any) -> bool | dict[str, Any]:
+    if isinstance(value, bool):
+        return value
+    known = [f.name for f in fields(MoveConfig) if f.name != "max_degree"]
+    if not isinstance(value, Mapping) or any(key not in known for key in value):
+        raise NanoCPConfigError(
+            f"nanocp: moves must be true, false or an object with keys of {', '.join(known)}, got {value!r}; "
+            "leave it out for false"
+        )
+    try:
+        MoveConfig(**value)
+    except (TypeError, ValueError) as error:
+        raise NanoCPConfigError(f"nanocp: moves: {error}; leave it out") from error
+    return dict(value)
 
 
 def _capacities(value: Any, ranks: int) -> tuple[int, ...]:

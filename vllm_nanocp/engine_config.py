@@ -200,6 +200,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     from vllm.platforms import current_platform
 
     from . import admission
+    from .metrics.install import install as install_metrics
 
     config = nanocp_config.parse(engine_args.additional_config[nanocp_config.KEY], engine_args.data_parallel_size)
     check_flags(engine_args)
@@ -219,4 +220,5 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     check_model(vllm_config, config)
     check_graphs(vllm_config, config)
     admission.install()
+    install_metrics()
     return vllm_config

@@ -32,7 +32,7 @@ class PlanRow:
         num_queries: how many; positive.
         first_block: index of the first block in the home's block table that the home holds.
         local_tokens: KV tokens the home holds with a position below the first query.
-        holders: shards elsewhere, in the order of the positions they hold; not empty.
+        holders: the other shards, at most one a rank; at the home, what it holds of earlier parts. Not empty.
     """
 
     req_id: str
@@ -63,6 +63,19 @@ IDLE = Batch(num_reqs=1, num_tokens=1, decode=True)
 
 
 @dataclass(slots=True)
+class Arrival:
+    """What a request brings from its old home.
+
+    Attributes:
+        tokens: that it has made.
+        generator: state of the one it samples with, for model runners that keep one; None if it has no seed.
+    """
+
+    tokens: list[int]
+    generator: bytes | None = None
+
+
+@dataclass(slots=True)
 class StepPlan:
     """A step's work as all ranks must know it, the same on every rank.
 
@@ -73,12 +86,16 @@ class StepPlan:
         opened: for each rank, shards that rows of this or a later step visit: (shard id, block ids). An id is never
             used again.
         closed: shard ids that no row of this or a later step visits.
+        arrived: requests that a rank's model runner meets for the first time after they have made tokens elsewhere.
+        departing: requests whose home's worker is to report, with this step's output, where their generator is.
     """
 
     rows: list[PlanRow] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
     opened: dict[int, list[tuple[str, list[int]]]] = field(default_factory=dict)
     closed: list[str] = field(default_factory=list)
+    arrived: dict[str, Arrival] = field(default_factory=dict)
+    departing: list[str] = field(default_factory=list)
 
     def most_visits(self, num_ranks: int) -> int | None:
         """Queries of the busiest pair of ranks, a row's part at its home counted as a visit of the home to itself.
@@ -89,11 +106,11 @@ class StepPlan:
             num_ranks: N.
 
         Returns:
-            None when a row has several queries, or visits more shards than there are other ranks.
+            None when a row has several queries, or visits more shards than a graph has places for.
         """
         pairs: Counter[tuple[int, int]] = Counter()
         for row in self.rows:
-            if row.num_queries != 1 or len(row.holders) >= num_ranks:
+            if row.num_queries != 1 or len(row.holders) > num_ranks:
                 return None
             pairs[row.home, row.home] += 1
             for holder in row.holders:

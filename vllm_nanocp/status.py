@@ -27,6 +27,9 @@ def describe(scheduler: NanoCPScheduler) -> dict[str, Any]:
         "waiting": [waiting for _, waiting in counts],
         "unplaced": len(scheduler.unplaced),
         "preemptions": scheduler.num_preemptions,
+        "avoidable_preemptions": scheduler.num_avoidable_preemptions,
+        "moves": scheduler.mover.num_moves,
+        "spills": scheduler.mover.num_spills,
         "sharded_steps": scheduler.num_sharded_steps,
         "steps": scheduler.num_steps,
         "sharded": {

@@ -27,7 +27,7 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
         "small-stock": dict(ranks=1, num_gpu_blocks_override=2 * SMALL_BLOCKS - 1, max_model_len=2048),
         "small": dict(
             ranks=3,
-            nanocp={"segment_size": 1024},
+            nanocp={"segment_size": 1024, "moves": False},  # so that it preempts
             num_gpu_blocks_override=SMALL_BLOCKS,
             max_model_len=4096,
             scheduling_policy="priority",
@@ -36,6 +36,31 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
         "small-caching": dict(
             ranks=3,
             nanocp={"segment_size": 700},
+            num_gpu_blocks_override=SMALL_BLOCKS,
+            max_model_len=4096,
+            enable_prefix_caching=True,
+        ),
+        # A cache so small and margins so narrow that homes move and ranks spill all the time.
+        "moving": dict(
+            ranks=3,
+            nanocp={
+                "segment_size": 1024,
+                "moves": {
+                    "batch_margin": 0.0,
+                    "kv_margin": 0.0,
+                    "min_steps_between": 0,
+                    "min_remaining_tokens": 1,
+                    "spare_blocks": 0,
+                    "growth_blocks": 1,
+                },
+            },
+            num_gpu_blocks_override=SMALL_BLOCKS,
+            max_model_len=4096,
+            enable_prefix_caching=True,
+        ),
+        "round-robin": dict(
+            ranks=3,
+            nanocp={"placement": "round_robin", "segment_size": 4096},
             num_gpu_blocks_override=SMALL_BLOCKS,
             max_model_len=4096,
             enable_prefix_caching=True,

@@ -18,7 +18,7 @@ import pytest
 
 from tests.tiny_models import make_mixtral
 from vllm_nanocp.config import NanoCPConfig
-from vllm_nanocp.engine_config import CPU_WORKER, EXECUTORS, SCHEDULER, check_flags, check_model
+from vllm_nanocp.engine_config import CPU_WORKER, EXECUTORS, SCHEDULER, check_flags, check_graphs, check_model
 from vllm_nanocp.errors import NanoCPConfigError
 
 from .serving import VLLM
@@ -246,7 +246,7 @@ def fake_config(text: dict[str, Any] | None = None, cache_dtype: str = "auto", *
         (fake_config({"attention_chunk_size": 8192}), "sliding-window"),
         (fake_config({"attn_logit_softcapping": 30.0}), "softcapped"),
         (fake_config({"alibi": True}), "ALiBi"),
-        (fake_config(cache_dtype="fp8"), "--kv-cache-dtype fp8"),
+        *((fake_config(cache_dtype=name), f"--kv-cache-dtype {name}") for name in ("fp8", "fp8_e4m3", "fp8_e5m2")),
     ],
 )
 def test_models_that_cannot_be_sharded(config: Any, part: str) -> None:
@@ -254,6 +254,69 @@ def test_models_that_cannot_be_sharded(config: Any, part: str) -> None:
         check_model(config, NanoCPConfig(ranks=2))
     assert_one_line(str(caught.value), part)
     check_model(config, NanoCPConfig(ranks=2, max_degree=1))
+
+
+def test_caches_that_gpus_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    for name in ("fp8", "fp8_e4m3"):
+        with pytest.raises(NanoCPConfigError) as caught:
+            check_model(fake_config(cache_dtype=name), NanoCPConfig(ranks=2))
+        assert str(caught.value).endswith("; leave it out"), "nothing that CPUs cannot read is proposed there"
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    for name in ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"):
+        check_model(fake_config(cache_dtype=name), NanoCPConfig(ranks=2))
+    with pytest.raises(NanoCPConfigError) as caught:
+        check_model(fake_config(cache_dtype="fp8_e5m2"), NanoCPConfig(ranks=2))
+    assert_one_line(str(caught.value), "--kv-cache-dtype fp8_e5m2", "or use fp8")
+
+
+def test_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(NanoCPConfigError) as caught:
+        check_model(fake_config(), NanoCPConfig(ranks=2))
+    assert_one_line(str(caught.value), "VLLM_BATCH_INVARIANT", "unset it", '"max_degree": 1')
+    check_model(fake_config(), NanoCPConfig(ranks=2, max_degree=1))
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    check_model(fake_config(), NanoCPConfig(ranks=2))
+
+
+def graph_config(mode: str | None, v2: bool) -> Any:
+    """What ``check_graphs`` reads of a ``VllmConfig``."""
+    from vllm.config import CUDAGraphMode
+
+    mode_of = None if mode is None else CUDAGraphMode[mode]
+    return SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode_of), use_v2_model_runner=v2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "v2", "parts"),
+    [
+        ("PIECEWISE", False, ("V1 model runner", "--enforce-eager")),
+        ("FULL_AND_PIECEWISE", False, ("V1 model runner", "--enforce-eager")),
+        ("FULL", True, ("graph mode FULL", "FULL_AND_PIECEWISE")),
+    ],
+)
+def test_graphs_that_know_no_shards(mode: str, v2: bool, parts: tuple[str, ...]) -> None:
+    with pytest.raises(NanoCPConfigError) as caught:
+        check_graphs(graph_config(mode, v2), NanoCPConfig(ranks=2))
+    assert_one_line(str(caught.value), *parts)
+    check_graphs(graph_config(mode, v2), NanoCPConfig(ranks=2, max_degree=1))
+
+
+@pytest.mark.parametrize(
+    ("mode", "v2"),
+    [
+        (None, False),
+        ("NONE", False),
+        ("NONE", True),
+        ("PIECEWISE", True),
+        ("FULL_DECODE_ONLY", True),
+        ("FULL_AND_PIECEWISE", True),
+    ],
+)
+def test_graphs_that_sharded_steps_can_leave(mode: str | None, v2: bool) -> None:
+    check_graphs(graph_config(mode, v2), NanoCPConfig(ranks=2))
 
 
 def test_a_model_that_can_be_sharded() -> None:

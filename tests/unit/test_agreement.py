@@ -192,7 +192,8 @@ def test_busiest_pair() -> None:
     assert StepPlan(rows=[row(0, 1), row(0, 2), row(0, 2), row(1, 0)]).most_visits(3) == 3  # 0 visits itself thrice
     assert StepPlan(rows=[row(0, 1, 1), row(2, 1)]).most_visits(3) == 2
     assert StepPlan(rows=[row(0, 1), row(0, 1, queries=2)]).most_visits(3) is None
-    assert StepPlan(rows=[row(0, 1, 2, 1)]).most_visits(3) is None  # with its own part, more than one for each rank
+    assert StepPlan(rows=[row(0, 1, 2, 0)]).most_visits(3) == 2  # one for each rank, and its own part
+    assert StepPlan(rows=[row(0, 1, 2, 0, 1)]).most_visits(3) is None
 
 
 def runner_of(**values: Any) -> Any:

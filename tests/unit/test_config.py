@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vllm_nanocp.compat import unsupported_reason
-from vllm_nanocp.config import EXCHANGES, PLACEMENTS, NanoCPConfig, parse
+from vllm_nanocp.config import DECODE_BENCH, EXCHANGES, MAX_VISITS, PLACEMENTS, NanoCPConfig, parse
 from vllm_nanocp.errors import NanoCPConfigError
 
 
@@ -42,6 +42,12 @@ def test_defaults() -> None:
         ({"max_degree": None}, "max_degree", None),
         *(({"placement": name}, "placement", name) for name in PLACEMENTS),
         *(({"exchange": name}, "exchange", name) for name in EXCHANGES),
+        ({}, "graph_capacities", (4, 16)),
+        ({"graph_capacities": []}, "graph_capacities", ()),
+        ({"graph_capacities": [1]}, "graph_capacities", (1,)),
+        ({"graph_capacities": (2, 3, 5)}, "graph_capacities", (2, 3, 5)),
+        ({"graph_capacities": [MAX_VISITS // 4]}, "graph_capacities", (MAX_VISITS // 4,)),
+        ({"decode_bench": False}, "decode_bench", False),
     ],
 )
 def test_valid_values_arrive(raw: dict[str, Any], key: str, value: Any) -> None:
@@ -84,6 +90,51 @@ def test_choices_are_named(key: str, choices: tuple[str, ...], value: Any) -> No
     assert all(choice in line for choice in choices)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [None, 4, "4", True, {}, {"4": 16}, [0], [-4, 16], [4.0], ["4"], [True, 4], [[4]], [None], [16, 4], [4, 4], (8, 2)],
+)
+def test_capacities_are_ascending_positive_integers(value: Any) -> None:
+    line = refusal({"graph_capacities": value}, 2)
+    assert f"graph_capacities must be a list of ascending positive integers, got {value!r}" in line
+    assert "[4, 16]" in line and "[] for no graphs" in line
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 31])
+def test_capacities_that_one_launch_cannot_serve(ranks: int) -> None:
+    most = MAX_VISITS // ranks
+    assert parse({"graph_capacities": [1, most]}, ranks).graph_capacities == (1, most)
+    line = refusal({"graph_capacities": [1, most + 1]}, ranks)
+    assert f"{most + 1} visits from each of {ranks} ranks" in line and line.endswith(f"use at most {most}")
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", None, [True]])
+def test_decode_bench_is_a_boolean(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DECODE_BENCH, "1")
+    line = refusal({"decode_bench": value}, 2)
+    assert "decode_bench must be true or false" in line and repr(value) in line
+
+
+@pytest.mark.parametrize("environment", [None, "", "0", "true"])
+def test_decode_bench_must_be_meant(environment: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes every answer meaningless, so the setting alone is not enough."""
+    monkeypatch.delenv(DECODE_BENCH, raising=False)
+    if environment is not None:
+        monkeypatch.setenv(DECODE_BENCH, environment)
+    line = refusal({"decode_bench": True}, 2)
+    assert "meaningless" in line and "NANOCP_DECODE_BENCH=1" in line
+    assert parse({"decode_bench": False}, 2).decode_bench is False
+
+
+def test_decode_bench_in_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DECODE_BENCH, "1")
+    config = parse({"decode_bench": True}, 2)
+    assert config.decode_bench is True
+    assert parse(json.loads(json.dumps(config.to_dict()))) == config
+    monkeypatch.delenv(DECODE_BENCH)
+    refusal(config.to_dict())  # a process that does not inherit it
+
+
 def test_max_degree_above_the_ranks() -> None:
     line = refusal({"max_degree": 5}, 4)
     assert "max_degree is 5" in line and "4 ranks" in line and "use at most 4" in line
@@ -114,7 +165,13 @@ def test_the_configuration_is_a_mapping(raw: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", [{}, {"max_degree": 2, "segment_size": 7, "placement": "round_robin", "exchange": "collective"}]
+    "raw",
+    [
+        {},
+        {"max_degree": 2, "segment_size": 7, "placement": "round_robin", "exchange": "collective"},
+        {"graph_capacities": []},
+        {"graph_capacities": [3, 9, 300]},
+    ],
 )
 def test_a_parsed_configuration_survives_json(raw: dict[str, Any]) -> None:
     """Workers parse again what the front-end wrote into ``additional_config``, and see a data-parallel size of one."""

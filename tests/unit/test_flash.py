@@ -5,14 +5,18 @@ float64, as tables of a step's own size and as the fixed ones of captured graphs
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from tests.unit.attention_steps import Shape, run_scenarios
-from tests.unit.flash_steps import flash_kernel
+from tests.unit.flash_steps import flash_kernel, reference_pieces, reference_schedule
 from tests.unit.processes import run_ranks
+from vllm_nanocp.attention import flash_pieces
 from vllm_nanocp.attention.partial_rows import RowLayout, merge_rows, pack_pieces
+from vllm_nanocp.errors import NanoCPConfigError
 
 RANKS = 3
 SHAPES = [
@@ -114,3 +118,49 @@ def test_a_row_without_keys_is_empty() -> None:
     none = torch.full((2, 1, 1), float("-inf"))
     pack_pieces(packed, layout, torch.full((2, 1, 1, 64), float("nan")), none, torch.tensor([2], dtype=torch.int32))
     assert layout.lses(packed).item() == float("-inf") and (layout.outputs(packed) == 0).all()
+
+
+Pieces = tuple[torch.Tensor, torch.Tensor]
+
+
+def other_base(outputs: torch.Tensor, lses: torch.Tensor) -> Pieces:
+    return outputs, lses * 1.4426950408889634
+
+
+def other_outputs(outputs: torch.Tensor, lses: torch.Tensor) -> Pieces:
+    return 1.1 * outputs, lses
+
+
+def unwritten(outputs: torch.Tensor, lses: torch.Tensor) -> Pieces:
+    """As for a row of one piece, which FlashAttention writes to its 16-bit output only."""
+    return torch.full_like(outputs, float("nan")), torch.full_like(lses, float("nan"))
+
+
+def refuses(outputs: torch.Tensor, lses: torch.Tensor) -> Pieces:
+    raise RuntimeError("_vllm_fa3_C::fwd() expected at most 36 arguments\nDeclaration: fwd(Tensor q, Tensor k")
+
+
+def check_with(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor, torch.Tensor], Pieces] | None) -> None:
+    def attend(*args: Any) -> Pieces:
+        pieces = reference_pieces(*args)
+        return pieces if change is None else change(*pieces)
+
+    monkeypatch.setattr(flash_pieces, "make_schedule", reference_schedule)
+    monkeypatch.setattr(flash_pieces, "attend_pieces", attend)
+    flash_pieces.self_check(4, 2, 64, torch.bfloat16, torch.device("cpu"))
+
+
+def test_a_flash_attention_that_keeps_its_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_with(monkeypatch, None)
+
+
+@pytest.mark.parametrize("change", [other_base, other_outputs, unwritten, refuses])
+def test_another_flash_attention_is_refused_in_one_line(
+    change: Callable[[torch.Tensor, torch.Tensor], Pieces], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(NanoCPConfigError) as caught:
+        check_with(monkeypatch, change)
+    line = str(caught.value)
+    assert "\n" not in line and line.startswith("nanocp: this FlashAttention does not return")
+    assert '"max_degree": 1' in line and len(line) < 500
+    assert caught.value.__cause__ is not None, "the log has the whole reason"

@@ -13,8 +13,8 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.metrics.stats import KVCacheEvictionEvent, PrefixCacheStats, SchedulerStats
 
-from vllm_nanocp.plan import Batch, Holder, PlanRow, StepPlan
-from vllm_nanocp.sched.output import NanoCPSchedulerOutput, merge
+from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
+from vllm_nanocp.sched.output import NanoCPSchedulerOutput, describe, merge
 from vllm_nanocp.sched.stats import merge_prefix_cache, merge_scheduler_stats
 
 
@@ -136,6 +136,65 @@ def test_the_message_carries_each_request_once() -> None:
     ranks = [rank_output(0, cached=1000), rank_output(1, cached=1000)]
     parts = sum(len(pickle.dumps(rank)) for rank in ranks)
     assert len(pickle.dumps(merge(ranks, PLAN))) < 1.1 * parts
+
+
+# -- batches, as the other ranks know of them ------------------------------------------------------------------
+
+
+def scheduled(
+    new: list[tuple[int, int]] | None = None, cached: list[tuple[int, int]] | None = None, resumed: int = 0
+) -> SchedulerOutput:
+    """A rank's output from (computed before, scheduled now) of each request; the first cached ones are resumed."""
+    out = SchedulerOutput.make_empty()
+    for i, (computed, tokens) in enumerate(new or []):
+        request = new_request(f"new{i}")
+        request.num_computed_tokens = computed
+        out.scheduled_new_reqs.append(request)
+        out.num_scheduled_tokens[request.req_id] = tokens
+    running = out.scheduled_cached_reqs = CachedRequestData.make_empty()
+    for i, (computed, tokens) in enumerate(cached or []):
+        running.req_ids.append(f"old{i}")
+        running.num_computed_tokens.append(computed)
+        out.num_scheduled_tokens[f"old{i}"] = tokens
+    running.resumed_req_ids = set(running.req_ids[:resumed])
+    out.total_num_scheduled_tokens = sum(out.num_scheduled_tokens.values())
+    return out
+
+
+def test_no_tokens_anywhere_are_no_batches() -> None:
+    assert describe([scheduled(), scheduled()]) == []
+    assert describe([]) == []
+
+
+def test_a_rank_without_tokens_runs_an_idle_batch() -> None:
+    busy = scheduled(cached=[(40, 1), (7, 1)])
+    assert describe([scheduled(), busy, scheduled()]) == [IDLE, Batch(2, 2, True), IDLE]
+
+
+@pytest.mark.parametrize(
+    ("part", "batch"),
+    [
+        (scheduled(cached=[(1, 1)]), Batch(1, 1, True)),
+        (scheduled(cached=[(31, 1), (32, 1), (9000, 1)]), Batch(3, 3, True)),
+        # A chunk of a prompt beside tokens that decode, and a last chunk of two tokens.
+        (scheduled(cached=[(31, 1), (512, 512)]), Batch(2, 513, False)),
+        (scheduled(cached=[(31, 2)]), Batch(1, 2, False)),
+        # New ones: a prompt, a prompt of one token, one of which all but the last token was cached.
+        (scheduled(new=[(0, 12)]), Batch(1, 12, False)),
+        (scheduled(new=[(0, 1)]), Batch(1, 1, False)),
+        (scheduled(new=[(64, 1)]), Batch(1, 1, True)),
+        (scheduled(new=[(64, 1), (0, 1)], cached=[(5, 1)]), Batch(3, 3, False)),
+        (scheduled(new=[(64, 1)], cached=[(5, 1)]), Batch(2, 2, True)),
+        # Resumed after a preemption: from the start, from a cached prefix, and with a last token to go.
+        (scheduled(cached=[(0, 40), (5, 1)], resumed=1), Batch(2, 41, False)),
+        (scheduled(cached=[(0, 1)], resumed=1), Batch(1, 1, False)),
+        (scheduled(cached=[(32, 8)], resumed=1), Batch(1, 8, False)),
+        (scheduled(cached=[(32, 1), (5, 1)], resumed=1), Batch(2, 2, True)),
+    ],
+)
+def test_what_is_a_decode_batch(part: SchedulerOutput, batch: Batch) -> None:
+    """One token each, and others before it: what vLLM's runners find of their own batch."""
+    assert describe([part, scheduled()]) == [batch, IDLE]
 
 
 # -- statistics ------------------------------------------------------------------------------------------------

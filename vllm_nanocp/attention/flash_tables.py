@@ -175,10 +175,12 @@ class CapturedTables:
         self.capacity, self.places, self.max_tokens = capacity, places, max_tokens
         # What changes from step to step comes in one copy: queries to send, picks, lengths, tokens of results, and
         # these once more with a spare index for unused ones.
-        self._sizes = (places, places, places, capacity, capacity)
+        # A row has a visit to each rank, its own for what it holds of earlier parts, and its own part.
+        width = num_ranks + 1
+        self._sizes = (places, capacity * width, places, capacity, capacity)
         self._ints = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
         self._send, pick, self._lengths, self._tokens, self._visiting = self._ints.split(self._sizes)
-        self._pick = pick.view(capacity, num_ranks)
+        self._pick = pick.view(capacity, width)
         self._seq_lens = torch.zeros(max_tokens + 1, dtype=torch.int32, device=device)
         self._partials = layout.empty(places, device)
         # The shard whose blocks a place's row of the block table holds; they need not be written again.
@@ -213,7 +215,7 @@ class CapturedTables:
             for j, (rank, index) in enumerate([*own.visits, (step.rank, here)]):
                 place = rank * self.capacity + index
                 send[place] = row
-                pick[i * step.num_ranks + j] = place
+                pick[i * (step.num_ranks + 1) + j] = place
             lengths[place] = own.local_tokens + 1
             self._hold(place, own.local_tokens + 1, common.block_table_tensor[row], own.first_block)
         for guest in step.guests:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 
+from ..placement.cost import StepLoad
 from ..plan import IDLE, Batch, StepPlan
 
 
@@ -21,14 +23,31 @@ class NanoCPSchedulerOutput(SchedulerOutput):
     Attributes:
         ranks: what rank i's model runner is given.
         plan: the same for all ranks.
+        work: what each rank's running requests read and compute in this step; stays with the scheduler.
+        scheduled: when, by ``time.monotonic``.
     """
 
     ranks: list[SchedulerOutput] = field(default_factory=list)
     plan: StepPlan = field(default_factory=StepPlan)
+    work: list[StepLoad] = field(default_factory=list)
+    scheduled: float = 0.0
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The workers read their rank's part and the plan; sending the union as well would double the message.
         return merge, (self.ranks, self.plan)
+
+
+def with_generators(output: ModelRunnerOutput, generators: dict[str, bytes]) -> ModelRunnerOutput:
+    """A copy of a rank's output that carries states of generators, by request; see ``generators_in``."""
+    output = copy(output)
+    output.nanocp_generators = generators  # type: ignore[attr-defined]
+    return output
+
+
+def generators_in(output: ModelRunnerOutput) -> dict[str, bytes]:
+    """What ``with_generators`` has put into an output."""
+    found: dict[str, bytes] = getattr(output, "nanocp_generators", {})
+    return found
 
 
 @dataclass

@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from ..config import NanoCPConfig
-from ..placement import Run, ShardMap, cdiv, place, place_after_prefix, queue_at
+from ..placement import RankLoad, Run, ShardMap, cdiv, place, place_after_prefix, queue_at
+from ..placement.moves import with_reserve
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .sharded import can_shard
+
+# How much KV counts against the batch where homes move, and blocks kept for the growth of each request
+# (``benchmarks/balance_simulation.py``).
+KV_WEIGHT = 0.8
+RESERVE_BLOCKS = 4
 
 
 class Placer:
@@ -24,6 +30,7 @@ class Placer:
         block_size: tokens a block holds.
         max_model_len: tokens.
         find_prefixes: whether cached prefixes can be found by the blocks of one KV cache group.
+        loads: what there is to know of each rank's load.
     """
 
     def __init__(
@@ -33,12 +40,14 @@ class Placer:
         block_size: int,
         max_model_len: int,
         find_prefixes: bool,
+        loads: Callable[[], list[RankLoad]],
     ) -> None:
         self.ranks = ranks
         self.config = config
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.find_prefixes = find_prefixes
+        self._loads = loads
 
     def place(self, request: Request, home: int | None, turn: int) -> ShardMap | None:
         """A shard map for a request, or None when it has to wait.
@@ -48,7 +57,12 @@ class Placer:
             home: the rank that has its sampling state, if it has run before.
             turn: how many requests were placed before.
         """
-        loads = [rank.load(self.block_size) for rank in self.ranks]
+        loads = self._loads()
+        weight = None
+        if self.config.move_config is not None:
+            # Batches are evened out later, KV is not; and what grows must not have to leave at once.
+            loads = [with_reserve(load, RESERVE_BLOCKS) for load in loads]
+            weight = KV_WEIGHT
         degree_limit = self.config.degree_limit if can_shard(request) else 1
         most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
         growth = cdiv(most_tokens, self.block_size) - cdiv(request.num_tokens, self.block_size)
@@ -59,7 +73,7 @@ class Placer:
             headroom_blocks=max(0, min(1, growth)),
         )
         policy = self.config.placement
-        fresh = place(request.num_tokens, self.block_size, loads, policy=policy, turn=turn, **rules)
+        fresh = place(request.num_tokens, self.block_size, loads, policy=policy, turn=turn, kv_weight=weight, **rules)
         if fresh is None:
             if request.num_tokens > self.config.segment_size and degree_limit > 1:
                 return None
@@ -68,7 +82,9 @@ class Placer:
         if policy == "round_robin":
             return fresh
         prefix = self._find_prefix(request)
-        after = place_after_prefix(prefix, request.num_tokens, self.block_size, loads, **rules) if prefix else None
+        if not prefix:
+            return fresh
+        after = place_after_prefix(prefix, request.num_tokens, self.block_size, loads, kv_weight=weight, **rules)
         return fresh if after is None else after
 
     def lookup_hashes(self, request: Request) -> list[BlockHash]:

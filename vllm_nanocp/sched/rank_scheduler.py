@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
@@ -20,6 +21,7 @@ from ..placement import RankLoad
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHash
+    from vllm.v1.core.sched.output import SchedulerOutput
 
     _Base = Scheduler
 else:
@@ -32,12 +34,46 @@ class RankDoors(_Base):
     on_preempt: Callable[[Request], None]
     on_free: Callable[[Request], None]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Requests that came with tokens made elsewhere and that the model runner has not met.
+        self._strangers: set[str] = set()
+        # Those that it meets with this step's output: their tokens so far, by id.
+        self.introduced: dict[str, list[int]] = {}
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        self.introduced = {}
+        if self._strangers:
+            for request_id in self._strangers & output.num_scheduled_tokens.keys():
+                self._introduce(self.requests[request_id], output)
+        return output
+
+    def _introduce(self, request: Request, output: SchedulerOutput) -> None:
+        """Describe to the model runner, as a new request, one that the scheduler took to be known."""
+        request_id, cached = request.request_id, output.scheduled_cached_reqs
+        if request_id in cached.req_ids:
+            at = cached.req_ids.index(request_id)
+            computed = cached.num_computed_tokens[at]
+            for column in (cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, cached.num_output_tokens):
+                del column[at]
+            cached.all_token_ids.pop(request_id, None)
+            cached.resumed_req_ids.discard(request_id)
+            blocks = self.kv_cache_manager.get_block_ids(request_id)
+            tokens = request._all_token_ids if self.use_v2_model_runner else None
+            new = NewRequestData.from_request(request, blocks, tokens)
+            new.num_computed_tokens = computed
+            output.scheduled_new_reqs.append(new)
+        self._strangers.discard(request_id)
+        self.introduced[request_id] = list(request.output_token_ids)
+
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self.on_preempt(request)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)
+        self._strangers.discard(request.request_id)
         self.on_free(request)
         return result
 
@@ -127,6 +163,31 @@ class RankDoors(_Base):
         # The request was queued when it came, not when it entered a rank.
         del request.events[events:]
 
+    def leave(self, request: Request) -> None:
+        """Schedule a running request no more; what it has in flight still comes to it."""
+        self.running.remove(request)
+
+    def stay(self, request: Request) -> None:
+        """Take back one that was about to leave."""
+        self.running.append(request)
+
+    def hand_over(self, request: Request, member: Request) -> None:
+        """Let another member keep the blocks of a request that has left; the model runner forgets the request."""
+        self.kv_cache_manager.cache_blocks(request, request.num_computed_tokens)
+        manager = self._manager
+        manager.req_to_blocks[member.request_id] = manager.req_to_blocks.pop(request.request_id)
+        manager.num_cached_block[member.request_id] = manager.num_cached_block.pop(request.request_id, 0)
+        self._strangers.discard(request.request_id)
+        self._forget(request)
+
+    def arrive(self, request: Request, first_block: int) -> None:
+        """Go on with a request that has computed all before ``first_block`` elsewhere; before all others, for it has
+        waited for a step."""
+        self.adopt_cached(request, first_block, 0)
+        self.requests[request.request_id] = request
+        self._strangers.add(request.request_id)
+        self.running.insert(0, request)
+
     def park(self, member: Request) -> None:
         """Take a member out of the scheduler and of the model runner; its shard stays."""
         self.running.remove(member)
@@ -157,14 +218,39 @@ class RankDoors(_Base):
 
     # -- load --------------------------------------------------------------------------------------------------
 
-    def load(self, block_size: int) -> RankLoad:
-        """What placement needs to know. Requests that wait without blocks count as if they had them."""
+    @property
+    def spare_blocks(self) -> int:
+        """Free blocks that no running request needs in the next step or for the rest of its prompt; may be negative."""
+        block_size = self._manager.block_size
+        growing = sum(
+            request.num_computed_tokens % block_size == 0 and request.num_computed_tokens >= request.num_prompt_tokens
+            for request in self.running
+        )
+        return self.num_free_blocks - self.promised_to_prefills - growing
+
+    @property
+    def promised_to_prefills(self) -> int:
+        """Blocks that running requests have yet to take for the tokens they came with."""
+        held, block_size = self._manager.req_to_blocks, self._manager.block_size
+        return sum(
+            max(0, -(-request.num_tokens // block_size) - len(held[request.request_id]))
+            for request in self.running
+            if request.num_computed_tokens < request.num_prompt_tokens
+        )
+
+    def load(self, block_size: int, ahead: int = 0) -> RankLoad:
+        """What placement needs to know. Requests that wait without blocks count as if they had them.
+
+        Args:
+            block_size: tokens a block holds.
+            ahead: requests that are on their way to this rank.
+        """
         waiting = len(self.waiting) + len(self.kv_holding_waiting)
         promised = sum(-(-request.num_tokens // block_size) for request in self.waiting if not self.holds(request))
-        batch = len(self.running) + waiting
+        batch = len(self.running) + waiting + ahead
         total = self.num_blocks
         watermark = self.kv_cache_manager.watermark_blocks if self.running else 0
-        free = max(0, self.num_free_blocks - promised - watermark)
+        free = max(0, self.num_free_blocks - promised - self.promised_to_prefills - watermark)
         slots = self.max_num_active_reqs - batch - self.num_waiting_for_streaming_input
         return RankLoad(free_blocks=free, used_blocks=total - free, batch=batch, slots=slots)
 

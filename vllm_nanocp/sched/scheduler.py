@@ -9,6 +9,7 @@ run and is parked; the last is the request itself, at its home, which decodes.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from copy import copy
@@ -30,13 +31,16 @@ from vllm.v1.structured_output import StructuredOutputManager
 from .. import config as nanocp_config
 from .. import status
 from ..errors import NanoCPConfigError
-from ..placement import ShardMap
+from ..metrics.collector import Collector
+from ..placement import Run, ShardMap
+from ..placement.moves import MoveConfig
 from ..plan import StepPlan
-from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, describe, merge
+from .mover import Mover
+from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, describe, generators_in, merge
 from .placer import Placer
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
+from .reporting import engine_stats
 from .sharded import ShardedRequest
-from .stats import merge_scheduler_stats
 
 logger = init_logger("vllm.nanocp.scheduler")
 
@@ -91,8 +95,15 @@ class NanoCPScheduler(SchedulerInterface):
             scheduler.on_preempt = self._on_preempt
             scheduler.on_free = self._on_free
             self.ranks.append(scheduler)
+        self.collector = Collector()
+        self.mover = Mover(
+            self,
+            self.config.move_config or MoveConfig(max_degree=self.config.degree_limit),
+            moves=self.config.move_config is not None,
+            generators=not vllm_config.use_v2_model_runner,  # V2 samples by seed and position
+        )
         self.placer = Placer(
-            self.ranks, self.config, block_size, vllm_config.model_config.max_model_len, find_prefixes=one_group
+            self.ranks, self.config, block_size, vllm_config.model_config.max_model_len, one_group, self.mover.loads
         )
         self.waiting = create_request_queue(SchedulingPolicy(vllm_config.scheduler_config.policy))
         # Requests in `waiting`, by id.
@@ -104,9 +115,14 @@ class NanoCPScheduler(SchedulerInterface):
         self._owner: dict[str, str] = {}
         self._preempted: list[Request] = []
         self._plan = StepPlan()
+        # Shards that rows of the step at hand may still visit; closed with the next plan.
+        self._outdated: list[str] = []
         self._serial = 0
         self._pause_state = PauseState.UNPAUSED
         self.num_steps = self.num_sharded_steps = self.num_preemptions = 0
+        # Preemptions while a rank still had blocks to spare.
+        self.num_avoidable_preemptions = 0
+        self._resetting = False
         # The last finished sharded requests: id -> KV tokens each rank held.
         self.finished_shares: OrderedDict[str, list[int]] = OrderedDict()
         status.install()
@@ -143,7 +159,10 @@ class NanoCPScheduler(SchedulerInterface):
             del self.unplaced[request.request_id]
             if len(shard_map.runs) == 1 and not self._bench(shard_map):
                 self.rank_of[request.request_id] = shard_map.home
-                self.ranks[shard_map.home].enter(request)
+                rank = self.ranks[shard_map.home]
+                hits = rank.cached_run(self.placer.lookup_hashes(request), 0) * self.block_size
+                self.collector.admitted(1, hits, 0, request.num_tokens - hits)
+                rank.enter(request)
             else:
                 self._open(request, shard_map)
             self._serial += 1
@@ -158,7 +177,7 @@ class NanoCPScheduler(SchedulerInterface):
         sharded = ShardedRequest.create(request, shard_map, self._serial)
         self.sharded[request.request_id] = sharded
         hashes = self.placer.lookup_hashes(request)
-        known = 0  # blocks from the start on whose KV is there
+        known = local = 0  # blocks from the start on whose KV is there; those of them at the home
         for member, run in zip(sharded.members, shard_map.runs, strict=True):
             rank = self.ranks[run.rank]
             cached = rank.cached_run(hashes[: run.end_block], run.first_block) if known == run.first_block else 0
@@ -168,11 +187,15 @@ class NanoCPScheduler(SchedulerInterface):
             member.skip_reading_prefix_cache |= member is not request
             self._owner[member.request_id] = request.request_id
             known += cached
+            local += cached * (run.rank == shard_map.home)
             if self.config.decode_bench:
                 member.num_computed_tokens = min(run.end_block * self.block_size, request.num_tokens - 1)
         for member, run in zip(sharded.members, shard_map.runs, strict=True):
             self.ranks[run.rank].allocate(member, run.end_block)
         hits = known * self.block_size
+        self.collector.admitted(
+            shard_map.degree, local * self.block_size, hits - local * self.block_size, request.num_tokens - hits
+        )
         if not request.skip_reading_prefix_cache:
             self.ranks[shard_map.home].record_prefix_hits(request, hits)
         if request.prefill_stats is not None and request.num_preemptions == 0:
@@ -183,11 +206,16 @@ class NanoCPScheduler(SchedulerInterface):
         self._enter(sharded)
 
     def _publish(self, sharded: ShardedRequest) -> None:
-        """Tell the workers, with the next plan, of the shard that the active member has finished."""
-        run, member = sharded.shard_map.runs[sharded.active], sharded.member
-        blocks = self.ranks[run.rank].shard_blocks(member, run.first_block)
-        self._plan.opened.setdefault(run.rank, []).append((member.request_id, blocks))
-        sharded.opened.add(member.request_id)
+        """Tell the workers, with the next plan, of the run that the active member has finished.
+
+        All finished runs at a rank are one shard, so that a row visits a rank once.
+        """
+        rank, shard = sharded.rank, sharded.member.request_id
+        blocks = sharded.blocks_at(rank, self.ranks[rank].shard_blocks)
+        self._plan.opened.setdefault(rank, []).append((shard, blocks))
+        if rank in sharded.open_shards:
+            self._outdated.append(sharded.open_shards[rank][0])
+        sharded.open_shards[rank] = shard, len(blocks) * self.block_size
 
     def _enter(self, sharded: ShardedRequest) -> None:
         if sharded.at_home:
@@ -200,7 +228,7 @@ class NanoCPScheduler(SchedulerInterface):
             if index != sharded.active:
                 self.ranks[run.rank].close_shard(member)
             self._owner.pop(member.request_id, None)
-        self._plan.closed.extend(sharded.opened)
+        self._plan.closed.extend(shard for shard, _ in sharded.open_shards.values())
         del self.sharded[sharded.request.request_id]
 
     def _on_free(self, request: Request) -> None:
@@ -218,11 +246,39 @@ class NanoCPScheduler(SchedulerInterface):
                 self.finished_shares.popitem(last=False)
             self._close(sharded)
         self.rank_of.pop(request_id, None)
+        self.mover.forget(request_id)
+
+    def move_home(self, request: Request, source: int, target: int) -> None:
+        """Let a decoding request, with nothing in flight and its last block full, go on at another rank."""
+        self._serial += 1
+        request_id = request.request_id
+        sharded = self.sharded.get(request_id)
+        if sharded is None:
+            run = Run(source, 0, request.num_computed_tokens // self.block_size)
+            sharded = ShardedRequest(request, ShardMap(self.block_size, (run,)), [request], started=True)
+            self.sharded[request_id] = sharded
+            self._owner[request_id] = request_id
+        member = sharded.move_home(target, f"{request_id}#{self._serial}.m")
+        self._owner[member.request_id] = request_id
+        self.ranks[source].hand_over(request, member)
+        sharded.active -= 1
+        self._publish(sharded)
+        sharded.active += 1
+        self.rank_of[request_id] = target
+        self.ranks[target].arrive(request, sharded.shard_map.runs[-1].first_block)
+
+    def ask_for_generator(self, request_id: str) -> None:
+        """Have the worker of a request's home report, with the next step, the state of its generator."""
+        self._plan.departing.append(request_id)
 
     def _on_preempt(self, member: Request) -> None:
         """A rank's scheduler has preempted a request; it is in the middle of a step, so this waits."""
         self._preempted.append(member)
         self.num_preemptions += 1
+        room = any(rank.spare_blocks > 0 for rank in self.ranks if member.request_id not in rank.requests)
+        if not self._resetting:
+            self.num_avoidable_preemptions += room
+            self.collector.preempted(rooms_elsewhere=room)
 
     def _settle(self) -> None:
         """Requests that a rank has preempted give up all their shards and wait for a new placement."""
@@ -230,6 +286,7 @@ class NanoCPScheduler(SchedulerInterface):
             request_id = self._owner.get(member.request_id, member.request_id)
             sharded = self.sharded.get(request_id)
             request = member if sharded is None else sharded.request
+            self.mover.leaving.pop(request_id, None)
             if sharded is None or sharded.at_home:
                 # The model runner keeps its sampling state: the home stays where it is.
                 self.ranks[self.rank_of[request_id]].take_from_queues(request)
@@ -271,7 +328,12 @@ class NanoCPScheduler(SchedulerInterface):
     # -- a step ------------------------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> NanoCPSchedulerOutput:
+        self._plan.closed.extend(self._outdated)
+        self._outdated.clear()
+        self.mover.step()
         self._admit()
+        work, now = self.mover.work(), time.monotonic()
+        self.mover.last_work = work
         parts = [rank.schedule(throttle_prefills) for rank in self.ranks]
         if self._preempted:
             self._settle()
@@ -281,7 +343,12 @@ class NanoCPScheduler(SchedulerInterface):
         self.num_steps += 1
         self.num_sharded_steps += bool(plan.rows)
         plan.batches = describe(parts)
-        return merge(parts, plan)
+        for rank in self.ranks:
+            for request_id, tokens in rank.introduced.items():
+                plan.arrived[request_id] = self.mover.arrival(request_id, tokens)
+        output = merge(parts, plan)
+        output.work, output.scheduled = work, now
+        return output
 
     def _advance(self, parts: list[SchedulerOutput]) -> None:
         """Write this step's rows; park members that reached the end of their run and let the next ones enter."""
@@ -323,9 +390,12 @@ class NanoCPScheduler(SchedulerInterface):
             model_runner_output: one a rank.
         """
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)
+        if scheduler_output.plan.batches:
+            self.mover.observe(scheduler_output.work, scheduler_output.scheduled)
         merged: dict[int, EngineCoreOutputs] = {}
         stats: list[SchedulerStats] = []
         for rank, part, output in zip(self.ranks, scheduler_output.ranks, model_runner_output, strict=True):
+            self.mover.note_generators(generators_in(output))
             for client, outputs in rank.update_from_output(part, output).items():
                 if outputs.scheduler_stats is not None:
                     stats.append(outputs.scheduler_stats)
@@ -337,7 +407,7 @@ class NanoCPScheduler(SchedulerInterface):
                         so_far.finished_requests = (so_far.finished_requests or set()) | outputs.finished_requests
         if stats:
             first = next(iter(merged.values()))
-            first.scheduler_stats = merge_scheduler_stats(stats, len(self.unplaced))
+            first.scheduler_stats = engine_stats(self, stats)
         return merged
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
@@ -352,14 +422,16 @@ class NanoCPScheduler(SchedulerInterface):
 
     def get_num_unfinished_requests(self) -> int:
         waiting = len(self.unplaced) if self._pause_state == PauseState.UNPAUSED else 0
+        if self._pause_state != PauseState.PAUSED_ALL:
+            waiting += len(self.mover.leaving)
         return waiting + sum(rank.get_num_unfinished_requests() for rank in self.ranks)
 
     def has_finished_requests(self) -> bool:
-        return bool(self._plan.closed) or any(rank.has_finished_requests() for rank in self.ranks)
+        return bool(self._plan.closed or self._outdated) or any(rank.has_finished_requests() for rank in self.ranks)
 
     def get_request_counts(self) -> tuple[int, int]:
         counts = [rank.get_request_counts() for rank in self.ranks]
-        return sum(c[0] for c in counts), sum(c[1] for c in counts) + len(self.unplaced)
+        return sum(c[0] for c in counts) + len(self.mover.leaving), sum(c[1] for c in counts) + len(self.unplaced)
 
     def get_kv_cache_usage(self) -> float:
         return sum(rank.get_kv_cache_usage() for rank in self.ranks) / len(self.ranks)
@@ -370,7 +442,7 @@ class NanoCPScheduler(SchedulerInterface):
 
     def make_stats(self) -> SchedulerStats | None:
         parts = [stats for rank in self.ranks if (stats := rank.make_stats()) is not None]
-        return merge_scheduler_stats(parts, len(self.unplaced)) if parts else None
+        return engine_stats(self, parts) if parts else None
 
     @property
     def pause_state(self) -> PauseState:
@@ -383,8 +455,11 @@ class NanoCPScheduler(SchedulerInterface):
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         if reset_running_requests:
+            self.mover.cancel()
+            self._resetting = True
             for rank in self.ranks:
                 rank.preempt_running()
+            self._resetting = False
             self._settle()
             for sharded in list(self.sharded.values()):  # those whose active member waits with its blocks
                 self._restart(sharded)

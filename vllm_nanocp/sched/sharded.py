@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
-from ..placement import ShardMap
+from ..placement import Run, ShardMap
 from ..plan import Holder, PlanRow
 
 
@@ -33,14 +34,15 @@ def can_shard(request: Request | EngineCoreRequest) -> bool:
 
 
 def make_member(request: Request, member_id: str, block_size: int, end_block: int) -> Request:
-    """A request that computes, for another, KV up to block ``end_block`` - 1, and samples nothing useful.
+    """A request that computes, for another, KV up to block ``end_block`` - 1, and samples nothing useful. With 0 it
+    only keeps blocks.
 
     It ends where its run ends, so that vLLM's scheduler stops there by itself; the token that the model runner
     samples then belongs to nobody and is dropped, because the member has left by the time it comes.
     """
     member = Request(
         request_id=member_id,
-        prompt_token_ids=list(request.all_token_ids[: end_block * block_size]),
+        prompt_token_ids=list(request.all_token_ids[: max(1, end_block * block_size)]),
         sampling_params=SamplingParams(temperature=0.0, max_tokens=1),
         pooling_params=None,
         client_index=request.client_index,
@@ -65,7 +67,8 @@ class ShardedRequest:
         members: one a run; the last is ``request``.
         active: index of the member that computes now. Members before it are parked, later ones have not entered.
         started: whether any member was scheduled.
-        opened: ids of members whose blocks the workers know of.
+        open_shards: for each rank that holds finished runs, the id by which the workers know their blocks, all of
+            them as one shard, and the tokens they hold.
     """
 
     request: Request
@@ -73,7 +76,7 @@ class ShardedRequest:
     members: list[Request]
     active: int = 0
     started: bool = False
-    opened: set[str] = field(default_factory=set)
+    open_shards: dict[int, tuple[str, int]] = field(default_factory=dict)
 
     @classmethod
     def create(cls, request: Request, shard_map: ShardMap, serial: int) -> ShardedRequest:
@@ -105,9 +108,47 @@ class ShardedRequest:
             self.active, self.request.num_tokens
         )
 
+    @property
+    def local_start(self) -> int:
+        """Position of the first token of the run that is computed now."""
+        return self.shard_map.first_token(self.active)
+
+    def move_home(self, rank: int, member_id: str) -> Request:
+        """The home has filled its last block, and the request goes on at another rank.
+
+        Args:
+            rank: the new home.
+            member_id: for the member that keeps the blocks at the old one.
+
+        Returns:
+            That member.
+        """
+        block_size, computed = self.shard_map.block_size, self.request.num_computed_tokens
+        end_block = computed // block_size
+        *runs, last = self.shard_map.runs
+        runs += [replace(last, end_block=end_block), Run(rank, end_block, end_block + 1)]
+        member = make_member(self.request, member_id, block_size, 0)
+        self.members[-1:] = [member, self.request]
+        self.shard_map = ShardMap(block_size, tuple(runs))
+        self.active += 1
+        return member
+
+    def blocks_at(self, rank: int, held: Callable[[Request, int], list[int]]) -> list[int]:
+        """Block ids of all finished runs at a rank, in order.
+
+        Args:
+            rank: which.
+            held: (member, first block) -> ids of the blocks it holds there.
+        """
+        blocks: list[int] = []
+        for member, run in zip(self.members[: self.active + 1], self.shard_map.runs, strict=False):
+            if run.rank == rank:
+                blocks += held(member, run.first_block)[: run.num_blocks]
+        return blocks
+
     def row(self, num_queries: int) -> PlanRow | None:
         """This step's row, after ``num_queries`` tokens were scheduled; None when all it attends to is local."""
-        if self.active == 0:
+        if not self.open_shards:
             return None
         first_query = self.member.num_computed_tokens - num_queries
         first_block = self.shard_map.runs[self.active].first_block
@@ -118,8 +159,5 @@ class ShardedRequest:
             num_queries=num_queries,
             first_block=first_block,
             local_tokens=first_query - first_block * block_size,
-            holders=tuple(
-                Holder(run.rank, self.members[i].request_id, run.num_blocks * block_size)
-                for i, run in enumerate(self.shard_map.runs[: self.active])
-            ),
+            holders=tuple(Holder(rank, shard, tokens) for rank, (shard, tokens) in self.open_shards.items()),
         )

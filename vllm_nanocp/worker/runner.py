@@ -25,6 +25,10 @@ class RunnerAdapter(Protocol):
         """Index of a request in the batch being prepared."""
         ...
 
+    def generator_states(self, req_ids: list[str]) -> dict[str, bytes]:
+        """States of the generators of those requests that this runner knows, if it samples with such."""
+        ...
+
     def run_idle(self, attention: bool) -> None:
         """A forward pass without tokens of this rank's own, for the collectives of the others.
 
@@ -40,9 +44,23 @@ class V1Runner:
 
     def __init__(self, model_runner: Any) -> None:
         from vllm.v1.worker import gpu_model_runner as module
+        from vllm.v1.worker.gpu_input_batch import InputBatch
 
         self.model_runner = model_runner
         self.plan: StepPlan | None = None
+        add_request = InputBatch.add_request
+
+        def add_with_outputs(batch: Any, request: Any) -> int:
+            """V1's new requests have a prompt only; one that comes from another rank has made tokens there."""
+            arrival = None if self.plan is None else self.plan.arrived.pop(request.req_id, None)
+            if arrival is not None:
+                request.output_token_ids.extend(arrival.tokens)
+                if arrival.generator is not None:
+                    state = torch.frombuffer(bytearray(arrival.generator), dtype=torch.uint8)
+                    request.generator.set_state(state)
+            return add_request(batch, request)
+
+        InputBatch.add_request = add_with_outputs  # type: ignore[method-assign, assignment]
         mode = model_runner.compilation_config.cudagraph_mode
         if mode is None or mode == CUDAGraphMode.NONE:
             self._ask_ranks = module.coordinate_batch_across_dp
@@ -58,6 +76,11 @@ class V1Runner:
 
     def batch_row(self, req_id: str) -> int:
         return int(self.model_runner.input_batch.req_id_to_index[req_id])
+
+    def generator_states(self, req_ids: list[str]) -> dict[str, bytes]:
+        known = self.model_runner.requests
+        generators = {r: known[r].generator for r in req_ids if r in known and known[r].generator is not None}
+        return {req_id: generator.get_state().numpy().tobytes() for req_id, generator in generators.items()}
 
     def run_idle(self, attention: bool) -> None:
         self.model_runner._dummy_run(1, uniform_decode=True, force_attention=attention)
@@ -121,6 +144,9 @@ class V2Runner:
 
     def batch_row(self, req_id: str) -> int:
         return self._rows[req_id]
+
+    def generator_states(self, req_ids: list[str]) -> dict[str, bytes]:
+        return {}  # it samples by seed and position
 
     def run_idle(self, attention: bool) -> None:
         self.model_runner._dummy_run(1, uniform_decode=True)  # always with attention

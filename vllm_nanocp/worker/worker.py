@@ -15,7 +15,7 @@ from .. import patches
 from ..attention.context import context
 from ..errors import NanoCPConfigError
 from ..exchange import CollectiveExchange
-from ..sched.output import NanoCPGrammarOutput, NanoCPSchedulerOutput
+from ..sched.output import NanoCPGrammarOutput, NanoCPSchedulerOutput, with_generators
 from .runner import RunnerAdapter, V1Runner, V2Runner
 from .step import ShardTable, make_step
 
@@ -36,6 +36,7 @@ class OneRank(_Base):
 
     shards: ShardTable
     runner: RunnerAdapter
+    _generators: dict[str, bytes]
     num_sharded_steps = 0
     num_captured_steps = 0
 
@@ -95,12 +96,14 @@ class OneRank(_Base):
         if not isinstance(scheduler_output, NanoCPSchedulerOutput):
             # vLLM's V2 runner warms up with steps of its own, the same on all ranks.
             self._idle = False
+            self._generators = {}
             return super().execute_model(scheduler_output)
         plan = scheduler_output.plan
         part = scheduler_output.ranks[self.shards.rank]
         self.shards.update(plan)
         context.step = make_step(plan, self.shards, self.nanocp.ranks, self.runner.batch_row)
         self.runner.plan = plan
+        self._generators = self.runner.generator_states(plan.departing) if plan.departing else {}
         try:
             output = super().execute_model(part)
             self._idle = not part.total_num_scheduled_tokens
@@ -111,7 +114,7 @@ class OneRank(_Base):
                 self.num_captured_steps += context.step.capacity > 0
         finally:
             context.step = self.runner.plan = None
-        return output if self.tp_rank == 0 else None
+        return self._reply(output)
 
     def nanocp_counters(self) -> dict[str, int]:
         """Sharded steps of this worker, and those of them that replayed a graph with the exchange in it."""
@@ -121,8 +124,23 @@ class OneRank(_Base):
         self, grammar_output: NanoCPGrammarOutput | GrammarOutput | None
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
         if self._idle:
-            return EMPTY_MODEL_RUNNER_OUTPUT
+            return self._reply(EMPTY_MODEL_RUNNER_OUTPUT)
         if isinstance(grammar_output, NanoCPGrammarOutput):
             grammar_output = grammar_output.ranks[self.shards.rank]
-        output = super().sample_tokens(grammar_output)
-        return output if self.tp_rank == 0 else None
+        return self._reply(super().sample_tokens(grammar_output))
+
+    def _reply(
+        self, output: ModelRunnerOutput | AsyncModelRunnerOutput | None
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        """The rank's answer, from its first worker only; with the generators of departing requests, if any."""
+        if self.tp_rank != 0 or output is None:
+            return None
+        generators = self._generators
+        if not generators:
+            return output
+        self._generators = {}
+        if isinstance(output, AsyncModelRunnerOutput):
+            wait = output.get_output
+            output.get_output = lambda: with_generators(wait(), generators)  # type: ignore[method-assign]
+            return output
+        return with_generators(output, generators)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Homes that move and ranks that spill: the same tokens as stock, whatever happens on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .harness import Ask, Engine, assert_same_logprobs, prompt
+
+pytestmark = pytest.mark.engine
+
+TRACE = Path(__file__).parents[1] / "data" / "conversation_lengths.json"
+# Prompts are scaled down by the first, outputs by the second: so that many of them fill a block.
+SCALE, OUTPUT_SCALE = 32, 8
+# A request waits for others, never for ever: several times what all of them take.
+AGE_S = 200.0
+
+
+def traced(count: int, seed: int, leave: float = 0.0) -> list[Ask]:
+    """The trace scaled down. Requests with the same first prefix id share their first block of tokens."""
+    rng = random.Random(seed)
+    asks = []
+    for i, (_, tokens_in, tokens_out, prefix) in enumerate(json.loads(TRACE.read_text())["requests"][:count]):
+        length = max(1, tokens_in // SCALE)
+        stem = prompt(min(32, length - 1), prefix) if length > 1 else []
+        params: dict[str, object] = dict(
+            max_tokens=max(1, tokens_out // OUTPUT_SCALE), logprobs=2 if i % 7 == 0 else None
+        )
+        if i % 5 == 1:
+            params |= dict(repetition_penalty=1.2, presence_penalty=0.3)
+        if i % 5 == 2:
+            params |= dict(temperature=0.9, seed=i)
+        if i % 5 == 3:
+            params |= dict(min_tokens=params["max_tokens"], ignore_eos=False)
+        gone = rng.choice([1, 3, 6]) if rng.random() < leave else None
+        tokens = [*stem, *prompt(length - len(stem), 70000 + i)]
+        asks.append(Ask(tokens, params, delay=0.02 * i, leave_after=gone))
+    return asks
+
+
+def check(
+    moving: Engine, stock: Engine, asks: list[Ask], during: Callable | None = None, moves: int = 10, spills: int = 10
+) -> None:
+    before = moving.status()
+    started = time.monotonic()
+    ours = moving.ask(asks, during)
+    assert time.monotonic() - started < AGE_S
+    theirs = stock.ask(asks)
+    for i, (ask, mine, other) in enumerate(zip(asks, ours, theirs, strict=True)):
+        if ask.leave_after is None:
+            assert mine.tokens == other.tokens, (i, len(ask.prompt), ask.params)
+            if ask.params.get("logprobs"):
+                assert_same_logprobs(mine.logprobs[0], other.logprobs[0], 1e-3)
+    moving.check_nothing_left()
+    after = moving.status()
+    counts = {name: after[name] - before[name] for name in ("moves", "spills", "preemptions", "avoidable_preemptions")}
+    print(counts)
+    assert counts["moves"] >= moves and counts["spills"] >= spills, counts
+    assert counts["avoidable_preemptions"] == 0, counts
+
+
+def test_a_trace(engines: Callable[..., Engine], stock: Engine) -> None:
+    check(engines("moving"), stock, traced(150, seed=0))
+
+
+def test_with_aborts_and_resets(engines: Callable[..., Engine], stock: Engine) -> None:
+    async def disturb(running: Engine) -> None:
+        rng = random.Random(1)
+        for _ in range(6):
+            await asyncio.sleep(rng.uniform(0.3, 1.0))
+            await running.llm.reset_prefix_cache(reset_running_requests=rng.random() < 0.5)
+
+    check(engines("moving"), stock, traced(120, seed=1, leave=0.2), disturb)
+
+
+def test_long_outputs_move_again_and_again(engines: Callable[..., Engine], stock: Engine) -> None:
+    """Requests of many blocks' output, structured ones among them, that go round the ranks."""
+    asks = [Ask(prompt(20 + 13 * i, 500 + i), dict(max_tokens=150 + 7 * i), delay=0.05 * i) for i in range(18)]
+    asks[3].params |= dict(repetition_penalty=1.3, frequency_penalty=0.2, logprobs=3)
+    asks[5].params |= dict(stop=["zz"], min_tokens=40)
+    asks += [Ask(prompt(9, 900 + i), dict(max_tokens=4), delay=0.3 + 0.04 * i) for i in range(40)]
+    check(engines("moving"), stock, asks, spills=5)
+
+
+def test_where_round_robin_preempts(engines: Callable[..., Engine]) -> None:
+    """The same load and caches, ranks in turn and no moves: what the moves save (see ``test_a_trace``)."""
+    engine = engines("round-robin")
+    before = engine.status()["preemptions"]
+    engine.ask(traced(150, seed=0))
+    engine.check_nothing_left()
+    assert engine.status()["preemptions"] - before >= 20

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts the stat logger beside vLLM's own, in engines with nanocp.
+
+Touches, in vLLM 0.32: ``StatLoggerManager.__init__`` (``vllm/v1/metrics/loggers.py``), through which ``AsyncLLM`` and
+``LLMEngine`` get their loggers. vLLM's entry points for stat loggers (``vllm.stat_logger_plugins``) are not used:
+
+* one that is only installed makes every ``AsyncLLM`` collect statistics, and export vLLM's metrics, in spite of
+  ``--disable-log-stats``, and without nanocp as well;
+* ``LLM`` does not load them;
+* they are made before vLLM's Prometheus logger, which then removes their metrics for having vLLM's prefix.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from .. import config as nanocp_config
+
+_MARK = "_nanocp_installed"
+
+
+def install() -> None:
+    """From now on, engines with nanocp export its metrics if they export vLLM's. Idempotent."""
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    if getattr(StatLoggerManager, _MARK, False):
+        return
+    setattr(StatLoggerManager, _MARK, True)
+    init = StatLoggerManager.__init__
+
+    @functools.wraps(init)
+    def init_and_add(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, vllm_config, *args, **kwargs)
+        additional = vllm_config.additional_config
+        if isinstance(additional, dict) and nanocp_config.KEY in additional:
+            from .prometheus import NanoCPStatLogger
+
+            self.stat_loggers.append(NanoCPStatLogger(vllm_config, self.engine_indexes))
+
+    StatLoggerManager.__init__ = init_and_add  # type: ignore[method-assign]

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the ranks stand, for the front-end's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from vllm.v1.metrics.stats import SchedulerStats
+
+from ..metrics.collector import RankState
+from ..metrics.transport import attach
+from .stats import merge_scheduler_stats
+
+if TYPE_CHECKING:
+    from .scheduler import NanoCPScheduler
+
+
+def rank_states(scheduler: NanoCPScheduler) -> list[RankState]:
+    """One a rank, as of the last step."""
+    shards = [0] * len(scheduler.ranks)
+    for sharded in scheduler.sharded.values():
+        for rank in {sharded.rank, *sharded.open_shards}:
+            shards[rank] += 1
+    return [
+        RankState(
+            kv_usage=rank.get_kv_cache_usage(),
+            running=len(rank.running),
+            waiting=rank.get_request_counts()[1],
+            guests=work.guests,
+            shards=held,
+        )
+        for rank, work, held in zip(scheduler.ranks, scheduler.mover.last_work, shards, strict=True)
+    ]
+
+
+def engine_stats(scheduler: NanoCPScheduler, parts: Sequence[SchedulerStats]) -> SchedulerStats:
+    """One engine's statistics, with this package's own.
+
+    Args:
+        scheduler: over all ranks.
+        parts: the ranks' statistics; not empty.
+    """
+    stats = merge_scheduler_stats(parts, len(scheduler.unplaced))
+    coefficients = asdict(scheduler.mover.model.coefficients()) if scheduler.mover.moves else None
+    attach(stats, scheduler.collector.snapshot(rank_states(scheduler), coefficients))
+    return stats

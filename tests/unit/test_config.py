@@ -203,3 +203,27 @@ def test_importing_costs_nothing(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{m.split('.')[0] for m in sys.modules}} & {{'torch', 'vllm'}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "value", ["yes", 1, None, {"nope": 1}, {"min_gap": 1}, {"batch_margin": "wide"}, {"max_degree": 2}]
+)
+def test_moves_are_refused(value: Any) -> None:
+    with pytest.raises(NanoCPConfigError, match="nanocp: moves"):
+        parse({"moves": value}, 2)
+
+
+def test_moves() -> None:
+    """Off unless asked for; never with another placement, or where no request may have two ranks."""
+    assert parse({}, 2).move_config is None
+    assert parse({"moves": True, "placement": "round_robin"}, 2).move_config is None
+    assert parse({"moves": True, "max_degree": 1}, 2).move_config is None
+    config = parse({"moves": {"min_gap": 3}, "max_degree": 2}, 3)
+    assert config.move_config is not None
+    assert (config.move_config.min_gap, config.move_config.max_degree) == (3, 2)
+    assert parse(config.to_dict(), 1) == config
+
+
+def test_capacities_that_the_ranks_do_not_allow_are_not_taken_by_default() -> None:
+    many = parse({}, 63)
+    assert many.graph_capacities == (4,) and parse(many.to_dict(), 1) == many

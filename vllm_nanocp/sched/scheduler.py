@@ -390,7 +390,7 @@ class NanoCPScheduler(SchedulerInterface):
             model_runner_output: one a rank.
         """
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)
-        if scheduler_output.plan.batches:
+        if self.mover.moves and scheduler_output.plan.batches:
             self.mover.observe(scheduler_output.work, scheduler_output.scheduled)
         merged: dict[int, EngineCoreOutputs] = {}
         stats: list[SchedulerStats] = []

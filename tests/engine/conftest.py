@@ -58,13 +58,6 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
             max_model_len=4096,
             enable_prefix_caching=True,
         ),
-        "round-robin": dict(
-            ranks=3,
-            nanocp={"placement": "round_robin", "segment_size": 4096},
-            num_gpu_blocks_override=SMALL_BLOCKS,
-            max_model_len=4096,
-            enable_prefix_caching=True,
-        ),
         "tensor-parallel": dict(ranks=2, nanocp={"segment_size": 512}, tensor_parallel_size=2),
     }
 

@@ -40,6 +40,8 @@ class RankDoors(_Base):
         self._strangers: set[str] = set()
         # Those that it meets with this step's output: their tokens so far, by id.
         self.introduced: dict[str, list[int]] = {}
+        # Requests about to leave: no longer running, but each still has its slot in the model runner.
+        self._leaving: set[str] = set()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
@@ -74,6 +76,7 @@ class RankDoors(_Base):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)
         self._strangers.discard(request.request_id)
+        self._left(request)
         self.on_free(request)
         return result
 
@@ -166,9 +169,17 @@ class RankDoors(_Base):
     def leave(self, request: Request) -> None:
         """Schedule a running request no more; what it has in flight still comes to it."""
         self.running.remove(request)
+        self._leaving.add(request.request_id)
+        self.max_num_active_reqs -= 1
+
+    def _left(self, request: Request) -> None:
+        if request.request_id in self._leaving:
+            self._leaving.remove(request.request_id)
+            self.max_num_active_reqs += 1
 
     def stay(self, request: Request) -> None:
         """Take back one that was about to leave."""
+        self._left(request)
         self.running.append(request)
 
     def hand_over(self, request: Request, member: Request) -> None:
@@ -178,6 +189,7 @@ class RankDoors(_Base):
         manager.req_to_blocks[member.request_id] = manager.req_to_blocks.pop(request.request_id)
         manager.num_cached_block[member.request_id] = manager.num_cached_block.pop(request.request_id, 0)
         self._strangers.discard(request.request_id)
+        self._left(request)
         self._forget(request)
 
     def arrive(self, request: Request, first_block: int) -> None:

@@ -309,12 +309,13 @@ class NanoCPScheduler(SchedulerInterface):
         for request_id in dict.fromkeys(request_ids):
             rank = self.rank_of.get(request_id)
             sharded = self.sharded.get(request_id)
-            if rank is not None:
+            if sharded is not None and not sharded.at_home:
+                self.ranks[sharded.rank].finish_requests(sharded.member.request_id, finished_status)
+            if rank is not None:  # perhaps from a time before its preemption
                 ended.extend(self.ranks[rank].finish_requests(request_id, finished_status))
             elif sharded is not None:
                 request = sharded.request
                 request.status = finished_status
-                self.ranks[sharded.rank].finish_requests(sharded.member.request_id, finished_status)
                 self.ranks[sharded.rank].note_finished(request)
                 ended.append(request)
             elif request_id in self.unplaced:
@@ -470,11 +471,13 @@ class NanoCPScheduler(SchedulerInterface):
         rank, member = self.ranks[sharded.rank], sharded.member
         rank.close_shard(member)
         member.num_computed_tokens = 0
-        if sharded.at_home and sharded.request.num_preemptions:
+        if not sharded.at_home:
+            rank.withdraw(member)
+        elif sharded.request.num_preemptions:  # the model runner may know it
             rank.take_from_queues(member)
         else:
             rank.withdraw(member)
-            self.rank_of.pop(sharded.request.request_id, None)
+            del self.rank_of[sharded.request.request_id]
         self._close(sharded)
         self._wait(sharded.request, first=True)
 

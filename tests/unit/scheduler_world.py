@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that exist only for the scheduler: they keep what model runners keep, and check every KV entry they read.
+
+A request's tokens are known beforehand, as a function of its number, the position and all tokens before. Where a
+token is computed, an entry goes to the block table's place: a hash of all tokens so far. Everything a query attends to
+must be there, each position once. So whatever goes wrong on the way is found in the step in which it first matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_nanocp.plan import IDLE, Batch, PlanRow, StepPlan
+from vllm_nanocp.sched.output import NanoCPSchedulerOutput, with_generators
+
+STOP = 3  # the token at which requests stop before they have made all they may
+GARBAGE = 4  # what members sample; no request's output may have it
+UNKNOWN = -1  # a token that V1's runner has sampled on the device and does not know on the host
+_FIRST, _KINDS = 10, 200  # of ordinary tokens
+
+
+class WorldError(AssertionError):
+    """The scheduler told a rank something that a real one would have gone wrong with."""
+
+
+def fail(message: str) -> NoReturn:
+    raise WorldError(message)
+
+
+def base(req_id: str) -> str:
+    """The request that a member works for, or the id itself."""
+    return req_id.split("#")[0]
+
+
+class Truth:
+    """A request run alone.
+
+    Args:
+        number: of the request.
+        prompt: its tokens.
+        outputs: how many it makes.
+        salt: in all entries; the same for requests that may share a prefix.
+        stops: whether the last output ends it, or it has made as many as it may.
+    """
+
+    def __init__(self, number: int, prompt: Sequence[int], outputs: int, salt: int, stops: bool) -> None:
+        self.number, self.num_prompt, self.seeded = number, len(prompt), False
+        self.tokens = list(prompt)
+        entry, chain = hash((salt, 0)), []
+        # One token and entry more than needed: a step in flight computes the last token, too.
+        for position in range(len(prompt) + outputs + 1):
+            if position >= len(prompt):
+                last = stops and position == len(prompt) + outputs - 1
+                self.tokens.append(STOP if last else _FIRST + hash((entry, number, position)) % _KINDS)
+            entry = hash((entry, self.tokens[position]))
+            chain.append(entry)
+        self.chain = np.array(chain, dtype=np.int64)
+        self.outputs = self.tokens[self.num_prompt : self.num_prompt + outputs]
+        self.draws = 0  # tokens ever sampled for it, on any rank
+
+    def token(self, position: int) -> int:
+        return self.tokens[position] if position < len(self.tokens) else GARBAGE
+
+
+class Store:
+    """A rank's KV: for every place the hash of the tokens up to there, and for messages whose it is and where."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.entries = np.zeros((num_blocks, block_size), dtype=np.int64)
+        self.positions = np.full((num_blocks, block_size), -1, dtype=np.int64)
+        self.owners = np.full((num_blocks, block_size), -1, dtype=np.int64)
+
+    def wipe(self) -> None:
+        self.entries[:], self.positions[:], self.owners[:] = 0, -1, -1
+
+    def write(self, blocks: Sequence[int], first: int, end: int, truth: Truth, who: str) -> None:
+        if end > len(blocks) * self.block_size:
+            fail(f"{who}: {end} tokens do not fit into {len(blocks)} blocks")
+        at = np.arange(first, end)
+        held = np.asarray(blocks)[at // self.block_size]
+        if not held.all():
+            fail(f"{who}: positions {first} to {end - 1} go to the null block: {list(blocks)}")
+        place = held, at % self.block_size
+        self.entries[place], self.positions[place], self.owners[place] = truth.chain[first:end], at, truth.number
+
+    def read(self, blocks: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The first entries of blocks, their positions and owners."""
+        ids = list(blocks[: -(-length // self.block_size)])
+        return (
+            self.entries[ids].ravel()[:length],
+            self.positions[ids].ravel()[:length],
+            self.owners[ids].ravel()[:length],
+        )
+
+
+@dataclass
+class Known:
+    """What a model runner keeps of a request."""
+
+    req_id: str
+    truth: Truth
+    blocks: list[int]
+    computed: int
+    num_prompt: int
+    tokens: list[int]
+    prefill_len: int = 0
+    last: int = UNKNOWN
+    draws: int = 0
+
+    @property
+    def is_member(self) -> bool:
+        return "#" in self.req_id
+
+
+@dataclass
+class Runner:
+    """A model runner's bookkeeping. ``inputs`` and ``sampled`` are V1's or V2's ways with tokens."""
+
+    rank: int
+    truths: dict[str, Truth]
+    max_reqs: int
+    asynchronous: bool
+    known: dict[str, Known] = field(default_factory=dict)
+
+    def who(self, req_id: str) -> str:
+        return f"rank {self.rank}, {req_id}"
+
+    def begin(self, part: SchedulerOutput, plan: StepPlan) -> None:
+        """Take in a step's news, as far as the two runners agree."""
+        cached = part.scheduled_cached_reqs
+        for new in part.scheduled_new_reqs:
+            if new.req_id in self.known:
+                fail(f"{self.who(new.req_id)}: comes as new but is known")
+            self.known[new.req_id] = self.meet(new, plan)
+        for at, req_id in enumerate(cached.req_ids):
+            if req_id not in self.known:
+                fail(f"{self.who(req_id)}: has never been met, yet comes as known")
+            self.go_on(self.known[req_id], cached, at)
+        news = [new.req_id for new in part.scheduled_new_reqs]
+        if sorted([*news, *cached.req_ids]) != sorted(part.num_scheduled_tokens):
+            fail(f"rank {self.rank}: described {news} and {cached.req_ids}, scheduled {part.num_scheduled_tokens}")
+
+    def meet(self, new: NewRequestData, plan: StepPlan) -> Known:
+        truth, prompt = self.truths[base(new.req_id)], list(new.prompt_token_ids or ())
+        known = Known(
+            new.req_id, truth, list(new.block_ids[0]), new.num_computed_tokens, len(prompt), prompt, len(prompt)
+        )
+        if not known.is_member and len(prompt) != truth.num_prompt:
+            fail(f"{self.who(new.req_id)}: has a prompt of {len(prompt)} tokens instead of {truth.num_prompt}")
+        return known
+
+    def go_on(self, known: Known, cached: CachedRequestData, at: int) -> None:
+        blocks, computed = cached.new_block_ids[at], cached.num_computed_tokens[at]
+        if known.req_id in cached.resumed_req_ids:
+            known.blocks = list(blocks[0])  # type: ignore[index]
+            known.computed = computed
+            return
+        known.blocks += blocks[0] if blocks is not None else []
+        if known.computed != computed:
+            fail(f"{self.who(known.req_id)}: has computed {known.computed} tokens, the scheduler says {computed}")
+
+    def inputs(self, known: Known, count: int) -> list[int]:
+        raise NotImplementedError
+
+    def sampled(self, known: Known, count: int, token: int) -> bool:
+        """After ``count`` tokens were computed: keep the token; False if the request is not that far."""
+        raise NotImplementedError
+
+    def end(self, part: SchedulerOutput) -> None:
+        """After a step."""
+
+    def generator(self, req_id: str) -> bytes | None:
+        """State of a seeded request's generator: how many tokens it has drawn."""
+        return None
+
+
+@dataclass
+class V1(Runner):
+    """``vllm/v1/worker/gpu_model_runner.py``."""
+
+    batch: set[str] = field(default_factory=set)
+    # Tokens that the last step has sampled, and that the host does not know (with async scheduling).
+    before: dict[str, int] = field(default_factory=dict)
+    now: dict[str, int] = field(default_factory=dict)
+
+    def begin(self, part: SchedulerOutput, plan: StepPlan) -> None:
+        cached = part.scheduled_cached_reqs
+        for req_id in part.finished_req_ids:
+            self.known.pop(req_id, None)
+            self._out(req_id)
+        for req_id in self.batch - (part.num_scheduled_tokens.keys() - cached.resumed_req_ids):
+            self._out(req_id)
+        super().begin(part, plan)
+        self.batch = set(part.num_scheduled_tokens)
+        if len(self.batch) > self.max_reqs:
+            fail(f"rank {self.rank}: {len(self.batch)} requests in a batch of {self.max_reqs}")
+
+    def _out(self, req_id: str) -> None:
+        self.batch.discard(req_id)
+        self.before.pop(req_id, None)
+
+    def meet(self, new: NewRequestData, plan: StepPlan) -> Known:
+        known = super().meet(new, plan)
+        arrival = plan.arrived.get(new.req_id)
+        if arrival is not None:
+            known.tokens = known.tokens + list(arrival.tokens)
+            known.draws = int(arrival.generator or 0)
+        return known
+
+    def go_on(self, known: Known, cached: CachedRequestData, at: int) -> None:
+        super().go_on(known, cached, at)
+        outputs, req_id = cached.num_output_tokens[at], known.req_id
+        have = len(known.tokens) - known.num_prompt
+        if outputs < have:
+            if req_id not in cached.resumed_req_ids:
+                fail(f"{self.who(req_id)}: has made {have} tokens, the scheduler says {outputs}")
+            del known.tokens[known.num_prompt + outputs :]
+        if req_id not in self.batch and self.asynchronous and outputs:
+            if req_id not in cached.all_token_ids:
+                fail(f"{self.who(req_id)}: comes back into the batch without its tokens")
+            known.tokens[known.num_prompt :] = cached.all_token_ids[req_id][-outputs:]
+
+    def inputs(self, known: Known, count: int) -> list[int]:
+        tokens = known.tokens[known.computed : known.computed + count]
+        if known.req_id in self.before and tokens:
+            tokens[-1] = self.before[known.req_id]
+        return tokens
+
+    def sampled(self, known: Known, count: int, token: int) -> bool:
+        if known.computed + count < len(known.tokens):
+            return False
+        known.tokens.append(UNKNOWN if self.asynchronous else token)
+        self.now[known.req_id] = token
+        if known.truth.seeded and not known.is_member:
+            if known.draws != known.truth.draws:
+                fail(f"{self.who(known.req_id)}: generator drew {known.draws} of {known.truth.draws} tokens so far")
+            known.draws += 1
+        return True
+
+    def end(self, part: SchedulerOutput) -> None:
+        if part.total_num_scheduled_tokens and self.asynchronous:
+            self.before = self.now
+        self.now = {}
+
+    def generator(self, req_id: str) -> bytes | None:
+        known = self.known.get(req_id)
+        return str(known.draws).encode() if known is not None and known.truth.seeded else None
+
+
+@dataclass
+class V2(Runner):
+    """``vllm/v1/worker/gpu/model_runner.py``."""
+
+    def begin(self, part: SchedulerOutput, plan: StepPlan) -> None:
+        for req_id in part.finished_req_ids | (part.preempted_req_ids or set()):
+            self.known.pop(req_id, None)
+        if part.scheduled_cached_reqs.resumed_req_ids:
+            fail(f"rank {self.rank}: {part.scheduled_cached_reqs.resumed_req_ids} resume without their tokens")
+        super().begin(part, plan)
+        if len(self.known) > self.max_reqs:
+            fail(f"rank {self.rank}: {len(self.known)} requests in {self.max_reqs} slots")
+
+    def meet(self, new: NewRequestData, plan: StepPlan) -> Known:
+        known = super().meet(new, plan)
+        if new.prefill_token_ids is None:
+            fail(f"{self.who(new.req_id)}: comes without prefill_token_ids")
+        known.tokens = list(new.prefill_token_ids)
+        known.prefill_len = len(known.tokens)
+        return known
+
+    def inputs(self, known: Known, count: int) -> list[int]:
+        end = known.computed + count
+        tokens = known.tokens[known.computed : min(end, known.prefill_len)]
+        return [*tokens, known.last] if end > known.prefill_len else tokens
+
+    def sampled(self, known: Known, count: int, token: int) -> bool:
+        if known.computed + count < known.prefill_len:
+            return False
+        known.last = token
+        return True
+
+
+class Device:
+    """All ranks together.
+
+    Args:
+        truths: of the requests, by id; may grow later.
+        ranks: how many.
+        num_blocks: of a rank's KV cache, with the null block.
+        block_size: tokens a block holds.
+        max_reqs: slots of a model runner.
+        degree: most ranks that may hold KV of one request.
+        version: of the model runner.
+        asynchronous: whether steps are scheduled before the output of those before is known.
+    """
+
+    def __init__(
+        self,
+        truths: dict[str, Truth],
+        ranks: int,
+        num_blocks: int,
+        block_size: int,
+        max_reqs: int,
+        degree: int,
+        version: int,
+        asynchronous: bool,
+    ) -> None:
+        self.block_size, self.degree, self.version = block_size, degree, version
+        self.stores = [Store(num_blocks, block_size) for _ in range(ranks)]
+        make = V1 if version == 1 else V2
+        self.runners: list[Runner] = [make(rank, truths, max_reqs, asynchronous) for rank in range(ranks)]
+        self.shards: list[dict[str, list[int]]] = [{} for _ in range(ranks)]
+        self._opened: set[str] = set()
+        self.num_rows = self.num_arrivals = self.num_generators = 0
+
+    def wipe(self) -> None:
+        """What was computed so far must not be read again."""
+        for store in self.stores:
+            store.wipe()
+
+    def execute(self, output: NanoCPSchedulerOutput) -> list[ModelRunnerOutput]:
+        """Run a step on all ranks: all write before any reads, as a layer does."""
+        plan, parts = output.plan, output.ranks
+        self._update_shards(plan)
+        generators = [self._generators(runner, plan.departing) for runner in self.runners]
+        for runner, part in zip(self.runners, parts, strict=True):
+            runner.begin(part, plan)
+        self._check_arrivals(plan, parts)
+        self._check_batches(plan, parts)
+        for runner, part in zip(self.runners, parts, strict=True):
+            for req_id, count in part.num_scheduled_tokens.items():
+                self._write(runner, runner.known[req_id], count)
+        self._read(plan, parts)
+        answers = [self._sample(runner, part) for runner, part in zip(self.runners, parts, strict=True)]
+        return [with_generators(a, g) if g else a for a, g in zip(answers, generators, strict=True)]
+
+    # -- the plan ----------------------------------------------------------------------------------------------
+
+    def _update_shards(self, plan: StepPlan) -> None:
+        for rank, opened in plan.opened.items():
+            for shard, blocks in opened:
+                if shard in self._opened:
+                    fail(f"rank {rank}: shard id {shard} is used again")
+                self._opened.add(shard)
+                self.shards[rank][shard] = list(blocks)
+        for shard in plan.closed:
+            if shard not in self._opened:
+                fail(f"shard {shard} closes, but never opened")
+            for shards in self.shards:
+                shards.pop(shard, None)
+
+    def _generators(self, runner: Runner, departing: Iterable[str]) -> dict[str, bytes]:
+        states = {req_id: runner.generator(req_id) for req_id in departing}
+        return {req_id: state for req_id, state in states.items() if state is not None}
+
+    def _check_arrivals(self, plan: StepPlan, parts: Sequence[SchedulerOutput]) -> None:
+        news = {new.req_id for part in parts for new in part.scheduled_new_reqs}
+        if not plan.arrived.keys() <= news:
+            fail(f"{plan.arrived.keys() - news} arrive, but no rank meets them")
+        self.num_arrivals += len(plan.arrived)
+        self.num_generators += sum(arrival.generator is not None for arrival in plan.arrived.values())
+
+    def _check_batches(self, plan: StepPlan, parts: Sequence[SchedulerOutput]) -> None:
+        seen = []
+        for runner, part in zip(self.runners, parts, strict=True):
+            counts = part.num_scheduled_tokens
+            # A token over others that are computed is a decode to the runners, wherever it came from.
+            decode = all(count == 1 and runner.known[req_id].computed for req_id, count in counts.items())
+            seen.append(Batch(len(counts), sum(counts.values()), decode) if counts else IDLE)
+        if not any(part.num_scheduled_tokens for part in parts):
+            seen = []
+        if seen != plan.batches:
+            fail(f"the ranks run {seen}, the plan says {plan.batches}")
+
+    # -- KV ----------------------------------------------------------------------------------------------------
+
+    def _write(self, runner: Runner, known: Known, count: int) -> None:
+        first, end, truth, who = known.computed, known.computed + count, known.truth, runner.who(known.req_id)
+        tokens, right = runner.inputs(known, count), truth.tokens[first:end]
+        if tokens != right:
+            wrong = next((i for i, (a, b) in enumerate(zip(tokens, right, strict=False)) if a != b), len(tokens))
+            fail(f"{who}: computes {tokens[wrong:][:3]}... at {first + wrong} instead of {right[wrong:][:3]}")
+        self.stores[runner.rank].write(known.blocks, first, end, truth, who)
+
+    def _read(self, plan: StepPlan, parts: Sequence[SchedulerOutput]) -> None:
+        rows = {(row.home, row.req_id): row for row in plan.rows}
+        if len(rows) != len(plan.rows):
+            fail(f"a request has several rows: {plan.rows}")
+        self.num_rows += len(rows)
+        for runner, part in zip(self.runners, parts, strict=True):
+            for req_id, count in part.num_scheduled_tokens.items():
+                row = rows.pop((runner.rank, req_id), None)
+                self._read_local(runner, runner.known[req_id], count, row)
+                if row is not None:
+                    self._read_shards(runner, runner.known[req_id], row)
+        if rows:
+            fail(f"rows of requests without tokens: {list(rows.values())}")
+
+    def _read_local(self, runner: Runner, known: Known, count: int, row: PlanRow | None) -> None:
+        start = 0 if row is None else row.first_block * self.block_size
+        end, who = known.computed + count, runner.who(known.req_id)
+        if row is not None and (row.num_queries, row.local_tokens) != (count, known.computed - start):
+            fail(f"{who}: has {count} queries from {known.computed} on, the plan says {row}")
+        blocks = known.blocks[start // self.block_size :]
+        entries, positions, owners = self.stores[runner.rank].read(blocks, end - start)
+        wrong = np.flatnonzero(entries != known.truth.chain[start:end])
+        if wrong.size:
+            at = int(wrong[0])
+            found = f"position {positions[at]} of request {owners[at]}" if positions[at] >= 0 else "nothing"
+            block = blocks[at // self.block_size]
+            fail(f"{who}: reads {found} in block {block} for position {start + at} of request {known.truth.number}")
+
+    def _read_shards(self, runner: Runner, known: Known, row: PlanRow) -> None:
+        who, end = runner.who(known.req_id), row.first_block * self.block_size
+        ranks = [holder.rank for holder in row.holders]
+        if len(set(ranks)) != len(ranks) or len({*ranks, row.home}) > self.degree:
+            fail(f"{who}: visits ranks {ranks}, with at most {self.degree} to hold it")
+        seen = np.zeros(end, dtype=np.int64)
+        for holder in row.holders:
+            if holder.shard not in self.shards[holder.rank]:
+                fail(f"{who}: visits {holder}, which is not open there")
+            blocks = self.shards[holder.rank][holder.shard]
+            if not 0 < holder.length <= len(blocks) * self.block_size:
+                fail(f"{who}: visits {holder} of {len(blocks)} blocks")
+            entries, positions, owners = self.stores[holder.rank].read(blocks, holder.length)
+            bad = (positions < 0) | (positions >= end)
+            bad |= entries != known.truth.chain[np.where(bad, 0, positions)]
+            if bad.any():
+                at = int(np.flatnonzero(bad)[0])
+                fail(
+                    f"{who}: finds position {positions[at]} of request {owners[at]} in block "
+                    f"{blocks[at // self.block_size]} of {holder}"
+                )
+            np.add.at(seen, positions, 1)
+        if (seen != 1).any():
+            at = int(np.flatnonzero(seen != 1)[0])
+            fail(f"{who}: finds position {at} {seen[at]} times in the shards of {row}")
+
+    # -- output ------------------------------------------------------------------------------------------------
+
+    def _sample(self, runner: Runner, part: SchedulerOutput) -> ModelRunnerOutput:
+        ids = list(part.num_scheduled_tokens)[::-1]  # a runner's order is its own
+        tokens: list[list[int]] = []
+        for req_id in ids:
+            known, count = runner.known[req_id], part.num_scheduled_tokens[req_id]
+            token = GARBAGE if known.is_member else known.truth.token(known.computed + count)
+            taken = runner.sampled(known, count, token)
+            tokens.append([token] if taken else [])
+            known.truth.draws += taken and not known.is_member
+            known.computed += count
+        runner.end(part)
+        return ModelRunnerOutput(ids, {req_id: i for i, req_id in enumerate(ids)}, tokens)
+
+    def leftovers(self) -> dict[str, Any]:
+        """What no request needs any more; empty after the last plan."""
+        known = {runner.rank: list(runner.known) for runner in self.runners if runner.known}
+        shards = {rank: list(shards) for rank, shards in enumerate(self.shards) if shards}
+        return {name: found for name, found in (("requests", known), ("shards", shards)) if found}

@@ -252,8 +252,9 @@ class Simulation:
 
     def step_loads(self, queries: Sequence[int]) -> list[StepLoad]:
         size = self.s.block_size
+        exchange = bool(self.guests.any())
         return [
-            StepLoad(kv * size, n, guests)
+            StepLoad(kv * size, n, guests, exchange)
             for kv, n, guests in zip(self.read.tolist(), queries, self.guests.tolist(), strict=True)
         ]
 
@@ -320,6 +321,7 @@ class Simulation:
         """How long the step takes: its slowest rank, and some noise."""
         c = self.s.cost
         slowest = max(c.base + c.kv_token * x.kv_tokens + c.query * x.batch + c.guest * x.guests for x in loads)
+        slowest += c.exchange * loads[0].exchange
         return slowest * max(0.5, self.dice.gauss(1.0, self.s.noise))
 
     def advance(self) -> None:
@@ -345,7 +347,7 @@ class Simulation:
                 raise RuntimeError(f"requests wait for ever: {self.queues}")
             self.clock = float(self.arrivals.at[self.next])
             return
-        loads = [StepLoad(x.kv_tokens, x.batch + n, x.guests) for x, n in zip(work, computed, strict=True)]
+        loads = [StepLoad(x.kv_tokens, x.batch + n, x.guests, x.exchange) for x, n in zip(work, computed, strict=True)]
         seconds = self.seconds(loads)
         self.errors += abs(self.model.predict_step(loads) / seconds - 1) if before else 0.0
         self.model.observe(loads, seconds)

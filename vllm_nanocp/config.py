@@ -17,6 +17,8 @@ EXCHANGES = ("auto", "collective")
 DECODE_BENCH = "NANOCP_DECODE_BENCH"
 # Rows that FlashAttention can cut into pieces in one launch.
 MAX_VISITS = 992
+# Settings with which homes stay where they are.
+_FIXED_HOMES: dict[str, Any] = {"placement": "round_robin", "max_degree": 1}
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class NanoCPConfig:
         max_degree: most ranks one request may use; None means all.
         placement: ``balanced`` (least batch, then most room, water filling) or ``round_robin`` (a baseline).
         moves: whether decoding requests change their home, to even out the ranks' loads and where a rank's blocks run
-            out, and when: fields of ``placement.moves.MoveConfig``. With ``balanced`` only.
+            out, and when: fields of ``placement.moves.MoveConfig``. Only with ``balanced`` and more than one rank a
+            request.
         exchange: how queries and partial results travel. ``auto`` takes the best one that works here.
         graph_capacities: CUDA graphs of sharded decode steps are captured for so many visits between any two ranks,
             ascending; a step with more runs attention outside of graphs. Empty: every sharded step does.
@@ -43,7 +46,7 @@ class NanoCPConfig:
     segment_size: int = 65536
     max_degree: int | None = None
     placement: str = "balanced"
-    moves: bool | dict[str, Any] = False
+    moves: bool | dict[str, Any] = True
     exchange: str = "auto"
     graph_capacities: tuple[int, ...] = (4, 16)
     decode_bench: bool = False
@@ -56,7 +59,7 @@ class NanoCPConfig:
     @property
     def move_config(self) -> MoveConfig | None:
         """When homes move; None if they do not."""
-        if not self.moves or self.placement != "balanced" or self.degree_limit == 1:
+        if self.moves is False:
             return None
         return MoveConfig(max_degree=self.degree_limit, **(self.moves if isinstance(self.moves, dict) else {}))
 
@@ -114,8 +117,10 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
             if raw[key] not in choices:
                 raise NanoCPConfigError(f"nanocp: {key} is {raw[key]!r}; use one of {', '.join(choices)}")
             values[key] = raw[key]
-    if "moves" in raw:
-        values["moves"] = _moves(raw["moves"])
+    fixed = next((key for key, value in _FIXED_HOMES.items() if values.get(key) == value), None)
+    values["moves"] = _moves(raw.get("moves", fixed is None))
+    if values["moves"] is not False and fixed is not None:
+        raise NanoCPConfigError(f"nanocp: moves: homes cannot move with {fixed} {_FIXED_HOMES[fixed]!r}; leave it out")
     default = [c for c in NanoCPConfig.graph_capacities if c * ranks <= MAX_VISITS]
     values["graph_capacities"] = _capacities(raw.get("graph_capacities", default), ranks)
     if "decode_bench" in raw:
@@ -130,7 +135,7 @@ def _moves(value: Any) -> bool | dict[str, Any]:
     if not isinstance(value, Mapping) or any(key not in known for key in value):
         raise NanoCPConfigError(
             f"nanocp: moves must be true, false or an object with keys of {', '.join(known)}, got {value!r}; "
-            "leave it out for false"
+            "leave it out for true"
         )
     try:
         MoveConfig(**value)

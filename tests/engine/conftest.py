@@ -52,6 +52,8 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
                     "min_remaining_tokens": 1,
                     "spare_blocks": 0,
                     "growth_blocks": 1,
+                    "reserve_blocks": 0,
+                    "weigh_exchange": False,
                 },
             },
             num_gpu_blocks_override=SMALL_BLOCKS,

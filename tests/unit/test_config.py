@@ -13,6 +13,7 @@ import pytest
 from vllm_nanocp.compat import unsupported_reason
 from vllm_nanocp.config import DECODE_BENCH, EXCHANGES, MAX_VISITS, PLACEMENTS, NanoCPConfig, parse
 from vllm_nanocp.errors import NanoCPConfigError
+from vllm_nanocp.placement.moves import MoveConfig
 
 
 def refusal(raw: Any, data_parallel_size: int = 1) -> str:
@@ -213,14 +214,23 @@ def test_moves_are_refused(value: Any) -> None:
         parse({"moves": value}, 2)
 
 
+@pytest.mark.parametrize("fixed", [{"placement": "round_robin"}, {"max_degree": 1}])
+def test_moves_where_homes_stay(fixed: dict[str, Any]) -> None:
+    still = parse(fixed, 2)
+    assert still.move_config is None and parse(still.to_dict(), 1) == still
+    assert parse({**fixed, "moves": False}, 2).move_config is None
+    for value in (True, {}):
+        with pytest.raises(NanoCPConfigError, match="nanocp: moves: homes cannot move with"):
+            parse({**fixed, "moves": value}, 2)
+
+
 def test_moves() -> None:
-    """Off unless asked for; never with another placement, or where no request may have two ranks."""
-    assert parse({}, 2).move_config is None
-    assert parse({"moves": True, "placement": "round_robin"}, 2).move_config is None
-    assert parse({"moves": True, "max_degree": 1}, 2).move_config is None
+    for raw in ({}, {"moves": True}, {"moves": {}}):
+        config = parse(raw, 2)
+        assert config.move_config == MoveConfig(max_degree=2) and parse(config.to_dict(), 1) == config
+    assert parse({"moves": False}, 2).move_config is None
     config = parse({"moves": {"min_gap": 3}, "max_degree": 2}, 3)
-    assert config.move_config is not None
-    assert (config.move_config.min_gap, config.move_config.max_degree) == (3, 2)
+    assert config.move_config == MoveConfig(min_gap=3, max_degree=2)
     assert parse(config.to_dict(), 1) == config
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vllm_nanocp.placement.cost import Coefficients, CostModel, StepLoad
 
-SLOW = Coefficients(base=20e-3, kv_token=6e-8, query=3e-4, guest=5e-5)
+SLOW = Coefficients(base=20e-3, kv_token=6e-8, query=3e-4, guest=5e-5, exchange=6e-3)
 
 loads = st.builds(StepLoad, st.integers(0, 10**9), st.integers(0, 10**5), st.integers(0, 10**5))
 seconds = st.one_of(
@@ -22,11 +22,14 @@ seconds = st.one_of(
 
 
 def truth(load: StepLoad, c: Coefficients) -> float:
-    return c.base + c.kv_token * load.kv_tokens + c.query * load.batch + c.guest * load.guests
+    return c.base + c.kv_token * load.kv_tokens + c.query * load.batch + c.guest * load.guests + c.exchange * load.exchange
 
 
 def ranks(dice: random.Random, count: int = 4) -> list[StepLoad]:
-    return [StepLoad(dice.randint(0, 10**6), dice.randint(0, 256), dice.randint(0, 256)) for _ in range(count)]
+    exchange = dice.random() < 0.5
+    return [
+        StepLoad(dice.randint(0, 10**6), dice.randint(0, 256), dice.randint(0, 256), exchange) for _ in range(count)
+    ]
 
 
 def teach(model: CostModel, c: Coefficients, steps: int, seed: int = 0, noise: float = 0.03, stalls: float = 0) -> None:
@@ -55,11 +58,11 @@ def worst_error(model: CostModel, c: Coefficients) -> float:
 @pytest.mark.parametrize("scale", [0.02, 1.0, 30.0])
 def test_it_finds_the_true_coefficients(scale: float) -> None:
     """Also where the machine is many times faster or slower than the prior."""
-    true = Coefficients(SLOW.base * scale, SLOW.kv_token * scale, SLOW.query * scale, SLOW.guest * scale)
+    true = Coefficients(*(c * scale for c in astuple(SLOW)[:-1]))
     model = CostModel()
     teach(model, true, 2000)
     found = model.coefficients()
-    for name in ("base", "kv_token", "query"):
+    for name in ("base", "kv_token", "query", "exchange"):
         assert getattr(found, name) * found.feedback == pytest.approx(getattr(true, name), rel=0.15), name
     assert worst_error(model, true) < 0.05
 

@@ -73,6 +73,7 @@ configs = st.builds(
     spare_blocks=st.integers(0, 20),
     growth_blocks=st.integers(1, 130),
     min_remaining_tokens=st.integers(0, 100),
+    weigh_exchange=st.booleans(),
     max_degree=st.one_of(st.none(), st.integers(1, 4)),
 )
 models = st.builds(
@@ -100,6 +101,8 @@ def worlds(draw: st.DrawFn) -> World:
         guests = sum(rank in c.holders and c.home != rank for c in candidates)
         loads.append(load)
         work.append(StepLoad(load.used_blocks * BLOCK, batch, guests))
+    exchange = any(load.guests for load in work)
+    work = [replace(load, exchange=exchange) for load in work]
     return World(loads, work, candidates, draw(configs), draw(models))
 
 
@@ -113,8 +116,8 @@ def after(world: World, moves: list[Move]) -> tuple[list[int], list[StepLoad]]:
         batch[move.source] -= 1
         batch[move.target] += 1
         s, t = work[move.source], work[move.target]
-        work[move.source] = StepLoad(s.kv_tokens, s.batch - 1, s.guests + 1)
-        work[move.target] = StepLoad(t.kv_tokens, t.batch + 1, t.guests - (move.target in holders))
+        work[move.source] = replace(s, batch=s.batch - 1, guests=s.guests + 1)
+        work[move.target] = replace(t, batch=t.batch + 1, guests=t.guests - (move.target in holders))
     return batch, work
 
 
@@ -174,9 +177,13 @@ def even(batch: int, used: int = 100, free: int = 1000) -> RankLoad:
 
 
 def plan(
-    loads: list[RankLoad], candidates: list[Candidate], model: CostModel | None = None, **options: object
+    loads: list[RankLoad],
+    candidates: list[Candidate],
+    model: CostModel | None = None,
+    exchange: bool = True,
+    **options: object,
 ) -> list[Move]:
-    work = [StepLoad(load.used_blocks * BLOCK, load.batch) for load in loads]
+    work = [StepLoad(load.used_blocks * BLOCK, load.batch, exchange=exchange) for load in loads]
     config = replace(MoveConfig(), **options)  # type: ignore[arg-type]
     return plan_moves(loads, work, candidates, step=NOW, block_size=BLOCK, model=model or CostModel(), config=config)
 
@@ -219,6 +226,16 @@ def test_a_guest_dearer_than_a_query_keeps_requests_at_home(guest: float, moves:
 
 
 @pytest.mark.parametrize(
+    ("batches", "exchange", "moves"), [((20, 10), True, True), ((20, 10), False, False), ((400, 10), False, True)]
+)
+def test_the_first_exchange_must_pay(batches: tuple[int, int], exchange: bool, moves: bool) -> None:
+    """5 queries less a step at 20 us each win 0.1 ms; the exchange takes 1.8 ms, and 195 queries win 3.9 ms."""
+    loads, candidates = [even(batch) for batch in batches], [Candidate("a", 0, (0,), 100, 500)]
+    assert bool(plan(loads, candidates, exchange=exchange)) == moves
+    assert plan(loads, candidates, exchange=exchange, weigh_exchange=False)
+
+
+@pytest.mark.parametrize(
     ("holders", "degree", "moves"), [((0,), 1, False), ((0,), 2, True), ((0, 2), 2, False), ((0, 1), 2, True)]
 )
 def test_a_move_keeps_to_the_degree(holders: tuple[int, ...], degree: int, moves: bool) -> None:
@@ -243,7 +260,7 @@ def test_no_request_bounces() -> None:
             holders[i], history[i] = {homes[i]}, []
         batch = Counter(homes.values())
         loads = [RankLoad(5000, 1000, batch[r], 200) for r in range(ranks)]
-        work = [StepLoad(1000 * BLOCK, batch[r]) for r in range(ranks)]
+        work = [StepLoad(1000 * BLOCK, batch[r], exchange=True) for r in range(ranks)]
         ready = [
             Candidate(str(i), homes[i], tuple(sorted(holders[i])), 1000, 800, history[i][-1] if history[i] else None)
             for i in homes

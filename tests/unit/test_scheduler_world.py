@@ -30,7 +30,6 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.tiny_models import make_qwen3_moe
 from vllm_nanocp.sched import mover as mover_module
-from vllm_nanocp.sched import placer as placer_module
 from vllm_nanocp.sched import scheduler as scheduler_module
 from vllm_nanocp.sched.scheduler import NanoCPScheduler
 
@@ -48,7 +47,7 @@ MOVES: list[Any] = [
         spare_blocks=0,
         growth_blocks=1,
         min_remaining_tokens=0,
-        reserve_blocks=0,
+        weigh_exchange=False,
     ),
     dict(batch_margin=0.0, min_steps_between=3, spare_blocks=1, growth_blocks=2, min_remaining_tokens=4),
     True,
@@ -124,7 +123,8 @@ class Shape:
         scheduler.policy = "priority" if self.priorities else "fcfs"
         cache.num_gpu_blocks, cache.block_size = self.blocks + 1, self.block_size
         cache.enable_prefix_caching = self.caching
-        settings = dict(ranks=self.ranks, segment_size=self.segment, max_degree=self.degree, moves=self.moves)
+        moves = self.moves | {"reserve_blocks": self.reserve} if isinstance(self.moves, dict) else self.moves
+        settings = dict(ranks=self.ranks, segment_size=self.segment, max_degree=self.degree, moves=moves)
         config.additional_config = {"nanocp": settings}
         return config
 
@@ -364,7 +364,6 @@ def test_worlds(
         world = World(vllm_config, seed, version, asynchronous)
         for module in (scheduler_module, mover_module):
             monkeypatch.setattr(module, "time", world)
-        monkeypatch.setattr(placer_module, "RESERVE_BLOCKS", world.shape.reserve)
         try:
             counts += world.run()
         except Exception as error:

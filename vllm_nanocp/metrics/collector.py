@@ -42,7 +42,7 @@ class Snapshot:
         spills: times that one did because its home was full.
         preemptions_with_room: preemptions while other ranks had room for the request.
         preemptions_without_room: all others.
-        prevented_preemptions: preemptions that a move or a spill made needless.
+        prevented_preemptions: times a rank's blocks ran out and spills made up for all that was missing.
         coefficients: of the cost model, by name; empty without one.
     """
 

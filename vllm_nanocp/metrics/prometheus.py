@@ -63,7 +63,9 @@ class Metrics:
         )
         self.moves = self._counter("moves", "Times that a decoding request changed its home for balance.")
         self.spills = self._counter("spills", "Times that a decoding request changed its home because that was full.")
-        self.prevented = self._counter("prevented_preemptions", "Preemptions that a move or a spill made needless.")
+        self.prevented = self._counter(
+            "prevented_preemptions", "Times a rank was short of blocks and spills made up for it."
+        )
         self.preemptions = self._counters(
             "preemptions",
             "Preempted requests, by whether other ranks had room.",

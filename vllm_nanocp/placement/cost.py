@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a step takes: a linear model of a rank's work, fitted to the steps that were measured.
 
-A rank's time is taken as ``base + kv_token * KV tokens read + query * queries computed + guest * guests served``, and
-a step's as that of the slowest rank, since all ranks step together. The coefficients are fitted by recursive least
+A rank's time is taken as ``base + kv_token * KV tokens read + query * queries computed + guest * guests served``, in
+a step in which any request is sharded ``exchange`` more, and a step's time as that of the slowest rank, since all ranks
+step together. The coefficients are fitted by recursive least
 squares with exponential forgetting (Ljung, System Identification, 1999, ch. 11), weighted against outliers as
 Huber's estimator does (Robust Statistics, 1981), and kept non-negative: where the fit wants a negative one, it
 becomes zero and the others take the best values that this leaves, one step of the active-set method of Lawson and
@@ -17,7 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-_SIZE = 4
+_SIZE = 5
 # Time is counted in units of this many seconds, so that the fit works with numbers around one.
 _UNIT = 0.01
 # Variance of a coefficient, in units of its prior, before anything was measured: the prior is soon overruled.
@@ -43,24 +44,28 @@ class StepLoad:
         kv_tokens: KV tokens held here that are read: by its own queries and by guests.
         batch: query tokens computed here.
         guests: queries of other ranks that attend here.
+        exchange: whether any rank has guests.
     """
 
     kv_tokens: int
     batch: int
     guests: int = 0
+    exchange: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """Seconds of a step: ``feedback * (base + kv_token * kv_tokens + query * batch + guest * guests)``.
+    """Seconds of a step: ``feedback * (base + kv_token * kv_tokens + query * batch + guest * guests + exchange)``.
 
-    The defaults, the prior, are one H200 with Qwen3-30B-A3B in bfloat16. All are non-negative.
+    The defaults, the prior, are one H200 with Qwen3-30B-A3B in bfloat16, with the exchange of 48 layers over NCCL. All
+    are non-negative.
     """
 
     base: float = 6e-3
     kv_token: float = 2.25e-8
     query: float = 2e-5
     guest: float = 1e-5
+    exchange: float = 1.8e-3
     feedback: float = 1.0
 
 
@@ -77,7 +82,7 @@ class CostModel:
 
     def __init__(self, prior: Coefficients | None = None, forgetting: float = 0.998) -> None:
         prior = Coefficients() if prior is None else prior
-        values = (prior.base, prior.kv_token, prior.query, prior.guest)
+        values = (prior.base, prior.kv_token, prior.query, prior.guest, prior.exchange)
         if not all(math.isfinite(v) and v > 0 for v in values):
             raise ValueError(f"the prior must be positive and finite: {prior}")
         if not 0 < forgetting <= 1:
@@ -94,8 +99,14 @@ class CostModel:
 
     def predict(self, load: StepLoad) -> float:
         """Seconds that a rank with this load would take; non-negative, and monotone in each part of the load."""
-        base, kv_token, query, guest = self._seconds
-        return base + kv_token * max(0, load.kv_tokens) + query * max(0, load.batch) + guest * max(0, load.guests)
+        base, kv_token, query, guest, exchange = self._seconds
+        return (
+            base
+            + kv_token * max(0, load.kv_tokens)
+            + query * max(0, load.batch)
+            + guest * max(0, load.guests)
+            + exchange * load.exchange
+        )
 
     def slowest(self, loads: Sequence[StepLoad]) -> int:
         """Index of the rank predicted to take longest; the first of equals.
@@ -115,8 +126,8 @@ class CostModel:
 
     def coefficients(self) -> Coefficients:
         """What the model has learnt, in seconds."""
-        base, kv_token, query, guest = (c * p for c, p in zip(self._fitted, self._prior, strict=True))
-        return Coefficients(base, kv_token, query, guest, math.exp(self._log_feedback))
+        base, kv_token, query, guest, exchange = (c * p for c, p in zip(self._fitted, self._prior, strict=True))
+        return Coefficients(base, kv_token, query, guest, exchange, math.exp(self._log_feedback))
 
     def observe(self, loads: Sequence[StepLoad], seconds: float) -> bool:
         """Learn from a measured step, taken as the time of the rank that was predicted slowest.
@@ -142,18 +153,21 @@ class CostModel:
         self._update(features, error, weight)
         self._feed_back(features, measured, weight)
         feedback = math.exp(self._log_feedback)
-        base, kv_token, query, guest = (feedback * c * p for c, p in zip(self._fitted, self._prior, strict=True))
-        self._seconds = (base, kv_token, query, guest)
+        base, kv_token, query, guest, exchange = (
+            feedback * c * p for c, p in zip(self._fitted, self._prior, strict=True)
+        )
+        self._seconds = (base, kv_token, query, guest, exchange)
         return True
 
-    def _features(self, load: StepLoad) -> tuple[float, float, float, float]:
+    def _features(self, load: StepLoad) -> tuple[float, ...]:
         """What each coefficient of the prior contributes, in units of time."""
-        base, kv_token, query, guest = self._prior
+        base, kv_token, query, guest, exchange = self._prior
         return (
             base / _UNIT,
             max(0, load.kv_tokens) * kv_token / _UNIT,
             max(0, load.batch) * query / _UNIT,
             max(0, load.guests) * guest / _UNIT,
+            load.exchange * exchange / _UNIT,
         )
 
     def _update(self, x: Sequence[float], error: float, weight: float) -> None:

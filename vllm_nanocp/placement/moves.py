@@ -67,6 +67,8 @@ class MoveConfig:
         growth_blocks: most blocks that are kept for a request's growth; few requests use all tokens they may.
         reserve_blocks: blocks that admission leaves free for the growth of each request that runs (``with_reserve``).
         min_remaining_tokens: a request that ends sooner stays.
+        weigh_exchange: while no request is sharded, none moves unless even ranks would win more time than the exchange
+            then costs every step.
         max_degree: most ranks that may hold a shard of one request; None means all.
 
     Raises:
@@ -82,6 +84,7 @@ class MoveConfig:
     growth_blocks: int = 128
     reserve_blocks: int = 4
     min_remaining_tokens: int = 64
+    weigh_exchange: bool = True
     max_degree: int | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +93,8 @@ class MoveConfig:
         for name, value in least.items():
             if not getattr(self, name) >= value:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        if not isinstance(self.weigh_exchange, bool):
+            raise ValueError(f"weigh_exchange must be true or false, got {self.weigh_exchange!r}")
         if self.max_degree is not None and self.max_degree < 1:
             raise ValueError(f"max_degree must be at least 1, got {self.max_degree}")
 
@@ -147,7 +152,8 @@ def plan_moves(
     From the rank whose batch (then, whose KV) is too far above the mean, the cheapest request goes to where the step
     stays shortest: first those that the target holds a shard of already, for they bring no new guest; then those
     with little KV for the tokens they may still make. No move makes the predicted step longer or the spread of the
-    batches larger, none goes to a rank without room for the request's growth.
+    batches larger, none goes to a rank without room for the request's growth. The first move makes every step pay for
+    an exchange (``weigh_exchange``).
 
     Args:
         loads: one a rank.
@@ -164,7 +170,7 @@ def plan_moves(
     """
     config = MoveConfig() if config is None else config
     sources = drifted(loads, config)
-    if not sources or not config.max_moves:
+    if not sources or not config.max_moves or (config.weigh_exchange and not _pays_exchange(work, model)):
         return []
     by_home: dict[int, list[Candidate]] = {rank: [] for rank in sources}
     for candidate in candidates:
@@ -180,6 +186,16 @@ def plan_moves(
                 break
             waiting.remove(moved)
     return plan.moves
+
+
+def _pays_exchange(work: Sequence[StepLoad], model: CostModel) -> bool:
+    """Whether even ranks with an exchange take no longer than the ranks do now."""
+    if any(load.exchange for load in work):
+        return True
+    ranks = len(work)
+    kv_tokens, batch = (sum(load.kv_tokens for load in work), sum(load.batch for load in work))
+    even = StepLoad(kv_tokens // ranks, batch // ranks, exchange=True)
+    return model.predict(even) <= model.predict_step(work)
 
 
 class _Plan:
@@ -271,7 +287,7 @@ class _Plan:
 
 
 def _changed(load: StepLoad, batch: int, guests: int) -> StepLoad:
-    return StepLoad(load.kv_tokens, max(0, load.batch + batch), max(0, load.guests + guests))
+    return replace(load, batch=max(0, load.batch + batch), guests=max(0, load.guests + guests))
 
 
 def spill_target(

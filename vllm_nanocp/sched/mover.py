@@ -14,18 +14,19 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from ..placement.cost import CostModel, StepLoad
 from ..placement.moves import Candidate, MoveConfig, drifted, plan_moves, spill_target
 from ..placement.place import RankLoad
-from ..plan import Arrival
+from ..plan import Arrival, Batch
 from .sharded import can_shard
 
 if TYPE_CHECKING:
     from .scheduler import NanoCPScheduler
 
 _computed = attrgetter("num_computed_tokens")
+_importance = attrgetter("priority", "arrival_time")  # less is more
 
 
 class Mover:
@@ -61,25 +62,29 @@ class Mover:
             return
         self._arrive()
         for rank in range(len(self.scheduler.ranks)):
-            self._spill(rank)
+            self.spill(rank)
         self._move()
         # Without async scheduling nothing is in flight now.
         self._arrive()
 
-    def observe(self, work: Sequence[StepLoad], scheduled: float) -> None:
-        """Learn from a step whose output has come.
+    def observe(self, batches: Sequence[Batch], work: Sequence[StepLoad], scheduled: float) -> None:
+        """Learn from a step whose output has come, if all ranks decoded: prompts take their time otherwise.
 
         Args:
+            batches: the ranks' in that step; empty if nothing was computed.
             work: what each rank did in it.
-            scheduled: when it was.
+            scheduled: when it was, by ``time.monotonic``.
         """
         now = time.monotonic()
-        self.model.observe(work, now - max(scheduled, self._last_update))
+        if batches and all(batch.decode for batch in batches):
+            self.model.observe(work, now - max(scheduled, self._last_update))
         self._last_update = now
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
-        self.leaving.pop(request_id, None)
+        target = self.leaving.pop(request_id, None)
+        if target is not None:
+            self.scheduler.ranks[target].expect_no_more(request_id)
         self._last_move.pop(request_id, None)
         self._states.pop(request_id, None)
 
@@ -95,9 +100,10 @@ class Mover:
 
     def cancel(self) -> None:
         """All that are on their way stay where they are."""
-        for request_id in self.leaving:
+        for request_id, target in self.leaving.items():
             rank = self.scheduler.ranks[self.scheduler.rank_of[request_id]]
             rank.stay(rank.requests[request_id])
+            self.scheduler.ranks[target].expect_no_more(request_id)
             self._states.pop(request_id, None)
         self.leaving.clear()
 
@@ -107,16 +113,15 @@ class Mover:
         """What placement knows of each rank, requests on their way and those with their home still ahead included."""
         scheduler = self.scheduler
         ahead = [0] * len(scheduler.ranks)
-        for target in self.leaving.values():
-            ahead[target] += 1
         for sharded in scheduler.sharded.values():
             if not sharded.at_home and sharded.shard_map.home != sharded.rank:
                 ahead[sharded.shard_map.home] += 1
+        loads = [rank.load(scheduler.block_size, more) for rank, more in zip(scheduler.ranks, ahead, strict=True)]
         if not self.moves:
-            return [rank.load(scheduler.block_size, more) for rank, more in zip(scheduler.ranks, ahead, strict=True)]
+            return loads
         return [
-            replace(rank.load(scheduler.block_size, more), read_blocks=work.kv_tokens // scheduler.block_size)
-            for rank, more, work in zip(scheduler.ranks, ahead, self.work(), strict=True)
+            replace(load, read_blocks=work.kv_tokens // scheduler.block_size)
+            for load, work in zip(loads, self.work(), strict=True)
         ]
 
     def work(self) -> list[StepLoad]:
@@ -124,14 +129,15 @@ class Mover:
         scheduler = self.scheduler
         read = [sum(map(_computed, rank.running)) for rank in scheduler.ranks]
         guests = [0] * len(read)
-        for sharded in scheduler.sharded.values():
-            if sharded.started:
+        for request_id, sharded in scheduler.sharded.items():
+            if sharded.member.status == RequestStatus.RUNNING and request_id not in self.leaving:
                 read[sharded.rank] -= sharded.local_start
                 for rank, (_, tokens) in sharded.open_shards.items():
                     read[rank] += tokens
                     guests[rank] += rank != sharded.rank
+        exchange = any(guests)
         return [
-            StepLoad(max(0, tokens), len(rank.running), visiting)
+            StepLoad(max(0, tokens), len(rank.running), visiting, exchange)
             for rank, tokens, visiting in zip(scheduler.ranks, read, guests, strict=True)
         ]
 
@@ -182,30 +188,39 @@ class Mover:
             self.num_moves += 1
             self.scheduler.collector.moved()
 
-    def _spill(self, rank: int) -> None:
+    def spill(self, rank: int) -> None:
         """Requests that need a block which the rank does not have go on elsewhere."""
-        scheduler = self.scheduler.ranks[rank]
-        short = -scheduler.spare_blocks
-        if short <= 0:
+        short = -self.scheduler.ranks[rank].spare_blocks
+        if short <= 0 or not self.moves:
             return
         # Requests that wait have no claim before those that run.
         loads = [
             replace(load, free_blocks=max(0, other.spare_blocks))
             for load, other in zip(self.loads(), self.scheduler.ranks, strict=True)
         ]
-        # The last to come goes first, as it would be the first to be preempted.
-        for candidate in list(self._candidates(rank))[::-1]:
+        for candidate in self._first_to_go(rank):
             target = spill_target(loads, candidate, block_size=self.scheduler.block_size, config=self.config)
             if target is None:
-                return
+                continue
             self._leave(candidate.request_id, rank, target)
-            loads[target] = replace(loads[target], free_blocks=loads[target].free_blocks - 1)
+            there = loads[target]
+            loads[target] = replace(
+                there, free_blocks=there.free_blocks - 1, batch=there.batch + 1, slots=there.slots - 1
+            )
             self.num_spills += 1
             self.scheduler.collector.spilled()
-            self.scheduler.collector.prevented_preemption()
             short -= 1
             if short <= 0:
+                self.scheduler.collector.prevented_preemption()
                 return
+
+    def _first_to_go(self, rank: int) -> list[Candidate]:
+        """In the order in which vLLM would preempt them."""
+        candidates = list(self._candidates(rank))[::-1]
+        if self.scheduler.by_priority:
+            requests = self.scheduler.ranks[rank].requests
+            candidates.sort(key=lambda c: _importance(requests[c.request_id]), reverse=True)
+        return candidates
 
     # -- how ---------------------------------------------------------------------------------------------------
 
@@ -218,6 +233,7 @@ class Mover:
         if seeded and request_id not in self._states:  # else its generator has not even arrived here
             self._states[request_id] = None
             self.scheduler.ask_for_generator(request_id)
+        self.scheduler.ranks[target].expect(request_id)
         self.leaving[request_id] = target
         self._last_move[request_id] = self.scheduler.num_steps
 

@@ -15,10 +15,8 @@ from ..placement.moves import with_reserve
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .sharded import can_shard
 
-# How much KV counts against the batch where homes move, and blocks kept for the growth of each request
-# (``benchmarks/balance_simulation.py``).
+# How much KV counts against the batch where homes move (``benchmarks/balance_simulation.py``).
 KV_WEIGHT = 0.8
-RESERVE_BLOCKS = 4
 
 
 class Placer:
@@ -48,6 +46,7 @@ class Placer:
         self.max_model_len = max_model_len
         self.find_prefixes = find_prefixes
         self._loads = loads
+        self._moves = config.move_config
 
     def place(self, request: Request, home: int | None, turn: int) -> ShardMap | None:
         """A shard map for a request, or None when it has to wait.
@@ -59,9 +58,9 @@ class Placer:
         """
         loads = self._loads()
         weight = None
-        if self.config.move_config is not None:
+        if self._moves is not None:
             # Batches are evened out later, KV is not; and what grows must not have to leave at once.
-            loads = [with_reserve(load, RESERVE_BLOCKS) for load in loads]
+            loads = [with_reserve(load, self._moves.reserve_blocks) for load in loads]
             weight = KV_WEIGHT
         degree_limit = self.config.degree_limit if can_shard(request) else 1
         most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)

@@ -40,8 +40,9 @@ class RankDoors(_Base):
         self._strangers: set[str] = set()
         # Those that it meets with this step's output: their tokens so far, by id.
         self.introduced: dict[str, list[int]] = {}
-        # Requests about to leave: no longer running, but each still has its slot in the model runner.
+        # Requests that do not run here and yet need a slot in the model runner: about to leave, and to arrive.
         self._leaving: set[str] = set()
+        self._coming: set[str] = set()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
@@ -182,6 +183,15 @@ class RankDoors(_Base):
         self._left(request)
         self.running.append(request)
 
+    def expect(self, request_id: str) -> None:
+        """Keep a slot of the model runner, and a block, for a request that is on its way here."""
+        self._coming.add(request_id)
+        self.max_num_active_reqs -= 1
+
+    def expect_no_more(self, request_id: str) -> None:
+        self._coming.remove(request_id)
+        self.max_num_active_reqs += 1
+
     def hand_over(self, request: Request, member: Request) -> None:
         """Let another member keep the blocks of a request that has left; the model runner forgets the request."""
         self.kv_cache_manager.cache_blocks(request, request.num_computed_tokens)
@@ -195,6 +205,7 @@ class RankDoors(_Base):
     def arrive(self, request: Request, first_block: int) -> None:
         """Go on with a request that has computed all before ``first_block`` elsewhere; before all others, for it has
         waited for a step."""
+        self.expect_no_more(request.request_id)
         self.adopt_cached(request, first_block, 0)
         self.requests[request.request_id] = request
         self._strangers.add(request.request_id)
@@ -232,22 +243,17 @@ class RankDoors(_Base):
 
     @property
     def spare_blocks(self) -> int:
-        """Free blocks that no running request needs in the next step or for the rest of its prompt; may be negative."""
-        block_size = self._manager.block_size
-        growing = sum(
-            request.num_computed_tokens % block_size == 0 and request.num_computed_tokens >= request.num_prompt_tokens
-            for request in self.running
-        )
-        return self.num_free_blocks - self.promised_to_prefills - growing
+        """Free blocks that nobody who runs, or is about to, needs for the tokens it has and the next one; may be
+        negative."""
+        return self.num_free_blocks - self.blocks_to_take
 
     @property
-    def promised_to_prefills(self) -> int:
-        """Blocks that running requests have yet to take for the tokens they came with."""
+    def blocks_to_take(self) -> int:
+        """Blocks that requests which run or are about to have yet to take for their tokens and the next one."""
         held, block_size = self._manager.req_to_blocks, self._manager.block_size
-        return sum(
-            max(0, -(-request.num_tokens // block_size) - len(held[request.request_id]))
-            for request in self.running
-            if request.num_computed_tokens < request.num_prompt_tokens
+        return len(self._coming) + sum(
+            max(0, -(-max(r.num_tokens, r.num_computed_tokens + 1) // block_size) - len(held[r.request_id]))
+            for r in self.running
         )
 
     def load(self, block_size: int, ahead: int = 0) -> RankLoad:
@@ -255,15 +261,15 @@ class RankDoors(_Base):
 
         Args:
             block_size: tokens a block holds.
-            ahead: requests that are on their way to this rank.
+            ahead: sharded requests that will have their home here.
         """
         waiting = len(self.waiting) + len(self.kv_holding_waiting)
         promised = sum(-(-request.num_tokens // block_size) for request in self.waiting if not self.holds(request))
-        batch = len(self.running) + waiting + ahead
+        batch = len(self.running) + waiting + ahead + len(self._coming)
         total = self.num_blocks
         watermark = self.kv_cache_manager.watermark_blocks if self.running else 0
-        free = max(0, self.num_free_blocks - promised - self.promised_to_prefills - watermark)
-        slots = self.max_num_active_reqs - batch - self.num_waiting_for_streaming_input
+        free = max(0, self.num_free_blocks - promised - self.blocks_to_take - watermark)
+        slots = self.max_num_active_reqs + len(self._coming) - batch - self.num_waiting_for_streaming_input
         return RankLoad(free_blocks=free, used_blocks=total - free, batch=batch, slots=slots)
 
 

@@ -43,6 +43,7 @@ def engine_stats(scheduler: NanoCPScheduler, parts: Sequence[SchedulerStats]) ->
         parts: the ranks' statistics; not empty.
     """
     stats = merge_scheduler_stats(parts, len(scheduler.unplaced))
+    stats.num_running_reqs += len(scheduler.mover.leaving)
     coefficients = asdict(scheduler.mover.model.coefficients()) if scheduler.mover.moves else None
     attach(stats, scheduler.collector.snapshot(rank_states(scheduler), coefficients))
     return stats

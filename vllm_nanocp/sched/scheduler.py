@@ -105,7 +105,9 @@ class NanoCPScheduler(SchedulerInterface):
         self.placer = Placer(
             self.ranks, self.config, block_size, vllm_config.model_config.max_model_len, one_group, self.mover.loads
         )
-        self.waiting = create_request_queue(SchedulingPolicy(vllm_config.scheduler_config.policy))
+        policy = SchedulingPolicy(vllm_config.scheduler_config.policy)
+        self.by_priority = policy == SchedulingPolicy.PRIORITY
+        self.waiting = create_request_queue(policy)
         # Requests in `waiting`, by id.
         self.unplaced: dict[str, Request] = {}
         # The rank whose scheduler and model runner know a request by its own id.
@@ -275,8 +277,12 @@ class NanoCPScheduler(SchedulerInterface):
         """A rank's scheduler has preempted a request; it is in the middle of a step, so this waits."""
         self._preempted.append(member)
         self.num_preemptions += 1
-        room = any(rank.spare_blocks > 0 for rank in self.ranks if member.request_id not in rank.requests)
         if not self._resetting:
+            room = any(
+                rank.spare_blocks > 0 and load.slots > 0
+                for rank, load in zip(self.ranks, self.mover.loads(), strict=True)
+                if member.request_id not in rank.requests
+            )
             self.num_avoidable_preemptions += room
             self.collector.preempted(rooms_elsewhere=room)
 
@@ -286,7 +292,6 @@ class NanoCPScheduler(SchedulerInterface):
             request_id = self._owner.get(member.request_id, member.request_id)
             sharded = self.sharded.get(request_id)
             request = member if sharded is None else sharded.request
-            self.mover.leaving.pop(request_id, None)
             if sharded is None or sharded.at_home:
                 # The model runner keeps its sampling state: the home stays where it is.
                 self.ranks[self.rank_of[request_id]].take_from_queues(request)
@@ -333,9 +338,13 @@ class NanoCPScheduler(SchedulerInterface):
         self._outdated.clear()
         self.mover.step()
         self._admit()
-        work, now = self.mover.work(), time.monotonic()
-        self.mover.last_work = work
-        parts = [rank.schedule(throttle_prefills) for rank in self.ranks]
+        now = time.monotonic()
+        parts = []
+        for index, rank in enumerate(self.ranks):
+            if self._preempted:  # there is room now, for what the next rank would preempt
+                self.mover.spill(index)
+            parts.append(rank.schedule(throttle_prefills))
+        self.mover.last_work = work = self.mover.work()
         if self._preempted:
             self._settle()
         if self.sharded:
@@ -391,8 +400,8 @@ class NanoCPScheduler(SchedulerInterface):
             model_runner_output: one a rank.
         """
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)
-        if self.mover.moves and scheduler_output.plan.batches:
-            self.mover.observe(scheduler_output.work, scheduler_output.scheduled)
+        if self.mover.moves:
+            self.mover.observe(scheduler_output.plan.batches, scheduler_output.work, scheduler_output.scheduled)
         merged: dict[int, EngineCoreOutputs] = {}
         stats: list[SchedulerStats] = []
         for rank, part, output in zip(self.ranks, scheduler_output.ranks, model_runner_output, strict=True):

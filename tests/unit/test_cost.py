@@ -22,7 +22,9 @@ seconds = st.one_of(
 
 
 def truth(load: StepLoad, c: Coefficients) -> float:
-    return c.base + c.kv_token * load.kv_tokens + c.query * load.batch + c.guest * load.guests + c.exchange * load.exchange
+    return (
+        c.base + c.kv_token * load.kv_tokens + c.query * load.batch + c.guest * load.guests + c.exchange * load.exchange
+    )
 
 
 def ranks(dice: random.Random, count: int = 4) -> list[StepLoad]:

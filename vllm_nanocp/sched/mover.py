@@ -88,11 +88,13 @@ class Mover:
         self._last_move.pop(request_id, None)
         self._states.pop(request_id, None)
 
-    def note_generators(self, states: dict[str, bytes]) -> None:
-        """What a worker has reported of departing requests."""
-        for request_id, state in states.items():
-            if request_id in self._states:
-                self._states[request_id] = state
+    def note_generators(self, asked: Sequence[str], states: dict[str, bytes]) -> None:
+        """What the workers have reported of departing requests; those without a report stay."""
+        for request_id in asked:
+            if request_id in states and request_id in self._states:
+                self._states[request_id] = states[request_id]
+            elif request_id in self.leaving:
+                self._stay(request_id)
 
     def arrival(self, request_id: str, tokens: list[int]) -> Arrival:
         """What the new home's model runner must know of a request, once it meets it."""
@@ -100,12 +102,14 @@ class Mover:
 
     def cancel(self) -> None:
         """All that are on their way stay where they are."""
-        for request_id, target in self.leaving.items():
-            rank = self.scheduler.ranks[self.scheduler.rank_of[request_id]]
-            rank.stay(rank.requests[request_id])
-            self.scheduler.ranks[target].expect_no_more(request_id)
-            self._states.pop(request_id, None)
-        self.leaving.clear()
+        for request_id in list(self.leaving):
+            self._stay(request_id)
+
+    def _stay(self, request_id: str) -> None:
+        rank = self.scheduler.ranks[self.scheduler.rank_of[request_id]]
+        rank.stay(rank.requests[request_id])
+        self.scheduler.ranks[self.leaving.pop(request_id)].expect_no_more(request_id)
+        self._states.pop(request_id, None)
 
     # -- loads -------------------------------------------------------------------------------------------------
 

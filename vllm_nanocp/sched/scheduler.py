@@ -404,8 +404,10 @@ class NanoCPScheduler(SchedulerInterface):
             self.mover.observe(scheduler_output.plan.batches, scheduler_output.work, scheduler_output.scheduled)
         merged: dict[int, EngineCoreOutputs] = {}
         stats: list[SchedulerStats] = []
+        if scheduler_output.plan.departing:
+            states = {k: v for output in model_runner_output for k, v in generators_in(output).items()}
+            self.mover.note_generators(scheduler_output.plan.departing, states)
         for rank, part, output in zip(self.ranks, scheduler_output.ranks, model_runner_output, strict=True):
-            self.mover.note_generators(generators_in(output))
             for client, outputs in rank.update_from_output(part, output).items():
                 if outputs.scheduler_stats is not None:
                     stats.append(outputs.scheduler_stats)

@@ -135,10 +135,10 @@ class OneRank(_Base):
         """The rank's answer, from its first worker only; with the generators of departing requests, if any."""
         if self.tp_rank != 0 or output is None:
             return None
+        # Kept for the whole step: an idle rank is asked twice, and its first answer dropped, when others sample.
         generators = self._generators
         if not generators:
             return output
-        self._generators = {}
         if isinstance(output, AsyncModelRunnerOutput):
             wait = output.get_output
             output.get_output = lambda: with_generators(wait(), generators)  # type: ignore[method-assign]

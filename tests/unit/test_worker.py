@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank's worker answers, without a model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+
+from vllm_nanocp.plan import IDLE, Batch, StepPlan
+from vllm_nanocp.sched.output import NanoCPSchedulerOutput, generators_in, merge
+from vllm_nanocp.worker.worker import OneRank
+
+
+class _Stock:
+    """vLLM's worker on a rank without tokens."""
+
+    def execute_model(self, part: Any) -> Any:
+        return EMPTY_MODEL_RUNNER_OUTPUT
+
+
+class _Rank(OneRank, _Stock):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.tp_rank, self.nanocp = 0, SimpleNamespace(ranks=2)
+        self.shards = SimpleNamespace(rank=0, update=lambda plan: None)
+        self.runner = SimpleNamespace(
+            batch_row=None,
+            plan=None,
+            generator_states=lambda ids: dict.fromkeys(ids, b"state"),
+            run_idle=lambda attention: None,
+        )
+
+
+def step(departing: list[str]) -> NanoCPSchedulerOutput:
+    empty = SimpleNamespace(
+        total_num_scheduled_tokens=0,
+        num_scheduled_tokens={},
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=[], resumed_req_ids=set(), new_block_ids=[], num_computed_tokens=[], num_output_tokens=[]
+        ),
+        finished_req_ids=set(),
+        has_structured_output_requests=False,
+        pending_structured_output_tokens=False,
+        scheduled_encoder_input_stats=None,
+        scheduled_encoder_inputs={},
+    )
+    plan = StepPlan(batches=[IDLE, Batch(1, 1, True)], departing=departing)
+    return merge([empty, empty], plan)  # type: ignore[list-item]
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch) -> _Rank:
+    monkeypatch.setattr("vllm_nanocp.worker.worker.make_step", lambda *_: None)
+    return _Rank()
+
+
+def test_an_idle_rank_reports_generators_though_others_sample(rank: _Rank) -> None:
+    """Its last request departs; the executor asks all ranks a second time, as other ranks have something to sample."""
+    rank.execute_model(step(["gone"]))
+    answer = rank.sample_tokens(None)
+    assert generators_in(answer) == {"gone": b"state"}  # type: ignore[arg-type]
+
+
+def test_generators_are_reported_once(rank: _Rank) -> None:
+    rank.execute_model(step(["gone"]))
+    rank.execute_model(step([]))
+    assert generators_in(rank.sample_tokens(None)) == {}  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,9 @@ class Answer:
     finish: list[str | None]
     num_updates: int
     cached: int = 0
+    sent: float = 0.0  # when, by time.monotonic
+    first: float = 0.0  # when its first token came
+    ended: float = 0.0
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -109,6 +113,7 @@ class Engine:
     async def _ask(self, ask: Ask) -> Answer:
         await asyncio.sleep(ask.delay)
         self._serial += 1
+        sent, first = time.monotonic(), 0.0
         last: RequestOutput | None = None
         choices: dict[int, CompletionOutput] = {}
         updates = 0
@@ -117,6 +122,7 @@ class Engine:
         )
         async for last in stream:
             updates += 1
+            first = first or time.monotonic()
             choices.update({output.index: output for output in last.outputs})
             if ask.leave_after is not None and len(last.outputs[0].token_ids) >= ask.leave_after:
                 break
@@ -132,6 +138,9 @@ class Engine:
             [o.finish_reason for o in outputs],
             updates,
             last.num_cached_tokens or 0,
+            sent,
+            first,
+            time.monotonic(),
         )
 
     def status(self) -> dict[str, Any]:

@@ -236,7 +236,7 @@ class Mover:
         seeded = self.generators and params is not None and params.seed is not None
         if seeded and request_id not in self._states:  # else its generator has not even arrived here
             self._states[request_id] = None
-            self.scheduler.ask_for_generator(request_id)
+            self.scheduler.members.ask_for_generator(request_id)
         self.scheduler.ranks[target].expect(request_id)
         self.leaving[request_id] = target
         self._last_move[request_id] = self.scheduler.num_steps
@@ -250,4 +250,4 @@ class Mover:
             if self._states.get(request_id, b"") is None:
                 continue
             del self.leaving[request_id]
-            self.scheduler.move_home(request, source, target)
+            self.scheduler.members.move_home(request, source, target)

@@ -32,15 +32,14 @@ from .. import config as nanocp_config
 from .. import status
 from ..errors import NanoCPConfigError
 from ..metrics.collector import Collector
-from ..placement import Run, ShardMap
+from ..placement import ShardMap
 from ..placement.moves import MoveConfig
-from ..plan import StepPlan
+from .members import Members
 from .mover import Mover
 from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, describe, generators_in, merge
 from .placer import Placer
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .reporting import engine_stats
-from .sharded import ShardedRequest
 
 logger = init_logger("vllm.nanocp.scheduler")
 
@@ -112,14 +111,11 @@ class NanoCPScheduler(SchedulerInterface):
         self.unplaced: dict[str, Request] = {}
         # The rank whose scheduler and model runner know a request by its own id.
         self.rank_of: dict[str, int] = {}
-        self.sharded: dict[str, ShardedRequest] = {}
-        # Member id -> the request it works for.
-        self._owner: dict[str, str] = {}
+        self.members = Members(self.ranks, self.rank_of, block_size, self.config.decode_bench, log_stats)
+        self.sharded = self.members.sharded
         self._preempted: list[Request] = []
-        self._plan = StepPlan()
-        # Shards that rows of the step at hand may still visit; closed with the next plan.
-        self._outdated: list[str] = []
-        self._serial = 0
+        # Requests placed so far: whose turn it is, where that decides.
+        self._num_placed = 0
         self._pause_state = PauseState.UNPAUSED
         self.num_steps = self.num_sharded_steps = self.num_preemptions = 0
         # Preemptions while a rank still had blocks to spare.
@@ -154,7 +150,7 @@ class NanoCPScheduler(SchedulerInterface):
             return
         while self.waiting:
             request = self.waiting.peek_request()
-            shard_map = self.placer.place(request, self.rank_of.get(request.request_id), self._serial)
+            shard_map = self.placer.place(request, self.rank_of.get(request.request_id), self._num_placed)
             if shard_map is None:
                 return
             self.waiting.pop_request()
@@ -166,76 +162,18 @@ class NanoCPScheduler(SchedulerInterface):
                 self.collector.admitted(1, hits, 0, request.num_tokens - hits)
                 rank.enter(request)
             else:
-                self._open(request, shard_map)
-            self._serial += 1
+                hits, local = self.members.open(request, shard_map, self.placer.lookup_hashes(request))
+                self.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
+            self._num_placed += 1
 
     def _bench(self, shard_map: ShardMap) -> bool:
         """Whether a request of one run is to be taken as computed: then its blocks are allocated here, too."""
         room = self.ranks[shard_map.home].num_free_blocks
         return self.config.decode_bench and room >= shard_map.num_blocks
 
-    def _open(self, request: Request, shard_map: ShardMap) -> None:
-        """Take or allocate the blocks of all shards of a request, and let its first member with work enter."""
-        sharded = ShardedRequest.create(request, shard_map, self._serial)
-        self.sharded[request.request_id] = sharded
-        hashes = self.placer.lookup_hashes(request)
-        known = local = 0  # blocks from the start on whose KV is there; those of them at the home
-        for member, run in zip(sharded.members, shard_map.runs, strict=True):
-            rank = self.ranks[run.rank]
-            cached = rank.cached_run(hashes[: run.end_block], run.first_block) if known == run.first_block else 0
-            rank.adopt_cached(member, run.first_block, cached)
-            member.num_computed_tokens = (run.first_block + cached) * self.block_size
-            # Its blocks are settled: the rank's scheduler must not look for them in the prefix cache again.
-            member.skip_reading_prefix_cache |= member is not request
-            self._owner[member.request_id] = request.request_id
-            known += cached
-            local += cached * (run.rank == shard_map.home)
-            if self.config.decode_bench:
-                member.num_computed_tokens = min(run.end_block * self.block_size, request.num_tokens - 1)
-        for member, run in zip(sharded.members, shard_map.runs, strict=True):
-            self.ranks[run.rank].allocate(member, run.end_block)
-        hits = known * self.block_size
-        self.collector.admitted(
-            shard_map.degree, local * self.block_size, hits - local * self.block_size, request.num_tokens - hits
-        )
-        if not request.skip_reading_prefix_cache:
-            self.ranks[shard_map.home].record_prefix_hits(request, hits)
-        if request.prefill_stats is not None and request.num_preemptions == 0:
-            request.prefill_stats.set(request.num_prompt_tokens, hits, 0)
-        while sharded.run_done:
-            self._publish(sharded)
-            sharded.active += 1
-        self._enter(sharded)
-
-    def _publish(self, sharded: ShardedRequest) -> None:
-        """Tell the workers, with the next plan, of the run that the active member has finished.
-
-        All finished runs at a rank are one shard, so that a row visits a rank once.
-        """
-        rank, shard = sharded.rank, sharded.member.request_id
-        blocks = sharded.blocks_at(rank, self.ranks[rank].shard_blocks)
-        self._plan.opened.setdefault(rank, []).append((shard, blocks))
-        if rank in sharded.open_shards:
-            self._outdated.append(sharded.open_shards[rank][0])
-        sharded.open_shards[rank] = shard, len(blocks) * self.block_size
-
-    def _enter(self, sharded: ShardedRequest) -> None:
-        if sharded.at_home:
-            self.rank_of[sharded.request.request_id] = sharded.rank
-        self.ranks[sharded.rank].enter(sharded.member)
-
-    def _close(self, sharded: ShardedRequest) -> None:
-        """Give back every shard but the active member's, which its rank's scheduler has freed."""
-        for index, (member, run) in enumerate(zip(sharded.members, sharded.shard_map.runs, strict=True)):
-            if index != sharded.active:
-                self.ranks[run.rank].close_shard(member)
-            self._owner.pop(member.request_id, None)
-        self._plan.closed.extend(shard for shard, _ in sharded.open_shards.values())
-        del self.sharded[sharded.request.request_id]
-
     def _on_free(self, request: Request) -> None:
         """A rank's scheduler has freed a finished request."""
-        request_id = self._owner.get(request.request_id, request.request_id)
+        request_id = self.members.owner_of(request.request_id)
         if request_id in self.unplaced:  # it ended by output that was in flight when it was preempted
             self.waiting.remove_request(self.unplaced.pop(request_id))
         sharded = self.sharded.get(request_id)
@@ -246,32 +184,9 @@ class NanoCPScheduler(SchedulerInterface):
             self.finished_shares[request_id] = held
             if len(self.finished_shares) > _REMEMBERED:
                 self.finished_shares.popitem(last=False)
-            self._close(sharded)
+            self.members.close(sharded)
         self.rank_of.pop(request_id, None)
         self.mover.forget(request_id)
-
-    def move_home(self, request: Request, source: int, target: int) -> None:
-        """Let a decoding request, with nothing in flight and its last block full, go on at another rank."""
-        self._serial += 1
-        request_id = request.request_id
-        sharded = self.sharded.get(request_id)
-        if sharded is None:
-            run = Run(source, 0, request.num_computed_tokens // self.block_size)
-            sharded = ShardedRequest(request, ShardMap(self.block_size, (run,)), [request], started=True)
-            self.sharded[request_id] = sharded
-            self._owner[request_id] = request_id
-        member = sharded.move_home(target, f"{request_id}#{self._serial}.m")
-        self._owner[member.request_id] = request_id
-        self.ranks[source].hand_over(request, member)
-        sharded.active -= 1
-        self._publish(sharded)
-        sharded.active += 1
-        self.rank_of[request_id] = target
-        self.ranks[target].arrive(request, sharded.shard_map.runs[-1].first_block)
-
-    def ask_for_generator(self, request_id: str) -> None:
-        """Have the worker of a request's home report, with the next step, the state of its generator."""
-        self._plan.departing.append(request_id)
 
     def _on_preempt(self, member: Request) -> None:
         """A rank's scheduler has preempted a request; it is in the middle of a step, so this waits."""
@@ -289,7 +204,7 @@ class NanoCPScheduler(SchedulerInterface):
     def _settle(self) -> None:
         """Requests that a rank has preempted give up all their shards and wait for a new placement."""
         for member in self._preempted:
-            request_id = self._owner.get(member.request_id, member.request_id)
+            request_id = self.members.owner_of(member.request_id)
             sharded = self.sharded.get(request_id)
             request = member if sharded is None else sharded.request
             if sharded is None or sharded.at_home:
@@ -301,7 +216,7 @@ class NanoCPScheduler(SchedulerInterface):
                 if self.log_stats:
                     request.record_event(EngineCoreEventType.PREEMPTED)
             if sharded is not None:
-                self._close(sharded)
+                self.members.close(sharded)
             self._wait(request, first=True)
         self._preempted.clear()
 
@@ -334,8 +249,7 @@ class NanoCPScheduler(SchedulerInterface):
     # -- a step ------------------------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> NanoCPSchedulerOutput:
-        self._plan.closed.extend(self._outdated)
-        self._outdated.clear()
+        self.members.begin_step()
         self.mover.step()
         self._admit()
         now = time.monotonic()
@@ -348,8 +262,8 @@ class NanoCPScheduler(SchedulerInterface):
         if self._preempted:
             self._settle()
         if self.sharded:
-            self._advance(parts)
-        plan, self._plan = self._plan, StepPlan()
+            self.members.advance(parts)
+        plan = self.members.take_plan()
         self.num_steps += 1
         self.num_sharded_steps += bool(plan.rows)
         plan.batches = describe(parts)
@@ -359,23 +273,6 @@ class NanoCPScheduler(SchedulerInterface):
         output = merge(parts, plan)
         output.work, output.scheduled = work, now
         return output
-
-    def _advance(self, parts: list[SchedulerOutput]) -> None:
-        """Write this step's rows; park members that reached the end of their run and let the next ones enter."""
-        for sharded in list(self.sharded.values()):
-            num_queries = parts[sharded.rank].num_scheduled_tokens.get(sharded.member.request_id, 0)
-            if num_queries:
-                if not sharded.started and self.log_stats:
-                    sharded.request.record_event(EngineCoreEventType.SCHEDULED)
-                sharded.started = True
-                row = sharded.row(num_queries)
-                if row is not None:
-                    self._plan.rows.append(row)
-            if sharded.run_done:
-                self._publish(sharded)
-                self.ranks[sharded.rank].park(sharded.member)
-                sharded.active += 1
-                self._enter(sharded)
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> NanoCPGrammarOutput | None:  # type: ignore[override]
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)
@@ -439,7 +336,7 @@ class NanoCPScheduler(SchedulerInterface):
         return waiting + sum(rank.get_num_unfinished_requests() for rank in self.ranks)
 
     def has_finished_requests(self) -> bool:
-        return bool(self._plan.closed or self._outdated) or any(rank.has_finished_requests() for rank in self.ranks)
+        return self.members.have_news or any(rank.has_finished_requests() for rank in self.ranks)
 
     def get_request_counts(self) -> tuple[int, int]:
         counts = [rank.get_request_counts() for rank in self.ranks]
@@ -474,23 +371,9 @@ class NanoCPScheduler(SchedulerInterface):
             self._resetting = False
             self._settle()
             for sharded in list(self.sharded.values()):  # those whose active member waits with its blocks
-                self._restart(sharded)
+                self.members.take_back(sharded)
+                self._wait(sharded.request, first=True)
         return all([rank.reset_prefix_cache(False, reset_connector) for rank in self.ranks])
-
-    def _restart(self, sharded: ShardedRequest) -> None:
-        """A sharded request whose active member waits at its rank gives up all shards and waits for a placement."""
-        rank, member = self.ranks[sharded.rank], sharded.member
-        rank.close_shard(member)
-        member.num_computed_tokens = 0
-        if not sharded.at_home:
-            rank.withdraw(member)
-        elif sharded.request.num_preemptions:  # the model runner may know it
-            rank.take_from_queues(member)
-        else:
-            rank.withdraw(member)
-            del self.rank_of[sharded.request.request_id]
-        self._close(sharded)
-        self._wait(sharded.request, first=True)
 
     def reset_encoder_cache(self) -> None:
         for rank in self.ranks:

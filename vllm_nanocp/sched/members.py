@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The members of sharded requests: their blocks, their way through the ranks' schedulers, and what the workers must be
+told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreEventType
+from vllm.v1.request import Request
+
+from ..placement import Run, ShardMap
+from ..plan import StepPlan
+from .sharded import ShardedRequest
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import BlockHash
+
+    from .rank_scheduler import AsyncRankScheduler, RankScheduler
+
+
+class Members:
+    """All sharded requests.
+
+    Args:
+        ranks: their schedulers.
+        rank_of: the rank whose scheduler and model runner know a request by its own id; kept up to date here for
+            sharded requests that begin at their home or change it.
+        block_size: tokens a block holds.
+        decode_bench: whether prompts are taken as computed.
+        log_stats: whether requests record when they were scheduled.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[AsyncRankScheduler | RankScheduler],
+        rank_of: dict[str, int],
+        block_size: int,
+        decode_bench: bool,
+        log_stats: bool,
+    ) -> None:
+        self.ranks = ranks
+        self.rank_of = rank_of
+        self.block_size = block_size
+        self.decode_bench = decode_bench
+        self.log_stats = log_stats
+        self.sharded: dict[str, ShardedRequest] = {}
+        # What the workers will be told with the step at hand.
+        self.plan = StepPlan()
+        # Member id -> the request it works for.
+        self._owner: dict[str, str] = {}
+        # Shards that rows of the step at hand may still visit; closed with the next plan.
+        self._outdated: list[str] = []
+        self._serial = 0
+
+    def owner_of(self, member_id: str) -> str:
+        """The request that a member works for; the id itself if it is no member's."""
+        return self._owner.get(member_id, member_id)
+
+    @property
+    def have_news(self) -> bool:
+        """Whether the workers must be told of shards that are closed."""
+        return bool(self.plan.closed or self._outdated)
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        self.plan.closed.extend(self._outdated)
+        self._outdated.clear()
+
+    def advance(self, parts: Sequence[SchedulerOutput]) -> None:
+        """Write a step's rows; park members that reached the end of their run and let the next ones enter.
+
+        Args:
+            parts: what each rank's scheduler has scheduled.
+        """
+        for sharded in list(self.sharded.values()):
+            num_queries = parts[sharded.rank].num_scheduled_tokens.get(sharded.member.request_id, 0)
+            if num_queries:
+                if not sharded.started and self.log_stats:
+                    sharded.request.record_event(EngineCoreEventType.SCHEDULED)
+                sharded.started = True
+                row = sharded.row(num_queries)
+                if row is not None:
+                    self.plan.rows.append(row)
+            if sharded.run_done:
+                self._publish(sharded)
+                self.ranks[sharded.rank].park(sharded.member)
+                sharded.active += 1
+                self._enter(sharded)
+
+    def take_plan(self) -> StepPlan:
+        """The plan of the step at hand, complete but for what depends on the ranks' batches."""
+        plan, self.plan = self.plan, StepPlan()
+        return plan
+
+    # -- requests ----------------------------------------------------------------------------------------------
+
+    def open(self, request: Request, shard_map: ShardMap, hashes: Sequence[BlockHash]) -> tuple[int, int]:
+        """Take or allocate the blocks of all shards of a request, and let its first member with work enter.
+
+        Args:
+            request: waits nowhere.
+            shard_map: where its blocks go. The ranks have room for them.
+            hashes: of its blocks that may come from prefix caches.
+
+        Returns:
+            Tokens found in prefix caches, and those of them at the home.
+        """
+        self._serial += 1
+        sharded = ShardedRequest.create(request, shard_map, self._serial)
+        self.sharded[request.request_id] = sharded
+        known = local = 0  # blocks from the start on whose KV is there; those of them at the home
+        for member, run in zip(sharded.members, shard_map.runs, strict=True):
+            rank = self.ranks[run.rank]
+            cached = rank.cached_run(hashes[: run.end_block], run.first_block) if known == run.first_block else 0
+            rank.adopt_cached(member, run.first_block, cached)
+            member.num_computed_tokens = (run.first_block + cached) * self.block_size
+            # Its blocks are settled: the rank's scheduler must not look for them in the prefix cache again.
+            member.skip_reading_prefix_cache |= member is not request
+            self._owner[member.request_id] = request.request_id
+            known += cached
+            local += cached * (run.rank == shard_map.home)
+            if self.decode_bench:
+                member.num_computed_tokens = min(run.end_block * self.block_size, request.num_tokens - 1)
+        for member, run in zip(sharded.members, shard_map.runs, strict=True):
+            self.ranks[run.rank].allocate(member, run.end_block)
+        hits = known * self.block_size
+        if not request.skip_reading_prefix_cache:
+            self.ranks[shard_map.home].record_prefix_hits(request, hits)
+        if request.prefill_stats is not None and request.num_preemptions == 0:
+            request.prefill_stats.set(request.num_prompt_tokens, hits, 0)
+        while sharded.run_done:
+            self._publish(sharded)
+            sharded.active += 1
+        self._enter(sharded)
+        return hits, local * self.block_size
+
+    def _publish(self, sharded: ShardedRequest) -> None:
+        """Tell the workers, with the next plan, of the run that the active member has finished.
+
+        All finished runs at a rank are one shard, so that a row visits a rank once.
+        """
+        rank, shard = sharded.rank, sharded.member.request_id
+        blocks = sharded.blocks_at(rank, self.ranks[rank].shard_blocks)
+        self.plan.opened.setdefault(rank, []).append((shard, blocks))
+        if rank in sharded.open_shards:
+            self._outdated.append(sharded.open_shards[rank][0])
+        sharded.open_shards[rank] = shard, len(blocks) * self.block_size
+
+    def _enter(self, sharded: ShardedRequest) -> None:
+        if sharded.at_home:
+            self.rank_of[sharded.request.request_id] = sharded.rank
+        self.ranks[sharded.rank].enter(sharded.member)
+
+    def close(self, sharded: ShardedRequest) -> None:
+        """Give back every shard but the active member's, which its rank's scheduler has freed."""
+        for index, (member, run) in enumerate(zip(sharded.members, sharded.shard_map.runs, strict=True)):
+            if index != sharded.active:
+                self.ranks[run.rank].close_shard(member)
+            self._owner.pop(member.request_id, None)
+        self.plan.closed.extend(shard for shard, _ in sharded.open_shards.values())
+        del self.sharded[sharded.request.request_id]
+
+    def take_back(self, sharded: ShardedRequest) -> None:
+        """Give back all shards of a request whose active member waits at its rank; it waits nowhere then."""
+        rank, member = self.ranks[sharded.rank], sharded.member
+        rank.close_shard(member)
+        member.num_computed_tokens = 0
+        if not sharded.at_home:
+            rank.withdraw(member)
+        elif sharded.request.num_preemptions:  # the model runner may know it
+            rank.take_from_queues(member)
+        else:
+            rank.withdraw(member)
+            del self.rank_of[sharded.request.request_id]
+        self.close(sharded)
+
+    # -- homes -------------------------------------------------------------------------------------------------
+
+    def move_home(self, request: Request, source: int, target: int) -> None:
+        """Let a decoding request, with nothing in flight and its last block full, go on at another rank."""
+        self._serial += 1
+        request_id = request.request_id
+        sharded = self.sharded.get(request_id)
+        if sharded is None:
+            run = Run(source, 0, request.num_computed_tokens // self.block_size)
+            sharded = ShardedRequest(request, ShardMap(self.block_size, (run,)), [request], started=True)
+            self.sharded[request_id] = sharded
+            self._owner[request_id] = request_id
+        member = sharded.move_home(target, f"{request_id}#{self._serial}.m")
+        self._owner[member.request_id] = request_id
+        self.ranks[source].hand_over(request, member)
+        sharded.active -= 1
+        self._publish(sharded)
+        sharded.active += 1
+        self.rank_of[request_id] = target
+        self.ranks[target].arrive(request, sharded.shard_map.runs[-1].first_block)
+
+    def ask_for_generator(self, request_id: str) -> None:
+        """Have the worker of a request's home report, with the next step, the state of its generator."""
+        self.plan.departing.append(request_id)
+
+    def leftovers(self) -> list[str]:
+        """Ids that are still remembered; for tests, when no request is left."""
+        return [*self.sharded, *self._owner, *self._outdated, *self.plan.closed, *self.plan.departing]

@@ -131,7 +131,9 @@ def main() -> None:
         total, inner = run(scheduler, warm_up + args.steps)
         running, waiting = scheduler.get_request_counts()
         assert (running, waiting) == (short + args.sharded, 0), (running, waiting)
-        assert len(scheduler.sharded) == args.sharded and all(s.at_home for s in scheduler.sharded.values())
+        assert {f"long-{i}" for i in range(args.sharded)} <= scheduler.sharded.keys()
+        assert all(s.at_home for s in scheduler.sharded.values())
+        moves = scheduler.mover.num_moves
     total, inner = total[warm_up:], inner[warm_up:]
     result = {
         "command": " ".join(["python", *sys.argv]),
@@ -141,6 +143,7 @@ def main() -> None:
         "requests_per_rank": args.requests,
         "sharded": args.sharded,
         "steps": args.steps,
+        "moves": moves,
         "schedule_ms_median": round(1e3 * statistics.median(total), 4),
         "vllm_schedule_ms_median": round(1e3 * statistics.median(inner), 4),
         "ratio_of_medians": round(statistics.median(total) / statistics.median(inner), 4),

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps ``vllm serve --nanocp`` busy for a while, and checks that it is then as it was at the start.
+
+    python benchmarks/soak.py --requests 3000 --minutes 30 --ranks 2 --out soak.json
+
+Requests of random lengths come in bursts, a third of them on shared prefixes, some with seeds; clients leave, some send
+what makes no sense, and the prefix cache is reset, with and without running requests. The KV cache is so small that
+requests are preempted (without ``--model`` also on a model so small that nothing of this takes long). Then:
+
+- ``lost``: every request was sent and got all that it had to;
+- ``tokens``: a sample of them gets the same tokens from stock vLLM (one rank, float32);
+- ``blocks``: no KV block is held, on any rank, and nobody runs or waits;
+- ``memory``: no process has grown by 2 % or more after warm-up, by a line through its resident memory;
+- ``latency``: medians of the first and the last third; judged only with ``--latency-limit``, since other work on the
+  machine changes them;
+- ``alive``: the server answers, and ends with code 0 when told to.
+
+The result is one JSON. The exit code is 1 if a check fails. Runs on CPU as is; needs this package and vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil  # type: ignore[import-untyped]
+from serving import STOP_LIMIT_S, Server, end, environment, free_port, probe, running, write_json
+from soak_checks import latencies, memory, nothing_lost, tokens
+from soak_load import Job, make_jobs, run_job, run_jobs
+
+ROOT = Path(__file__).resolve().parents[1]
+SERVE = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+START_LIMIT_S = 600.0
+IDLE_LIMIT_S = 120.0
+BLOCK = 32
+RSS_EVERY_S = 5.0
+RESET_EVERY_S = 20.0
+MAX_GROWTH = 0.02
+IDLE_METRICS = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:nanocp_kv_cache_usage_perc",
+    "vllm:nanocp_num_requests_running",
+    "vllm:nanocp_num_requests_waiting",
+    "vllm:nanocp_shards",
+)
+COUNTERS = (
+    "vllm:nanocp_moves_total",
+    "vllm:nanocp_spills_total",
+    "vllm:nanocp_preemptions_total",
+    "vllm:num_preemptions_total",
+    "vllm:prompt_tokens_total",
+    "vllm:prompt_tokens_cached_total",
+    "vllm:generation_tokens_total",
+    "vllm:nanocp_request_degree_bucket",
+)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=3000, help="how many are sent")
+    parser.add_argument("--minutes", type=float, default=30.0, help="over how long; none is sent later")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--model", default=None, help="a MoE model; default: a tiny random one")
+    parser.add_argument("--nanocp-config", default='{"segment_size": 700}', metavar="JSON")
+    parser.add_argument("--blocks", type=int, default=91, help="KV blocks of 32 tokens a rank has (one is vLLM's)")
+    parser.add_argument("--max-model-len", type=int, default=4096, help="tokens")
+    parser.add_argument("--concurrency", type=int, default=12, help="requests at the same time, at most")
+    parser.add_argument("--sample", type=int, default=10, help="one of so many is compared with stock vLLM; 0: none")
+    parser.add_argument("--latency-limit", type=float, default=None, help="last third over first; default: not judged")
+    parser.add_argument("--extra", default="--enforce-eager", help="more flags of vllm serve, for both servers")
+    parser.add_argument("--out", type=Path, default=Path("soak.json"))
+    parser.add_argument(
+        "--logs", type=Path, default=None, help="folder for the servers' logs; default: a temporary one"
+    )
+    args = parser.parse_args(argv)
+    if args.requests < 1 or args.minutes <= 0 or args.ranks < 2:
+        parser.error("--requests 1, --minutes above 0, --ranks 2 at least")
+    return args
+
+
+class Watch(threading.Thread):
+    """Resident memory of each process of the server, in MiB, every few seconds."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self._names = {process.pid: (process, name(process)) for process in server.members()}
+        self._done = threading.Event()
+        self._start = time.monotonic()
+        self.series: dict[str, list[tuple[float, float]]] = {label: [] for _, label in self._names.values()}
+
+    def run(self) -> None:
+        while not self._done.wait(RSS_EVERY_S):
+            now = time.monotonic() - self._start
+            for process, label in self._names.values():
+                try:
+                    self.series[label].append((round(now, 1), process.memory_info().rss / 2**20))
+                except psutil.Error:
+                    self.series[label].append((round(now, 1), 0.0))
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+
+
+def name(process: psutil.Process) -> str:
+    """What vLLM calls it, or what it is."""
+    title = process.name()
+    if title.startswith("VLLM"):
+        return title.removeprefix("VLLM::")
+    return "resource_tracker" if "resource_tracker" in " ".join(process.cmdline()) else "APIServer"
+
+
+async def metrics(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
+    """By name and labels."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    async with session.get(f"{url}/metrics") as answer:
+        text = await answer.text()
+    return {
+        sample.name
+        + json.dumps({k: v for k, v in sorted(sample.labels.items()) if k not in ("model_name", "engine")}): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def of(found: Mapping[str, float], names: tuple[str, ...]) -> dict[str, float]:
+    return {key: value for key, value in found.items() if key.split("{")[0] in names}
+
+
+async def reset_now_and_then(url: str, seed: int, counts: dict[str, int]) -> None:
+    """Reset the prefix cache, with running requests or without, until cancelled."""
+    rng = random.Random(seed)
+    async with aiohttp.ClientSession() as session:
+        while True:
+            await asyncio.sleep(rng.uniform(0.5, 1.5) * RESET_EVERY_S)
+            running_too = rng.random() < 0.5
+            query = f"reset_running_requests={str(running_too).lower()}"
+            async with session.post(f"{url}/reset_prefix_cache?{query}") as answer:
+                success = (await answer.json())["success"]
+            kind = "with_running" if running_too else "without_running"
+            counts[kind] = counts.get(kind, 0) + 1
+            counts["refused"] = counts.get("refused", 0) + (not success)
+
+
+async def wait_idle(url: str) -> dict[str, Any]:
+    """Whether nothing is held in the end."""
+    async with aiohttp.ClientSession() as session:
+        limit = time.monotonic() + IDLE_LIMIT_S
+        while True:
+            held = of(await metrics(session, url), IDLE_METRICS)
+            if held and not any(held.values()):
+                return {"pass": True, "held": held}
+            if time.monotonic() > limit:
+                return {"pass": False, "held": held}
+            await asyncio.sleep(0.5)
+
+
+async def drive(args: argparse.Namespace, url: str, model: str, jobs: list[Job], result: dict[str, Any]) -> None:
+    counts: dict[str, int] = {}
+    resets = asyncio.create_task(reset_now_and_then(url, args.seed, counts))
+    await run_jobs(jobs, url, model, args.concurrency, time.monotonic() + 60 * args.minutes)
+    if resets.done():
+        raise RuntimeError("a reset of the prefix cache failed") from resets.exception()
+    resets.cancel()
+    result["resets"] = counts
+    result["checks"]["blocks"] = await wait_idle(url)
+    async with aiohttp.ClientSession() as session:
+        result["counters"] = of(await metrics(session, url), COUNTERS)
+
+
+async def ask_again(jobs: list[Job], url: str, model: str) -> list[Job]:
+    """The same requests, a few at a time, to the end."""
+    again = [Job(job.number, 0.0, job.body) for job in jobs]
+    room = asyncio.Semaphore(4)
+    timeout = aiohttp.ClientTimeout(total=START_LIMIT_S)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+
+        async def run(job: Job) -> None:
+            async with room:
+                await run_job(job, session, url, model)
+
+        await asyncio.gather(*(run(job) for job in again))
+    return again
+
+
+def common_flags(args: argparse.Namespace, port: int) -> list[str]:
+    flags = ["--dtype=float32", f"--max-model-len={args.max_model_len}", f"--block-size={BLOCK}"]
+    return [*flags, *shlex.split(args.extra), "--host=127.0.0.1", f"--port={port}"]
+
+
+def nanocp_command(args: argparse.Namespace, model: str, port: int) -> list[str]:
+    flags = [f"--data-parallel-size={args.ranks}", "--enable-expert-parallel"]
+    flags += ["--nanocp", "--nanocp-config", args.nanocp_config]
+    flags += [f"--num-gpu-blocks-override={args.blocks}", "--max-num-batched-tokens=512", "--enable-prefix-caching"]
+    return [*SERVE, model, *flags, *common_flags(args, port)]
+
+
+def stock_command(args: argparse.Namespace, model: str, port: int) -> list[str]:
+    # Chunks large enough for all: stock vLLM on CPU dies of a seeded request that takes more than one.
+    return [*SERVE, model, "--max-num-batched-tokens=131072", *common_flags(args, port)]
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+
+
+def soak(args: argparse.Namespace, logs: Path, result: dict[str, Any]) -> None:
+    checks = result["checks"]
+    model = args.model
+    if model is None:
+        sys.path.insert(0, str(ROOT))
+        from tests.tiny_models import make_qwen3_moe
+
+        model = str(make_qwen3_moe(logs / "model"))
+    gpu = probe()["gpu"] is not None
+    jobs = make_jobs(args.seed, args.requests, 0.97 * 60 * args.minutes, args.max_model_len, args.sample or 1 << 62)
+    port = free_port()
+    # Only then does a server let clients reset its prefix cache.
+    env = {**environment("nanocp", gpu, False), "VLLM_SERVER_DEV_MODE": "1"}
+    with running(nanocp_command(args, model, port), env, port, logs / "nanocp.log") as server:
+        result["start_s"] = server.wait(START_LIMIT_S)
+        watch = Watch(server)
+        watch.start()
+        start = time.monotonic()
+        try:
+            asyncio.run(drive(args, server.url, model, jobs, result))
+        finally:
+            result["load_s"] = round(time.monotonic() - start, 1)
+            watch.stop()
+            warm_up = result["load_s"] / 3
+            checks["lost"] = nothing_lost(jobs, args.requests)
+            checks["memory"] = memory(watch.series, warm_up, MAX_GROWTH)
+            checks["latency"] = latencies(jobs, warm_up, start, args.latency_limit)
+            step = max(1, len(next(iter(watch.series.values()))) // 120)
+            result["rss_mib"] = {
+                label: [[t, round(mib, 2)] for t, mib in points[::step]] for label, points in watch.series.items()
+            }
+        healthy = server.healthy()
+        server.process.send_signal(signal.SIGTERM)
+        try:
+            code: int | None = server.process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        checks["alive"] = {"pass": healthy and code == 0, "healthy": healthy, "exit_code": code}
+    sample = [job for job in jobs if job.sampled and job.lost is None and job.sent]
+    if args.sample:
+        port = free_port()
+        with running(stock_command(args, model, port), environment("stock", gpu, False), port, logs / "stock.log") as s:
+            s.wait(START_LIMIT_S)
+            checks["tokens"] = tokens(sample, asyncio.run(ask_again(sample, s.url, model)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    found = probe()
+    result: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/soak.py", *(sys.argv[1:] if argv is None else argv)]),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": found["versions"],
+        "machine": {**machine(), "gpu": found["gpu"]},
+        "settings": {k: v for k, v in vars(args).items() if k not in ("out", "logs")},
+        "pass": False,
+        "checks": {},
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        logs = args.logs or Path(temporary)
+        logs.mkdir(parents=True, exist_ok=True)
+        try:
+            soak(args, logs, result)
+            judged = [check["pass"] for check in result["checks"].values() if check["pass"] is not None]
+            result["pass"] = bool(judged) and all(judged)
+        finally:
+            write_json(args.out, result)
+    for label, check in result["checks"].items():
+        print({True: "passed", False: "FAILED", None: "not judged"}[check["pass"]], label)
+    return 0 if result["pass"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

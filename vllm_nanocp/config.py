@@ -34,7 +34,7 @@ class NanoCPConfig:
         placement: ``balanced`` (least batch, then most room, water filling) or ``round_robin`` (a baseline).
         moves: whether decoding requests change their home, to even out the ranks' loads and where a rank's blocks run
             out, and when: fields of ``placement.moves.MoveConfig``. Only with ``balanced`` and more than one rank a
-            request.
+            request. None: on where they were verified, which ``engine_config.make`` knows.
         exchange: how queries and partial results travel. ``auto`` takes the best one that works here.
         graph_capacities: CUDA graphs of sharded decode steps are captured for so many visits between any two ranks,
             ascending; a step with more runs attention outside of graphs. Empty: every sharded step does.
@@ -46,7 +46,7 @@ class NanoCPConfig:
     segment_size: int = 65536
     max_degree: int | None = None
     placement: str = "balanced"
-    moves: bool | dict[str, Any] = True
+    moves: bool | dict[str, Any] | None = None
     exchange: str = "auto"
     graph_capacities: tuple[int, ...] = (4, 16)
     decode_bench: bool = False
@@ -118,7 +118,9 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
                 raise NanoCPConfigError(f"nanocp: {key} is {raw[key]!r}; use one of {', '.join(choices)}")
             values[key] = raw[key]
     fixed = next((key for key, value in _FIXED_HOMES.items() if values.get(key) == value), None)
-    values["moves"] = _moves(raw.get("moves", fixed is None))
+    values["moves"] = None if raw.get("moves") is None else _moves(raw["moves"])
+    if values["moves"] is None and fixed is not None:
+        values["moves"] = False
     if values["moves"] is not False and fixed is not None:
         raise NanoCPConfigError(f"nanocp: moves: homes cannot move with {fixed} {_FIXED_HOMES[fixed]!r}; leave it out")
     default = [c for c in NanoCPConfig.graph_capacities if c * ranks <= MAX_VISITS]
@@ -135,7 +137,7 @@ def _moves(value: Any) -> bool | dict[str, Any]:
     if not isinstance(value, Mapping) or any(key not in known for key in value):
         raise NanoCPConfigError(
             f"nanocp: moves must be true, false or an object with keys of {', '.join(known)}, got {value!r}; "
-            "leave it out for true"
+            "leave it out for the default"
         )
     try:
         MoveConfig(**value)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from . import config as nanocp_config
@@ -11,7 +13,10 @@ from .config import NanoCPConfig
 from .errors import NanoCPConfigError
 
 SCHEDULER = "vllm_nanocp.sched.scheduler.NanoCPScheduler"
-EXECUTORS = {"mp": "vllm_nanocp.executor.NanoCPMultiprocExecutor"}
+EXECUTORS = {
+    "mp": "vllm_nanocp.executor.NanoCPMultiprocExecutor",
+    "ray": "vllm_nanocp.ray_executor.NanoCPRayExecutor",
+}
 CPU_WORKER = "vllm_nanocp.worker.cpu_worker.NanoCPCPUWorker"
 GPU_WORKER = "vllm_nanocp.worker.gpu_worker.NanoCPGPUWorker"
 CPU_CACHE_DTYPES = ("auto", "float16", "bfloat16")
@@ -71,10 +76,14 @@ def check_flags(args: Any) -> None:
         refuse(
             f"--data-parallel-backend {args.data_parallel_backend}",
             "one engine holds all ranks",
-            "leave it out",
+            "leave it out, or use --distributed-executor-backend ray",
         )
     if get("nnodes", 1) > 1:
-        refuse(f"--nnodes {args.nnodes}", "ranks are processes of one machine", "use one node")
+        refuse(
+            f"--nnodes {args.nnodes}",
+            "worker processes are on one machine",
+            "use one node, or --distributed-executor-backend ray",
+        )
     if get("headless", False):
         refuse("--headless", "there is no engine without the API server's", "leave it out")
     if get("enable_elastic_ep", False):
@@ -90,7 +99,15 @@ def check_flags(args: Any) -> None:
     backend = get("distributed_executor_backend")
     if backend is not None and backend not in EXECUTORS and backend not in EXECUTORS.values():
         refuse(
-            f"--distributed-executor-backend {backend}", "ranks are processes of one machine", "use mp or leave it out"
+            f"--distributed-executor-backend {backend}",
+            "ranks are processes of one machine or Ray actors",
+            "use mp or ray, or leave it out",
+        )
+    if backend in ("ray", EXECUTORS["ray"]) and importlib.util.find_spec("ray") is None:
+        refuse(
+            "--distributed-executor-backend ray without Ray",
+            "the package ray is not installed in this environment",
+            "pip install 'vllm-nanocp[ray]', or use mp",
         )
     for flag, own in (("scheduler_cls", (SCHEDULER,)), ("worker_cls", (CPU_WORKER, GPU_WORKER))):
         if get(flag) not in (None, "auto", *own):
@@ -210,6 +227,9 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
         worker = CPU_WORKER
     else:
         refuse(f"the platform {current_platform.device_name}", "there is no attention path for it", "use CUDA or CPU")
+    if config.moves is None:
+        # On GPUs no move was ever compared with stock's tokens yet (tests/gpu/test_moves.py).
+        config = replace(config, moves=current_platform.is_cpu())
     engine_args.additional_config = {**engine_args.additional_config, nanocp_config.KEY: config.to_dict()}
     engine_args.data_parallel_size = 1
     engine_args.scheduler_cls = SCHEDULER

@@ -207,7 +207,7 @@ def test_importing_costs_nothing(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["yes", 1, None, {"nope": 1}, {"min_gap": 1}, {"batch_margin": "wide"}, {"max_degree": 2}]
+    "value", ["yes", 1, [], {"nope": 1}, {"min_gap": 1}, {"batch_margin": "wide"}, {"max_degree": 2}]
 )
 def test_moves_are_refused(value: Any) -> None:
     with pytest.raises(NanoCPConfigError, match="nanocp: moves"):
@@ -225,6 +225,7 @@ def test_moves_where_homes_stay(fixed: dict[str, Any]) -> None:
 
 
 def test_moves() -> None:
+    assert parse({}, 2).moves is None and parse({"moves": None}, 2).moves is None
     for raw in ({}, {"moves": True}, {"moves": {}}):
         config = parse(raw, 2)
         assert config.move_config == MoveConfig(max_degree=2) and parse(config.to_dict(), 1) == config

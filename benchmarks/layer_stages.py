@@ -179,7 +179,40 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
     }
     found = {name: graph_us(run) for name, run in stages.items()}
     found["pieces"] = int(launch.pieces.max())
+    if args.routed:
+        found |= measure_routed(it, batch, pieces, forward)
     return found
+
+
+def measure_routed(it: Layer, batch: Any, pieces: Any, forward: Callable[..., Any]) -> dict[str, float]:
+    """The same step over the routed exchange. Only ``routed`` as a whole waits for what is on its way."""
+    from vllm_nanocp.attention.context import context
+    from vllm_nanocp.exchange.routes import MAX_LAYERS
+
+    routes = it.steps.make_routes(it.shape, it.args.ranks, it.rank, it.capacity, None)
+    context.step, context.routes = it.sharded_step(), {it.capacity: routes}
+    sharded = it.builder().build(0, batch)
+    context.step, context.routes = None, {}
+    rows, launch = sharded.sharded, sharded.sharded.guests
+    route = rows.route
+    whole = forward(sharded, type(it.impl))
+    query = torch.randn((batch.num_reqs, 32, 128), dtype=torch.bfloat16, device=it.device)
+    output = torch.empty_like(query)
+
+    def routed(i: int) -> None:
+        if i == 0:  # a new step, so that flags of the last one do not count; costs a kernel in every four layers
+            route.epoch.add_(MAX_LAYERS)
+        it.impl.__dict__["_number"] = i
+        whole(i)
+
+    stages: dict[str, Callable[[int], Any]] = {
+        "routed": routed,
+        "routed dispatch": lambda i: routes.dispatch(query, route, i),
+        "routed wait": lambda i: routes.wait(route, i),
+        "routed answer": lambda i: routes.answer(*pieces, launch.pieces, route, i),
+        "routed merge": lambda i: routes.merge(rows.pick, rows.tokens, output, route, i),
+    }
+    return {name: graph_us(run) for name, run in stages.items()}
 
 
 def worker(rank: int, args: argparse.Namespace) -> None:
@@ -204,6 +237,7 @@ def main() -> None:
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--cases", default="1x4x150000,4x4x40000,16x16x10000")
+    parser.add_argument("--routed", action="store_true", help="also the routed exchange")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
     context = mp.get_context("spawn")

@@ -13,7 +13,7 @@ from .placement.moves import MoveConfig
 
 KEY = "nanocp"
 PLACEMENTS = ("balanced", "round_robin")
-EXCHANGES = ("auto", "collective")
+EXCHANGES = ("auto", "collective", "routed")
 DECODE_BENCH = "NANOCP_DECODE_BENCH"
 # Rows that FlashAttention can cut into pieces in one launch.
 MAX_VISITS = 992
@@ -35,7 +35,8 @@ class NanoCPConfig:
         moves: whether decoding requests change their home, to even out the ranks' loads and where a rank's blocks run
             out, and when: fields of ``placement.moves.MoveConfig``. Only with ``balanced`` and more than one rank a
             request. None: on where they were verified, which ``engine_config.make`` knows.
-        exchange: how queries and partial results travel. ``auto`` takes the best one that works here.
+        exchange: how queries and partial results travel: ``collective`` over torch.distributed; ``routed``, GPUs write
+            into each other's memory. ``auto`` takes the best one that was verified.
         graph_capacities: CUDA graphs of sharded decode steps are captured for so many visits between any two ranks,
             ascending; a step with more runs attention outside of graphs. Empty: every sharded step does.
         decode_bench: take prompts as computed, whatever their KV blocks contain, to time decoding alone. Refused
@@ -125,6 +126,11 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
         raise NanoCPConfigError(f"nanocp: moves: homes cannot move with {fixed} {_FIXED_HOMES[fixed]!r}; leave it out")
     default = [c for c in NanoCPConfig.graph_capacities if c * ranks <= MAX_VISITS]
     values["graph_capacities"] = _capacities(raw.get("graph_capacities", default), ranks)
+    if values.get("exchange") == "routed" and not values["graph_capacities"]:
+        raise NanoCPConfigError(
+            "nanocp: exchange 'routed' has places for as many visits as graph_capacities say, which is empty; leave "
+            "graph_capacities out, or use 'collective'"
+        )
     if "decode_bench" in raw:
         values["decode_bench"] = _decode_bench(raw["decode_bench"])
     return NanoCPConfig(**values)

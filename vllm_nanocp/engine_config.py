@@ -225,6 +225,8 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
         worker = GPU_WORKER
     elif current_platform.is_cpu():
         worker = CPU_WORKER
+        if config.exchange == "routed":
+            refuse("exchange 'routed' on CPU", "it is made of GPU kernels", "use 'auto' or 'collective'")
     else:
         refuse(f"the platform {current_platform.device_name}", "there is no attention path for it", "use CUDA or CPU")
     if config.moves is None:

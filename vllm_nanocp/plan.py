@@ -88,6 +88,7 @@ class StepPlan:
         closed: shard ids that no row of this or a later step visits.
         arrived: requests that a rank's model runner meets for the first time after they have made tokens elsewhere.
         departing: requests whose home's worker is to report, with this step's output, where their generator is.
+        serial: number of the step; larger than those before.
     """
 
     rows: list[PlanRow] = field(default_factory=list)
@@ -96,6 +97,7 @@ class StepPlan:
     closed: list[str] = field(default_factory=list)
     arrived: dict[str, Arrival] = field(default_factory=dict)
     departing: list[str] = field(default_factory=list)
+    serial: int = 0
 
     def most_visits(self, num_ranks: int) -> int | None:
         """Queries of the busiest pair of ranks, a row's part at its home counted as a visit of the home to itself.

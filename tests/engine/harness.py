@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import threading
 import time
@@ -21,7 +22,8 @@ from vllm_nanocp import status
 
 BLOCK = 32
 CHUNK = 512
-LIMIT_S = 240.0
+# Seconds for all requests of a call together.
+LIMIT_S = float(os.environ.get("ENGINE_LIMIT_S", "240"))
 
 
 @dataclass

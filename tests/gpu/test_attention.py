@@ -15,6 +15,7 @@ import torch
 from tests.unit.attention_steps import Kernel, Shape, run_scenarios
 from tests.unit.flash_steps import flash_kernel
 from tests.unit.processes import run_ranks
+from tests.unit.route_steps import stress
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,7 +60,7 @@ class GraphForward:
             impl.forward(layer, *args)
             return
         # One builder, so the same tables, for each shape.
-        key = metadata.sharded.send.data_ptr(), tuple(inputs[0].shape), tuple(inputs[3].shape)
+        key = metadata.sharded.send.data_ptr(), tuple(inputs[0].shape), tuple(inputs[3].shape), id(impl)
         if key not in self.graphs:
             static = [torch.zeros_like(x) for x in (*inputs, output)]
             for name in ("query_start_loc", "seq_lens", "block_table"):
@@ -96,26 +97,32 @@ class GraphForward:
         return graph
 
 
-def cuda_kernel(capacity: int = 0, graph: bool = False) -> Kernel:
+def cuda_kernel(capacity: int = 0, graph: bool = False, routed: bool = False) -> Kernel:
     import dataclasses
 
-    kernel = flash_kernel("cuda", capacity)
+    kernel = flash_kernel("cuda", capacity, 0 if routed and not graph else 16, routed)
     # What is past a length is finite in a real cache too, and FlashAttention reads whole blocks.
     kernel = dataclasses.replace(kernel, fill=1000.0, stock=stock_flash)
     return dataclasses.replace(kernel, forward=GraphForward(), replays=True) if graph else kernel
 
 
-MODES = {"exact": (0, False), "fixed": (8, False), "graph": (8, True)}
+MODES = {
+    "exact": (0, False, False),
+    "fixed": (8, False, False),
+    "graph": (8, True, False),
+    "routed": (8, False, True),
+    "routed graph": (8, True, True),
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_error(mode: str) -> None:
-    capacity, graph = MODES[mode]
+    capacity, graph, routed = MODES[mode]
     groups = {
         f"{s.num_heads}x{s.num_kv_heads}x{s.head_size}": [(s, seed, seed % 9 != 8) for seed in range(500, 512)]
         for s in SHAPES
     }
-    kernel = functools.partial(cuda_kernel, capacity, graph)
+    kernel = functools.partial(cuda_kernel, capacity, graph, routed)
     results = run_ranks(2, run_scenarios, groups, kernel, seconds=240, backend="nccl")
     for name in groups:
         totals = {key: sum(result[name][0].get(key, 0.0) for result in results) for key in ("norm", "ours", "stock")}
@@ -143,3 +150,9 @@ def test_merge_is_flashinfer_s() -> None:
     lses = layout.lses(rows)[pick] * 1.4426950408889634
     theirs, _ = flashinfer.merge_states(layout.outputs(rows)[pick].half().contiguous(), lses.contiguous())
     torch.testing.assert_close(output[tokens], theirs, rtol=2e-3, atol=2e-3)
+
+
+def test_random_routes() -> None:
+    """The routed exchange, 10,000 steps over the same memory; a rank that is late in some of them."""
+    compared = run_ranks(2, stress, 10_000, "cuda", None, 0.002, seconds=240, backend="nccl")
+    assert sum(compared) > 10_000

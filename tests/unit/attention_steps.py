@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,9 @@ from vllm_nanocp.attention.cpu_backend import (
 from vllm_nanocp.exchange import CollectiveExchange
 from vllm_nanocp.plan import Holder, PlanRow, StepPlan
 from vllm_nanocp.worker.step import ShardTable, make_step
+
+if TYPE_CHECKING:
+    from vllm_nanocp.exchange.routes import Routes
 
 LAYERS = 2
 
@@ -126,11 +129,17 @@ class Scenario:
 
 
 def make_scenario(
-    shape: Shape, seed: int, num_ranks: int = 3, sharded: bool = True, decode_only: bool = False
+    shape: Shape,
+    seed: int,
+    num_ranks: int = 3,
+    sharded: bool = True,
+    decode_only: bool = False,
+    plain_prefill: bool = False,
 ) -> Scenario:
     """A random one. Of every three with shards, one has a rank without rows of its own.
 
-    With ``decode_only`` every row has one query and visits at most N - 1 shards: what a captured graph serves.
+    With ``decode_only`` every row has one query and visits at most N - 1 shards: what a captured graph serves. With
+    ``plain_prefill`` too, rows that visit nobody may have more: what fixed tables serve outside of graphs.
     """
     dice = random.Random(seed)
     size, num_blocks = shape.block_size, 80
@@ -159,7 +168,7 @@ def make_scenario(
     for _ in range(dice.randint(0, 4)):
         held = dice.randint(1, 3 * size)
         queries = dice.choice([1, 1, held, dice.randint(1, held)])
-        tail(add([dice.choice(homes)], [], held), 1 if decode_only else queries)
+        tail(add([dice.choice(homes)], [], held), 1 if decode_only and not plain_prefill else queries)
     kinds = ["decode"] if decode_only else ["decode", "chunk", "chain"]
     for kind in dice.choices(kinds, k=dice.randint(1, 4)) if sharded else []:
         home = dice.choice(homes)
@@ -271,10 +280,13 @@ class Kernel:
         write: keys and values into a cache, as the backend keeps them: (impl, layer, keys, values, cache, slots).
         device: of all tensors.
         forward: runs the implementation: (impl, layer, query, key, value, cache, metadata, output).
-        capacity: see ``ShardedStep``; then batches are padded to ``pad`` rows.
+        capacity: see ``ShardedStep``.
+        pad: rows that batches are padded to, as for a graph.
         fill: what a cache holds where nothing was written.
         stock: attention of one row over all its keys, to compare errors with.
         replays: whether ``forward`` replays a graph.
+        routes: makes the routed exchange of a capacity for a shape, the same call on all ranks: (shape, number of
+            ranks, rank); None: the collective one.
     """
 
     builder: Callable[[Shape], Any]
@@ -288,6 +300,7 @@ class Kernel:
     fill: float = float("nan")
     stock: Callable[..., torch.Tensor] | None = None
     replays: bool = False
+    routes: Callable[[Shape, int, int], Routes] | None = None
 
 
 CPU_KERNEL = Kernel(
@@ -298,6 +311,10 @@ CPU_KERNEL = Kernel(
     torch.device("cpu"),
     lambda impl, *args: impl.forward(*args),
 )
+
+
+# One for each layer, as in a model, for all scenarios of a shape that this process runs.
+_impls: dict[Shape, list[Any]] = {}
 
 
 class RankSimulation:
@@ -376,7 +393,8 @@ class RankSimulation:
     def run(self) -> None:
         """All layers of the step."""
         scenario, kernel, shape = self.scenario, self.kernel, self.scenario.shape
-        builder, impl, layer = kernel.builder(shape), kernel.impl(shape), kernel.layer(shape)
+        builder, layer = kernel.builder(shape), kernel.layer(shape)
+        impls = _impls.setdefault(shape, [kernel.impl(shape) for _ in range(LAYERS)])
         plan = scenario.plan()
         shards = ShardTable(self.rank, kernel.device)
         shards.update(plan)
@@ -388,15 +406,19 @@ class RankSimulation:
             visits = plan.most_visits(scenario.num_ranks)
             assert visits is not None and visits <= kernel.capacity
             context.step.capacity = kernel.capacity
+            context.step.serial = scenario.seed
+            if kernel.routes is not None:
+                context.routes = {kernel.capacity: kernel.routes(shape, scenario.num_ranks, self.rank)}
         try:
             common = self._common()
             metadata = builder.build(0, common)
             assert (getattr(metadata, "sharded", None) is not None) == bool(plan.rows)
-            for number in range(LAYERS):
+            for number, impl in enumerate(impls):
                 self._layer(impl, layer, number, common, metadata)
         finally:
             context.step = context.exchange = None
-        if not kernel.replays:
+            context.routes = {}
+        if not kernel.replays and kernel.routes is None:
             assert self.exchange.calls - calls == (2 * LAYERS if plan.rows else 0)
         guests = sum(h.rank == self.rank for row in plan.rows for h in row.holders)
         self.counts["guests"] += guests
@@ -465,7 +487,7 @@ def run_scenarios(
         counts: Counter[str] = Counter()
         errors: list[tuple[int, float]] = []
         for shape, seed, sharded in specs:
-            scenario = make_scenario(shape, seed, size, sharded, bool(used.capacity))
+            scenario = make_scenario(shape, seed, size, sharded, bool(used.capacity), not used.pad)
             simulation = RankSimulation(scenario, rank, exchange, used)
             simulation.run()
             counts += simulation.counts

@@ -22,6 +22,7 @@ from vllm_nanocp.attention import flash_backend, flash_pieces
 from vllm_nanocp.attention.flash_backend import NanoCPFlashAttentionImpl, NanoCPFlashAttentionMetadataBuilder
 from vllm_nanocp.attention.flash_pieces import ShardLaunch
 from vllm_nanocp.attention.partial_rows import RowLayout
+from vllm_nanocp.exchange.routes import Routes
 
 MAX_REQS = 64
 
@@ -182,8 +183,41 @@ def use_references() -> None:
     flash_backend.merge_rows = reference_merge
 
 
-def flash_kernel(device: str = "cpu", capacity: int = 0) -> Kernel:
-    """The backend on a device; on CPU with references in place of kernels."""
+def make_routes(shape: Shape, num_ranks: int, rank: int, capacity: int, shared: str | None) -> Routes:
+    """Over memory that all ranks write to: of the GPUs, or files in a folder that all processes map."""
+    layout = RowLayout(shape.num_heads, shape.head_size)
+    query_bytes = shape.num_heads * shape.head_size * shape.dtype.itemsize
+    size = Routes.size(capacity, num_ranks, layout, query_bytes)
+    if shared is None:
+        import torch.distributed as dist
+
+        from vllm_nanocp.exchange.symmetric import allocate
+
+        assert dist.group.WORLD is not None
+        buffer, pointers = allocate(size, dist.group.WORLD, torch.device("cuda", rank))
+    else:
+        names = [f"{shared}/{shape.num_heads}x{shape.head_size}.{r}" for r in range(num_ranks)]
+        buffers = [torch.from_file(name, shared=True, size=size, dtype=torch.uint8) for name in names]
+        _mapped.extend(buffers)
+        buffer, pointers = buffers[rank], torch.tensor([b.data_ptr() for b in buffers])
+    return Routes(capacity, num_ranks, rank, layout, query_bytes, buffer, pointers)
+
+
+_mapped: list[torch.Tensor] = []
+
+
+def flash_kernel(
+    device: str = "cpu", capacity: int = 0, pad: int = 16, routed: bool = False, shared: str | None = None
+) -> Kernel:
+    """The backend on a device; on CPU with references in place of kernels.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        capacity: of fixed tables; 0: tables of a step's size.
+        pad: rows that batches are padded to, if the tables are fixed.
+        routed: with the routed exchange.
+        shared: an empty folder for its memory, on CPU.
+    """
     where = torch.device(device)
     if where.type == "cpu":
         use_references()
@@ -197,5 +231,6 @@ def flash_kernel(device: str = "cpu", capacity: int = 0) -> Kernel:
         where,
         lambda impl, *args: impl.forward(*args),
         capacity,
-        16 if capacity else 0,
+        pad if capacity else 0,
+        routes=functools.cache(lambda *args: make_routes(*args, capacity, shared)) if routed else None,
     )

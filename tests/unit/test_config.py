@@ -235,6 +235,12 @@ def test_moves() -> None:
     assert parse(config.to_dict(), 1) == config
 
 
+def test_the_routed_exchange_needs_places() -> None:
+    assert parse({"exchange": "routed"}, 2).exchange == "routed"
+    with pytest.raises(NanoCPConfigError, match="graph_capacities"):
+        parse({"exchange": "routed", "graph_capacities": []}, 2)
+
+
 def test_capacities_that_the_ranks_do_not_allow_are_not_taken_by_default() -> None:
     many = parse({}, 63)
     assert many.graph_capacities == (4,) and parse(many.to_dict(), 1) == many

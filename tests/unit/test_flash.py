@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from tests.unit.attention_steps import Shape, run_scenarios
 from tests.unit.flash_steps import flash_kernel, reference_pieces, reference_schedule
 from tests.unit.processes import run_ranks
+from tests.unit.route_steps import stress
 from vllm_nanocp.attention import flash_pieces
 from vllm_nanocp.attention.partial_rows import RowLayout, merge_rows, pack_pieces
 from vllm_nanocp.errors import NanoCPConfigError
@@ -55,6 +57,24 @@ def test_tables_of_fixed_size() -> None:
         assert min(counts.get(kind, 0) for kind in ("plain decode", "sharded decode", "guests")) >= 5
         assert set(counts) <= {"plain decode", "sharded decode", "guests", "idle with guests", "no local past"}
     assert sum(result["fixed"][0].get("idle with guests", 0) for result in results) >= 5
+
+
+def test_the_routed_exchange(tmp_path: Path) -> None:
+    """Over memory that three processes share; its kernels in Triton's interpreter."""
+    shapes = [Shape(4, 2, 64, torch.bfloat16, 16), Shape(3, 3, 80, torch.bfloat16, 16)]
+    groups = {"routed": [(shapes[seed % 2], seed, seed % 9 != 8) for seed in range(600, 610)]}
+    kernel = functools.partial(flash_kernel, "cpu", 5, 0, True, str(tmp_path))
+    results: Results = run_ranks(RANKS, run_scenarios, groups, kernel, seconds=150)
+    check(results, "routed")
+    for kind in ("plain decode", "plain prefill", "sharded decode", "guests"):
+        assert sum(result["routed"][0].get(kind, 0) for result in results) >= 3, kind
+    assert sum(result["routed"][0].get("idle with guests", 0) for result in results) >= 2
+
+
+def test_random_routes(tmp_path: Path) -> None:
+    """Empty, full and one-sided ones, one after another in the same memory, with ranks that come late."""
+    compared = run_ranks(RANKS, stress, 12, "cpu", str(tmp_path), 0.2, seconds=200)
+    assert sum(compared) > 50
 
 
 def random_rows(layout: RowLayout, rows: int, seed: int) -> torch.Tensor:

@@ -6,10 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..exchange import Exchange
+
+if TYPE_CHECKING:
+    from ..exchange.routes import Routes
 
 
 @dataclass
@@ -62,8 +66,10 @@ class ShardedStep:
         guests: by the rank they come from, then in the order of the plan.
         send_counts: queries this rank sends to each rank.
         recv_counts: queries it receives from each.
-        capacity: 0 when exactly these are exchanged. Otherwise every pair of ranks exchanges this many rows, whoever
-            visits: what a captured graph does.
+        capacity: 0 when exactly these are exchanged. Otherwise every pair of ranks has places for this many rows,
+            whoever visits: what a captured graph does, and the routed exchange.
+        captured: whether attention is replayed from a graph.
+        serial: number of the step, the same on all ranks and larger than those before.
     """
 
     rank: int
@@ -72,6 +78,8 @@ class ShardedStep:
     send_counts: list[int] = field(default_factory=list)
     recv_counts: list[int] = field(default_factory=list)
     capacity: int = 0
+    captured: bool = False
+    serial: int = 0
 
     @property
     def num_ranks(self) -> int:
@@ -115,10 +123,12 @@ class ShardedStep:
 class AttentionContext:
     """Attributes:
     exchange: set once the process groups exist.
+    routes: of the routed exchange, by capacity; empty without it.
     step: None in a step without sharded rows, which then is stock vLLM.
     """
 
     exchange: Exchange | None = None
+    routes: dict[int, Routes] = field(default_factory=dict)
     step: ShardedStep | None = None
 
 

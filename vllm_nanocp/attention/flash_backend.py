@@ -8,6 +8,8 @@ graphs), with log-sum-exps, and are merged from there.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -29,6 +31,8 @@ from .context import ShardedStep, context
 from .flash_pieces import ShardLaunch
 from .flash_tables import CapturedTables, ShardedRows, exact_tables
 from .partial_rows import RowLayout, merge_rows, pack_pieces
+
+_layers = itertools.count()
 
 
 @dataclass
@@ -135,11 +139,38 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows: ShardedRows | None = getattr(attn_metadata, "sharded", None)
+        if rows is not None and rows.routes is not None:
+            assert rows.route is not None
+            rows.routes.dispatch(query, rows.route, self._number)
         if rows is None or rows.plain:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
-        if rows is not None:
+        if rows is not None and rows.routes is not None:
+            self._visit_routed(layer, query, kv_cache, rows, output)
+        elif rows is not None:
             self._visit(layer, query, kv_cache, rows, output)
         return output
+
+    @functools.cached_property
+    def _number(self) -> int:
+        """Of this layer: all ranks run the same layers in the same order."""
+        return next(_layers)
+
+    def _visit_routed(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: ShardedRows,
+        output: torch.Tensor,
+    ) -> None:
+        """What is left when the queries are on their way: attend, answer, merge."""
+        routes, route, launch = rows.routes, rows.route, rows.guests
+        assert routes is not None and route is not None and launch is not None and launch.pieces is not None
+        assert rows.pick is not None and rows.tokens is not None
+        routes.wait(route, self._number)
+        outputs, lses = self._pieces(layer, routes.visiting(query), kv_cache, launch)
+        routes.answer(outputs, lses, launch.pieces, route, self._number)
+        routes.merge(rows.pick, rows.tokens, output, route, self._number)
 
     def _visit(
         self,
@@ -176,6 +207,14 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         into: torch.Tensor,
     ) -> None:
         """Partial results of queries over shards held here, as rows."""
+        outputs, lses = self._pieces(layer, query, kv_cache, launch)
+        assert launch.pieces is not None
+        pack_pieces(into, layout, outputs, lses, launch.pieces, launch.launch_row)
+
+    def _pieces(
+        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, launch: ShardLaunch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Results of queries over pieces of the shards held here, as ``attend_pieces`` returns them."""
         keys, values = (
             canonicalize_singleton_dim_strides(part) for part in kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         )
@@ -184,6 +223,4 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         shape = (len(launch.lengths), self.num_kv_heads)
         q_scale = layer._q_scale.expand(shape) if self.supports_quant_query_input else None
         descale = (q_scale, layer._k_scale.expand(shape), layer._v_scale.expand(shape))
-        outputs, lses = flash_pieces.attend_pieces(query, keys, values, launch, self.scale, descale)
-        assert launch.pieces is not None
-        pack_pieces(into, layout, outputs, lses, launch.pieces, launch.launch_row)
+        return flash_pieces.attend_pieces(query, keys, values, launch, self.scale, descale)

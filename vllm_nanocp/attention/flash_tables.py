@@ -16,7 +16,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ..exchange.base import Counts
-from .context import ShardedStep
+from ..exchange.routes import MAX_LAYERS, Route, Routes
+from .context import ShardedStep, context
 from .flash_pieces import ShardLaunch, pieces_that_fit
 from .partial_rows import RowLayout
 
@@ -35,6 +36,7 @@ class ShardedRows:
         partials: room for the rows that come back, and behind them those of ``own``.
         tokens: int64 [num_results], the indices in the batch of the queries that visit; -1 for an unused one.
         pick: int64 [num_results, num_partials], see ``merge_rows``; None without such queries.
+        routes, route: with the routed exchange, which then takes the place of ``Exchange``.
     """
 
     plain: bool
@@ -46,6 +48,8 @@ class ShardedRows:
     partials: torch.Tensor
     tokens: torch.Tensor | None
     pick: torch.Tensor | None
+    routes: Routes | None = None
+    route: Route | None = None
 
 
 def _launch(
@@ -144,7 +148,7 @@ def _picks(visits: list[list[slice]], queries: list[int], num_sent: int) -> np.n
 
 
 class CapturedTables:
-    """Tables at fixed addresses for decode steps with at most ``capacity`` visits between any two ranks.
+    """Tables at fixed addresses for steps with at most ``capacity`` visits between any two ranks, one query each.
 
     Place ``rank * capacity + i`` holds the i-th query to, or from, a rank. A row's part at its home is a visit of the
     home to itself, behind the others from there; so one launch serves the guests and the rank's own rows.
@@ -174,12 +178,13 @@ class CapturedTables:
         places = capacity * num_ranks
         self.capacity, self.places, self.max_tokens = capacity, places, max_tokens
         # What changes from step to step comes in one copy: queries to send, picks, lengths, tokens of results, and
-        # these once more with a spare index for unused ones.
+        # rows of these with a spare index for unused ones; and what the routed exchange needs besides.
         # A row has a visit to each rank, its own for what it holds of earlier parts, and its own part.
         width = num_ranks + 1
-        self._sizes = (places, capacity * width, places, capacity, capacity)
+        self._sizes = (places, capacity * width, places, capacity, capacity, num_ranks, num_ranks, 1)
         self._ints = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
-        self._send, pick, self._lengths, self._tokens, self._visiting = self._ints.split(self._sizes)
+        self._send, pick, self._lengths, self._tokens, self._visiting, *route = self._ints.split(self._sizes)
+        self._route = Route(self._send, *route)
         self._pick = pick.view(capacity, width)
         self._seq_lens = torch.zeros(max_tokens + 1, dtype=torch.int32, device=device)
         self._partials = layout.empty(places, device)
@@ -197,7 +202,7 @@ class CapturedTables:
         self.block_size = block_size
 
     def fill(self, step: ShardedStep, common: CommonAttentionMetadata) -> tuple[ShardedRows, torch.Tensor]:
-        """Write a step's tables. All rows of the batch have one query.
+        """Write a step's tables. All rows that visit have one query.
 
         Args:
             step: this rank's part; nowhere more visits than the capacity.
@@ -207,14 +212,19 @@ class CapturedTables:
             As ``exact_tables``; the same tensors each time.
         """
         host = np.zeros(len(self._ints), dtype=np.int64)
-        send, pick, lengths, tokens, visiting = np.split(host, np.cumsum(self._sizes)[:-1])
+        send, pick, lengths, tokens, visiting, sent, received, epoch = np.split(host, np.cumsum(self._sizes)[:-1])
         pick[:], tokens[:], visiting[:] = -1, -1, self.max_tokens
+        sent[:], received[:], epoch[:] = step.send_counts, step.recv_counts, step.serial * MAX_LAYERS
+        sent[step.rank] += len(step.own)
+        received[step.rank] += len(step.own)
+        starts = common.query_start_loc_cpu
         for i, own in enumerate(step.own):
-            tokens[i] = visiting[i] = row = own.batch_row()  # its one token has the same index
+            visiting[i] = row = own.batch_row()
+            tokens[i] = token = int(starts[row])
             here = step.send_counts[step.rank] + i
             for j, (rank, index) in enumerate([*own.visits, (step.rank, here)]):
                 place = rank * self.capacity + index
-                send[place] = row
+                send[place] = token
                 pick[i * (step.num_ranks + 1) + j] = place
             lengths[place] = own.local_tokens + 1
             self._hold(place, own.local_tokens + 1, common.block_table_tensor[row], own.first_block)
@@ -249,4 +259,6 @@ class CapturedTables:
             partials=self._partials,
             tokens=self._tokens,
             pick=self._pick,
+            routes=context.routes.get(self.capacity),
+            route=self._route,
         ), self._seq_lens[:n]

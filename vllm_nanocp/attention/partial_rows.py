@@ -49,7 +49,7 @@ def _tile(rows: int) -> int:
 
 
 @triton.jit
-def _add_piece(o, lse, most, total, acc):  # type: ignore[no-untyped-def]
+def add_piece(o, lse, most, total, acc):  # type: ignore[no-untyped-def]
     """Take one more piece into a running softmax. A piece without keys (-inf, or FlashAttention's +inf) weighs 0,
     whatever its output holds."""
     lse = tl.where(lse == float("inf"), float("-inf"), lse)
@@ -85,7 +85,7 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
         used = there & (piece < pieces)
         lse = tl.load(lses_ptr + place, mask=used, other=float("-inf"))
         o = tl.load(outs_ptr + place[:, None] * HEAD + d[None, :], mask=inside & used[:, None], other=0.0)
-        most, total, acc = _add_piece(o, lse, most, total, acc)
+        most, total, acc = add_piece(o, lse, most, total, acc)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     base = rows_ptr + at * row_size
     tl.store(base[:, None] + head * HEAD + d[None, :], acc, mask=inside)
@@ -141,7 +141,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
         lse = tl.load(base + num_heads * HEAD + head, mask=used, other=float("-inf"))
         inside = used[:, None] & (d < HEAD)[None, :]
         o = tl.load(base[:, None] + head * HEAD + d[None, :], mask=inside, other=0.0)
-        most, total, acc = _add_piece(o, lse, most, total, acc)
+        most, total, acc = add_piece(o, lse, most, total, acc)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     to = output_ptr + token[:, None] * output_stride + head * HEAD + d[None, :]
     tl.store(to, acc.to(output_ptr.dtype.element_ty), mask=(token >= 0)[:, None] & (d < HEAD)[None, :])

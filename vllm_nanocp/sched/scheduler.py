@@ -265,6 +265,7 @@ class NanoCPScheduler(SchedulerInterface):
             self.members.advance(parts)
         plan = self.members.take_plan()
         self.num_steps += 1
+        plan.serial = self.num_steps
         self.num_sharded_steps += bool(plan.rows)
         plan.batches = describe(parts)
         for rank in self.ranks:

@@ -138,8 +138,8 @@ class V2Runner:
         _check(seen == (mine.num_reqs, mine.num_tokens, mine.decode), seen, plan, dp_rank)
         visits = plan.most_visits(dp_size) if step is not None else None
         desc, state = agree(manager, plan.batches, dp_rank, step is not None, visits)
-        if step is not None:
-            step.capacity = capacity_of(desc)
+        if step is not None and capacity_of(desc):
+            step.capacity, step.captured = capacity_of(desc), True
         return desc, state
 
     def batch_row(self, req_id: str) -> int:

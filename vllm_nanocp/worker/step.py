@@ -57,7 +57,7 @@ def make_step(
     if not plan.rows:
         return None
     me = shards.rank
-    step = ShardedStep(me, send_counts=[0] * num_ranks, recv_counts=[0] * num_ranks)
+    step = ShardedStep(me, send_counts=[0] * num_ranks, recv_counts=[0] * num_ranks, serial=plan.serial)
     for row in plan.rows:
         visits: list[tuple[int, int]] = []
         for holder in row.holders:

@@ -102,6 +102,10 @@ class OneRank(_Base):
         part = scheduler_output.ranks[self.shards.rank]
         self.shards.update(plan)
         context.step = make_step(plan, self.shards, self.nanocp.ranks, self.runner.batch_row)
+        if context.step is not None and context.routes:
+            visits = plan.most_visits(self.nanocp.ranks)
+            if visits is not None:
+                context.step.capacity = min((c for c in context.routes if c >= visits), default=0)
         self.runner.plan = plan
         self._generators = self.runner.generator_states(plan.departing) if plan.departing else {}
         try:
@@ -111,7 +115,7 @@ class OneRank(_Base):
                 self.runner.run_idle(attention=context.step is not None)
             if context.step is not None:
                 self.num_sharded_steps += 1
-                self.num_captured_steps += context.step.capacity > 0
+                self.num_captured_steps += context.step.captured
         finally:
             context.step = self.runner.plan = None
         return self._reply(output)

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which exchange serves ranks on so many nodes."""
+
+from __future__ import annotations
+
+
+def choose(wanted: str, num_nodes: int) -> str:
+    """The exchange that the ranks use.
+
+    Args:
+        wanted: the setting ``exchange``. What the user names is taken.
+        num_nodes: on how many nodes the ranks are.
+
+    Returns:
+        Its name; not ``auto``.
+    """
+    if wanted != "auto":
+        return wanted
+    # The only one there is, and the only one that reaches other nodes. One that needs shared memory goes here, for
+    # ``num_nodes == 1``.
+    return "collective"

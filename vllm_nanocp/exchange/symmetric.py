@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that all ranks of one machine can write to. Touches ``torch.distributed._symmetric_memory`` (torch 2.11).
+
+Multicast is not used: it needs NVSwitch features that virtual machines often lack.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+def allocate(size: int, group: dist.ProcessGroup, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A zeroed buffer on every rank, mapped into all. A collective: every member of the group calls it alike.
+
+    Args:
+        size: bytes.
+        group: one member a rank, in rank order.
+        device: this rank's GPU.
+
+    Returns:
+        This rank's buffer, uint8 [size]; and where all ranks' are in this process, int64 [num_ranks] on the device. The
+        buffer lives as long as the process.
+
+    Raises:
+        RuntimeError: the GPUs do not reach each other's memory.
+    """
+    import torch.distributed._symmetric_memory as symmetric
+
+    buffer = symmetric.empty(size, dtype=torch.uint8, device=device)
+    buffer.zero_()
+    handle = symmetric.rendezvous(buffer, group)
+    _KEPT.append((buffer, handle))
+    pointers = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
+    torch.cuda.synchronize(device)
+    dist.barrier(group)
+    return buffer, pointers
+
+
+_KEPT: list[object] = []
+
+
+def reachable(device: torch.device, group: dist.ProcessGroup) -> str:
+    """Why the ranks cannot write into each other's memory, the same on all; empty if they can. A collective.
+
+    Args:
+        device: this rank's GPU.
+        group: of the ranks, over CPUs.
+    """
+    import socket
+
+    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid), device.index)
+    everyone: list[tuple[str, str, int]] = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group)
+    problem = ""
+    for host, uuid, index in everyone:
+        if host != mine[0]:
+            problem = "ranks are on several machines"
+        elif uuid != mine[1] and not torch.cuda.can_device_access_peer(device.index, index):
+            problem = f"GPU {device.index} cannot reach the memory of GPU {index}"
+    problems = [problem] * len(everyone)
+    dist.all_gather_object(problems, problem, group)
+    return next((p for p in problems if p), "")

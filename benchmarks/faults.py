@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from serving import probe, write_json
+from serving import ENDINGS, end, probe, write_json
 from soak import machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,26 +37,28 @@ def run_round(extra: list[str], minutes: float) -> tuple[list[tuple[str, bool, f
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *extra]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env={**os.environ, "NANOCP_FAULT_ALL": "1"},
-                capture_output=True,
-                text=True,
-                timeout=60 * minutes,
-            )
-        except subprocess.TimeoutExpired as error:
-            return [("a round in time", False, error.timeout)], str(error.stdout)
+        env = {**os.environ, "NANOCP_FAULT_ALL": "1"}
+        with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as pytest:
+            try:
+                said, _ = pytest.communicate(timeout=60 * minutes)
+            except subprocess.TimeoutExpired:
+                return [("a round in time", False, 60 * minutes)], ""
+            finally:
+                if pytest.poll() is None:
+                    # It ends its servers, which are in sessions of their own, only if it is interrupted.
+                    pytest.send_signal(signal.SIGINT)
+                    pytest.communicate()
         cases = ElementTree.parse(report).iter("testcase") if report.exists() else []
         results = []
         for case in cases:
+            if case.get("name") is None:  # where it was interrupted
+                continue
             name = f"{str(case.get('classname')).rsplit('.', 1)[-1]}::{case.get('name')}"
-            name = re.sub(r"-?again\d+|\[again\d+\]", "", name)
+            name = re.sub(r"\[again\d+\]|again\d+-|-again\d+", "", name)
             failed = case.find("failure") is not None or case.find("error") is not None
             if case.find("skipped") is None:
                 results.append((name, not failed, float(case.get("time") or 0.0)))
-        return results, done.stdout
+        return results, said
 
 
 def main() -> int:
@@ -65,11 +68,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("faults.json"))
     parser.add_argument("tests", nargs="*", default=list(TESTS), help="or other arguments of pytest")
     args = parser.parse_args()
+    for number in ENDINGS:
+        signal.signal(number, end)
     result: dict[str, Any] = {"tests": {}, "failures": []}
     if args.out.exists():
         result = json.loads(args.out.read_text())
+    repeats = os.environ.get("NANOCP_FAULT_REPEATS")
+    prefix = f"NANOCP_FAULT_REPEATS={repeats} " if repeats else ""
     result |= {
-        "command": shlex.join(["python", "benchmarks/faults.py", *sys.argv[1:]]),
+        "commands": [
+            *result.get("commands", []),
+            prefix + shlex.join(["python", "benchmarks/faults.py", *sys.argv[1:]]),
+        ],
         "date": time.strftime("%Y-%m-%d"),
         "versions": probe()["versions"],
         "machine": machine(),

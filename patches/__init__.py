@@ -10,12 +10,12 @@ package changes nothing and imports neither torch nor vLLM.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_nanocp.patches._guard import Outcome, PatchError
 
-__all__ = ["PATCHES", "Outcome", "Patch", "PatchError", "apply_all"]
+__all__ = ["PATCHES", "RAY_PATCHES", "Outcome", "Patch", "PatchError", "apply_all"]
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,20 @@ PATCHES = (
     Patch("cpu_expert_map", platform="cpu"),
     Patch("cpu_moe_opaque", platform="cpu"),
     Patch("cpu_seeded_chunks", platform="cpu"),
+    Patch("cpu_shm_names", platform="cpu"),
+)
+# For executors whose workers are Ray actors, and for these before vLLM's worker is built.
+RAY_PATCHES = (
+    Patch("remote_queue_shutdown"),
+    Patch("cpu_ray", platform="cpu"),
 )
 
 
-def apply_all() -> dict[str, Outcome]:
-    """Apply every patch that concerns the current platform, in order.
+def apply_all(wanted: Sequence[Patch] = PATCHES) -> dict[str, Outcome]:
+    """Apply those of the patches that concern the current platform, in order.
 
     Returns what each did, by name. Raises the first `PatchError`; patches before it stay applied.
     """
     from vllm.platforms import current_platform
 
-    return {patch.name: patch.apply() for patch in PATCHES if patch.platform in (None, current_platform.device_type)}
+    return {patch.name: patch.apply() for patch in wanted if patch.platform in (None, current_platform.device_type)}

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import config as nanocp_config
+from . import exit_code
 from .compat import unsupported_reason
 from .errors import NanoCPConfigError
 
@@ -153,6 +154,8 @@ def _install_serve() -> None:
         _or_exit(lambda: fold(args))
         if asked:
             sys.excepthook = _excepthook
+            if hasattr(args, "dispatch_function"):
+                args.dispatch_function = exit_code.watched(args.dispatch_function)
         validate(self, args)
 
     command.validate = validate_and_fold

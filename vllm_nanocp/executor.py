@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 import vllm.envs as envs
@@ -15,6 +17,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from . import capacity
 from . import config as nanocp_config
+from .replies import Replies
 from .sched.output import NanoCPGrammarOutput
 
 if TYPE_CHECKING:
@@ -23,7 +26,9 @@ else:
     _Base = object
 
 # vLLM takes one port for each process group that its workers build for data parallelism, and some to spare.
-_NUM_PORTS = 5
+NUM_PORTS = 5
+# How long workers have to end by themselves after one of them has failed; the front-end gives the engine 5 seconds.
+_FAILED_GRACE_S = 2.0
 
 
 class RankGather:
@@ -46,10 +51,14 @@ class OneWorld(_Base):
         capacity.install(config.degree_limit)
         parallel = self.parallel_config
         parallel.world_size = parallel.tensor_parallel_size * config.ranks
-        parallel._data_parallel_master_port_list = get_open_ports_list(_NUM_PORTS)
+        parallel._data_parallel_master_port_list = get_open_ports_list(NUM_PORTS)
         tp_size, pp_size, pcp_size = super()._get_parallel_sizes()
         self.rank_gather: Any = RankGather(tp_size)
         return tp_size * config.ranks, pp_size, pcp_size
+
+    def _post_init_executor(self) -> None:
+        super()._post_init_executor()
+        self.response_mqs = Replies(self.response_mqs)  # type: ignore[assignment]
 
     def execute_model(  # type: ignore[override]
         self, scheduler_output: SchedulerOutput, non_block: bool = False
@@ -78,3 +87,18 @@ class OneWorld(_Base):
 
 class NanoCPMultiprocExecutor(OneWorld, MultiprocExecutor):
     """The executor for ranks that are processes of this machine."""
+
+    def _ensure_worker_termination(self, worker_procs: list[BaseProcess]) -> None:  # type: ignore[override]
+        """End the workers; those that hang because one of them has failed, soon.
+
+        vLLM kills them after 9 seconds, but the front-end kills this process 5 seconds after it has heard of the
+        failure, and a worker that is stopped or waits in a collective would be left on the machine.
+        """
+        if self.is_failed or getattr(getattr(self, "response_mqs", None), "incomplete", False):
+            end = time.monotonic() + _FAILED_GRACE_S
+            while any(process.is_alive() for process in worker_procs) and time.monotonic() < end:
+                time.sleep(0.05)
+            for process in worker_procs:
+                if process.is_alive():
+                    process.kill()
+        super()._ensure_worker_termination(worker_procs)

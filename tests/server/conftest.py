@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,9 @@ from .serving import IDLE_LIMIT_S, Server, serving, wait_for
 
 @pytest.fixture(scope="session")
 def _server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tiny_model, tmp_path_factory.mktemp("server") / "serve.log") as server:
+    # The developers' routes: tests call workers, and reset the prefix cache.
+    env = {"VLLM_SERVER_DEV_MODE": "1"}
+    with serving(tiny_model, tmp_path_factory.mktemp("server") / "serve.log", env=env) as server:
         yield server
 
 
@@ -22,3 +25,11 @@ def server(_server: Server) -> Iterator[Server]:
     yield _server
     assert _server.process.poll() is None, _server.tail()
     wait_for("nothing runs and no KV is held", _server.idle, IDLE_LIMIT_S)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of faults are run as often as ``NANOCP_FAULT_REPEATS`` says: what is rare should show, too."""
+    repeats = int(os.environ.get("NANOCP_FAULT_REPEATS", "1"))
+    if repeats > 1 and "test_faults" in metafunc.module.__name__:
+        metafunc.fixturenames.append("_repetition")
+        metafunc.parametrize("_repetition", range(repeats), ids=lambda number: f"again{number}")

@@ -18,7 +18,7 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-START_LIMIT_S = 150.0
+START_LIMIT_S = 240.0
 ANSWER_LIMIT_S = 120.0
 STOP_LIMIT_S = 20.0
 KILL_LIMIT_S = 10.0
@@ -67,9 +67,16 @@ def group_members(group: int) -> list[psutil.Process]:
 
 
 class Server:
-    """A running ``vllm serve``. ``close`` it."""
+    """A running ``vllm serve``. ``close`` it.
 
-    def __init__(self, model: str, log: Path, flags: list[str] = FLAGS, env: Mapping[str, str] | None = None) -> None:
+    Args:
+        env: added to this process's environment.
+        wait: until it is ready; without, it may still start, or fail to.
+    """
+
+    def __init__(
+        self, model: str, log: Path, flags: list[str] = FLAGS, env: Mapping[str, str] | None = None, wait: bool = True
+    ) -> None:
         self.model = model
         self.log = log
         port = free_port()
@@ -86,6 +93,8 @@ class Server:
                 env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})},
             )
         self.client = httpx.Client(base_url=self.url, timeout=ANSWER_LIMIT_S, trust_env=False)
+        if not wait:
+            return
         try:
             wait_for("the server is ready", self._ready, START_LIMIT_S, 0.5)
         except BaseException:
@@ -102,8 +111,12 @@ class Server:
         except httpx.HTTPError:
             return False
 
+    def text(self) -> str:
+        """All that it has logged."""
+        return self.log.read_text(errors="replace")
+
     def tail(self, lines: int = 40) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(self.text().splitlines()[-lines:])
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         """Ask with the model's name and greedy decoding, unless told otherwise."""
@@ -154,8 +167,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: str, log: Path, flags: list[str] = FLAGS) -> Iterator[Server]:
-    server = Server(model, log, flags)
+def serving(
+    model: str, log: Path, flags: list[str] = FLAGS, env: Mapping[str, str] | None = None, wait: bool = True
+) -> Iterator[Server]:
+    """A server for the body of the ``with``; arguments as of ``Server``."""
+    server = Server(model, log, flags, env, wait)
     try:
         yield server
     finally:

@@ -1,111 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a worker dies, or the server is told to stop: clients get an end, and nothing is left on the machine."""
+"""When workers fail, or the server is told to stop: clients get an end, and nothing is left on the machine.
+
+``NANOCP_FAULT_REPEATS=N`` runs each test N times; ``NANOCP_FAULT_ALL=1`` adds the cases in which another rank fails.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
-import socket
-import threading
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil  # type: ignore[import-untyped]
 import pytest
 
-from tests.engine.harness import prompt
+from .clients import Client, check_clients_ended, left_of, running_clients, shared_memory
+from .serving import RANKS, START_LIMIT_S, Server, serving, wait_for
 
-from .serving import ANSWER_LIMIT_S, RANKS, Server, serving, wait_for
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-pytestmark = pytest.mark.engine
-
-LONG = 3500
-# What the client of a request that is cut off may see of it, at most.
-MANY = 560
-
-
-class Client(threading.Thread):
-    """Streams one answer and keeps what came: events, an error, and when it ended."""
-
-    def __init__(self, server: Server, tokens: list[int], max_tokens: int) -> None:
-        super().__init__(daemon=True)
-        self.server = server
-        self.body = dict(model=server.model, prompt=tokens, max_tokens=max_tokens, ignore_eos=True, stream=True)
-        self.events: list[dict[str, Any]] = []
-        self.done = False
-        self.error: Exception | None = None
-        self._sock: socket.socket | None = None
-
-    def leave(self) -> None:
-        """Close the connection, also while nothing comes."""
-        if self._sock is not None:
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)
-
-    def run(self) -> None:
-        try:
-            with (
-                httpx.Client(base_url=self.server.url, timeout=ANSWER_LIMIT_S, trust_env=False) as client,
-                client.stream("POST", "/v1/completions", json=self.body) as response,
-            ):
-                self._sock = response.extensions["network_stream"].get_extra_info("socket")
-                for line in response.iter_lines():
-                    if line == "data: [DONE]":
-                        self.done = True
-                    elif line:
-                        self.events.append(json.loads(line.removeprefix("data: ")))
-        except (httpx.HTTPError, ValueError) as error:
-            self.error = error
-
-    @property
-    def texts(self) -> list[str]:
-        return [choice["text"] for event in list(self.events) for choice in event.get("choices", [])]
-
-    @property
-    def finished(self) -> bool:
-        """Whether it was told that its answer is complete."""
-        reasons = [choice["finish_reason"] for event in self.events for choice in event.get("choices", [])]
-        return any(reason in ("length", "stop") for reason in reasons)
-
-    @property
-    def told(self) -> bool:
-        """Whether it can tell that its answer is not complete: an error event, or a connection that broke."""
-        return self.error is not None or any("error" in event for event in self.events)
+HOOK = Path(__file__).parent / "hook"
+HOOK_FAILURE = "a failure that a test has asked for"
+FIRST, LAST = 0, RANKS - 1
+STEP_LIMIT_S = 5
+# After these the server has given up on its workers, which it kills when they do not end by themselves.
+END_LIMIT_S = 60.0
+ALL_CASES = os.environ.get("NANOCP_FAULT_ALL", "0") == "1"
 
 
-def shared_memory(processes: list[psutil.Process]) -> set[str]:
-    """Names under /dev/shm that the processes map or hold open. Others use that folder too."""
-    names: set[str] = set()
-    for process in processes:
-        proc = Path("/proc") / str(process.pid)
-        with contextlib.suppress(OSError):
-            names |= set(re.findall(r"/dev/shm/([^\s/]+)", (proc / "maps").read_text()))
-        with contextlib.suppress(OSError):
-            for link in (proc / "fd").iterdir():
-                with contextlib.suppress(OSError):
-                    target = os.readlink(link)
-                    if target.startswith("/dev/shm/"):
-                        names.add(target.removeprefix("/dev/shm/").split(" ")[0])
-    return names
+def failing(**what: Any) -> dict[str, str]:
+    """The environment in which a worker raises."""
+    return {"PYTHONPATH": str(HOOK), "NANOCP_TEST_HOOK": json.dumps(what)}
 
 
-def left_of(names: set[str]) -> set[str]:
-    return names & set(os.listdir("/dev/shm"))
+def ends_with_a_line(server: Server, clients: list[Client], since: float, limit: float = END_LIMIT_S) -> None:
+    """The clients are told, the server ends by itself with exit code 1 and says so, and nothing is left of it."""
+    shared = shared_memory(server.members())
+    check_clients_ended(clients, limit)
+    assert all(client.told for client in clients), [(client.error, client.events[-1]) for client in clients]
+    assert server.process.wait(max(1.0, limit - (time.monotonic() - since))) == 1
+    assert "\nerror: nanocp: the engine has failed; the log above says why\n" in server.text()
+    nothing_left(server, shared)
 
 
-def running_clients(server: Server) -> list[Client]:
-    """A long request, sharded, and two short ones, all of them decoding."""
-    clients = [Client(server, prompt(length, length), MANY) for length in (LONG, 40, 700)]
-    for client in clients:
-        client.start()
-    wait_for("all are decoding", lambda: all(len(client.texts) >= 3 for client in clients), 60)
-    assert not any(client.done for client in clients)
-    return clients
+def nothing_left(server: Server, shared: set[str]) -> None:
+    wait_for("no process is left", lambda: not server.members(), 20)
+    assert not left_of(shared)
 
 
 @pytest.fixture
@@ -115,30 +57,66 @@ def doomed(tiny_model: str, tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
-def check_clients_ended(clients: list[Client], limit: float) -> None:
-    end = time.monotonic() + limit
-    for client in clients:
-        client.join(max(0.0, end - time.monotonic()))
-        assert not client.is_alive(), f"a client still waits after {limit:.0f} s"
-        assert len(client.texts) < MANY and not client.finished
-
-
-def test_a_worker_is_killed(doomed: Server) -> None:
+@pytest.mark.parametrize("rank", [FIRST, LAST])
+def test_a_worker_is_killed(doomed: Server, rank: int) -> None:
     """Clients are told; the server ends, as stock vLLM's does, and takes the other rank with it."""
     workers = doomed.workers()
     assert len(workers) == RANKS
-    [victim] = [worker for worker in workers if f"DP{RANKS - 1}" in worker.name()]
+    [victim] = [worker for worker in workers if f"DP{rank}" in worker.name()]
     clients = running_clients(doomed)
     shared = shared_memory(doomed.members())
     assert left_of(shared), "otherwise there is nothing to find"
     victim.kill()
-    killed = time.monotonic()
-    check_clients_ended(clients, 60)
-    assert all(client.told for client in clients), [(client.error, client.events[-1]) for client in clients]
-    code = doomed.process.wait(max(1.0, 60 - (time.monotonic() - killed)))
-    assert code >= 0, "by itself, not by a signal"
-    wait_for("no process is left", lambda: not doomed.members(), 20)
-    assert not left_of(shared)
+    ends_with_a_line(doomed, clients, time.monotonic())
+    nothing_left(doomed, shared)
+
+
+@pytest.mark.parametrize("rank", [FIRST, LAST] if ALL_CASES else [LAST])
+def test_a_worker_is_stopped(tiny_model: str, tmp_path: Path, rank: int) -> None:
+    """It does not die, it does not answer: the engine waits as long as vLLM is told to, and ends."""
+    env = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(STEP_LIMIT_S)}
+    with serving(tiny_model, tmp_path / "serve.log", env=env) as server:
+        [victim] = [worker for worker in server.workers() if f"DP{rank}" in worker.name()]
+        clients = running_clients(server)
+        shared = shared_memory(server.members())
+        victim.suspend()
+        ends_with_a_line(server, clients, time.monotonic())
+        nothing_left(server, shared)
+
+
+@pytest.mark.parametrize("rank", [FIRST, LAST] if ALL_CASES else [LAST])
+def test_a_worker_raises_in_a_step(tiny_model: str, tmp_path: Path, rank: int) -> None:
+    """The other rank waits for it in a collective, and the engine for neither. The log has the reason."""
+    armed = tmp_path / "armed"
+    env = failing(where="step", worker=rank, armed=str(armed))
+    with serving(tiny_model, tmp_path / "serve.log", env=env) as server:
+        clients = running_clients(server)
+        shared = shared_memory(server.members())
+        armed.touch()
+        ends_with_a_line(server, clients, time.monotonic())
+        assert f"Worker failed with error '{HOOK_FAILURE}" in server.text()
+        nothing_left(server, shared)
+
+
+@pytest.mark.parametrize(
+    ("where", "rank"),
+    [("init", LAST), ("load", FIRST), ("init", FIRST), ("load", LAST)][: None if ALL_CASES else 1],
+)
+def test_a_worker_fails_to_start(tiny_model: str, tmp_path: Path, where: str, rank: int) -> None:
+    """The others wait for it to join, or to load: the start ends with exit code 1, and the log has the reason."""
+    with serving(tiny_model, tmp_path / "serve.log", env=failing(where=where, worker=rank), wait=False) as server:
+        shared: set[str] = set()
+        end = time.monotonic() + START_LIMIT_S
+        while server.process.poll() is None and time.monotonic() < end:
+            shared |= shared_memory(server.members())
+            time.sleep(0.5)
+        try:
+            assert server.process.wait(1) == 1
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it still starts:\n{server.tail()}") from None
+        assert f"RuntimeError: {HOOK_FAILURE}" in server.text()
+        assert "Engine core initialization failed" in server.text()
+        nothing_left(server, shared)
 
 
 def test_the_server_is_told_to_stop(doomed: Server) -> None:
@@ -159,5 +137,4 @@ def test_the_server_is_told_to_stop(doomed: Server) -> None:
         client.leave()
     assert doomed.process.wait(20) == 0
     check_clients_ended(clients, 20)
-    wait_for("no process is left", lambda: not doomed.members(), 20)
-    assert not left_of(shared)
+    nothing_left(doomed, shared)

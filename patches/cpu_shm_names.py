@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared memory of tensor-parallel CPU workers that are killed.
+
+Wrong upstream: `_CPUSHMDistributed._init_cpu_shm`
+(vllm/distributed/device_communicators/cpu_communicator.py) makes one segment of 4 MiB a worker and
+group under a name, `...-cpushm_0`, and removes the name when the worker ends by itself. Workers are
+killed as a rule: by the engine when they take too long, or because one has failed. The names stay
+in /dev/shm, and the memory with them, until the machine is started again.
+
+Versions: 0.32.0.
+
+Repair: once all workers of the group have mapped each other's segments, each removes the name of
+its own. The memory goes with the last process that has it mapped.
+
+Can go: when `_init_cpu_shm` removes the names itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import Any
+
+from vllm_nanocp.patches._guard import Outcome, require_source
+
+_MODULE = "cpu_shm_names"
+_MARK = "_nanocp_patch"
+_FOLDER = "/dev/shm"
+_KNOWN_INIT: set[str] = {"1832d7046fab7e55"}  # 0.32.0
+
+
+def apply() -> Outcome:
+    """Let CPU communicators remove the names of their shared memory. Idempotent.
+
+    Raises `PatchError` if `_CPUSHMDistributed._init_cpu_shm` is not the known one.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    init = _CPUSHMDistributed._init_cpu_shm
+    if hasattr(init, _MARK):
+        return Outcome.APPLIED
+    require_source(_MODULE, init, _KNOWN_INIT)
+
+    @functools.wraps(init)
+    def _init_cpu_shm(self: Any) -> int:
+        handle: int = init(self)  # ends with a barrier after all have mapped all
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{_FOLDER}/{self.group_name}_{self.communicator.rank}")
+        return handle
+
+    setattr(_init_cpu_shm, _MARK, True)
+    _CPUSHMDistributed._init_cpu_shm = _init_cpu_shm  # type: ignore[method-assign]
+    return Outcome.APPLIED

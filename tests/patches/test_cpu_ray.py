@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cpu_ray`: what vLLM's Ray executor asks of Ray for workers on CPU. Actors are in tests/ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_nanocp.patches import Outcome, PatchError, cpu_ray
+
+pytest.importorskip("vllm")
+pytest.importorskip("ray")
+
+
+@pytest.fixture
+def upstream() -> Iterator[Any]:
+    """vLLM's platform, executor and actor without the patch; afterwards they are as they were before the test."""
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
+
+    assert not hasattr(RayExecutorV2._get_actor_resource_kwargs, "_nanocp_patch"), "applied in this process"
+    kept = [
+        (CpuPlatform, "ray_device_key"),
+        (RayExecutorV2, "_get_actor_resource_kwargs"),
+        (RayExecutorV2, "_build_runtime_env"),
+        (RayWorkerProc, "get_node_and_physical_gpu_ids"),
+    ]
+    before = [(owner, name, owner.__dict__.get(name)) for owner, name in kept]
+    yield SimpleNamespace(platform=CpuPlatform, executor=RayExecutorV2, actor=RayWorkerProc)
+    for owner, name, value in before:
+        if value is not None:
+            setattr(owner, name, value)
+        elif name in owner.__dict__:
+            delattr(owner, name)
+
+
+def _environment(executor: Any) -> dict[str, str]:
+    config = SimpleNamespace(ray_runtime_env=None, ray_workers_use_nsight=False)
+    found: dict[str, str] = executor._build_runtime_env(SimpleNamespace(parallel_config=config))["env_vars"]
+    return found
+
+
+def test_upstream_has_no_cpus(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The defects. If one is gone, look whether the patch can go."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert not upstream.platform.ray_device_key
+    assert "OMP_NUM_THREADS" not in _environment(upstream.executor)
+    monkeypatch.setattr(upstream.platform, "ray_device_key", "CPU")
+    assert upstream.executor._get_actor_resource_kwargs()["resources"] == {"CPU": 1.0}, "which Ray refuses"
+
+
+def test_workers_are_cpus(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("LD_PRELOAD", "")
+    assert cpu_ray.apply() is Outcome.APPLIED
+    assert upstream.platform.ray_device_key == "CPU"
+    assert upstream.executor._get_actor_resource_kwargs() == {"num_gpus": 0}
+    assert _environment(upstream.executor) == {"OMP_NUM_THREADS": "3", "LD_PRELOAD": ""}
+    assert cpu_ray.apply() is Outcome.APPLIED
+
+
+def test_not_needed_where_upstream_serves_cpus(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream.platform, "ray_device_key", "CPU")
+    function = upstream.executor._get_actor_resource_kwargs
+    assert cpu_ray.apply() is Outcome.NOT_NEEDED
+    assert upstream.executor._get_actor_resource_kwargs is function
+
+
+def _other(*args: Any) -> Any: ...
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("executor", "_get_actor_resource_kwargs"),
+        ("executor", "_build_runtime_env"),
+        ("actor", "get_node_and_physical_gpu_ids"),
+    ],
+)
+def test_apply_refuses_another_upstream(upstream: Any, monkeypatch: pytest.MonkeyPatch, owner: str, name: str) -> None:
+    monkeypatch.setattr(getattr(upstream, owner), name, _other)
+    with pytest.raises(PatchError, match=r"^cpu_ray: _other has changed upstream .*vLLM \d"):
+        cpu_ray.apply()
+    assert not upstream.platform.ray_device_key, "all or nothing"

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One cluster for all tests here; engines are slow to start and shared, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+from tests.engine.harness import Engine
+
+from .nodes import Nodes, two_nodes
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[Nodes]:
+    with two_nodes() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_model: str, nodes: Nodes) -> Iterator[Callable[..., Engine]]:
+    """Starts engines by name, once; stock vLLM with one rank, and ranks on both nodes."""
+    running: dict[str, Engine] = {}
+    on_ray = dict(distributed_executor_backend="ray")
+    recipes: dict[str, dict[str, Any]] = {
+        "stock": dict(ranks=1, max_num_batched_tokens=1 << 17, num_gpu_blocks_override=4096),
+        # Fills the first node, and half of the second one.
+        "three": dict(ranks=3, nanocp={"segment_size": 512}, enable_prefix_caching=True, **on_ray),
+        # A rank of two workers on each node.
+        "two-by-two": dict(ranks=2, nanocp={"segment_size": 512}, tensor_parallel_size=2, **on_ray),
+    }
+
+    def get(name: str) -> Engine:
+        for other in [key for key in running if key not in ("stock", name)]:
+            running.pop(other).close()
+        if name not in running:
+            running[name] = Engine(tiny_model, **recipes[name])
+        return running[name]
+
+    yield get
+    for engine in running.values():
+        engine.close()

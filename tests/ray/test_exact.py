@@ -26,14 +26,9 @@ def asks(lengths: list[int], text: int, **params: object) -> list[Ask]:
     ]
 
 
-@pytest.mark.parametrize(("name", "per_node"), [("three", (2, 1)), ("two-by-two", (2, 2))])
-def test_tokens_and_logprobs(
-    nodes: Nodes, engines: Callable[..., Engine], name: str, per_node: tuple[int, int]
-) -> None:
-    stock, ours = engines("stock"), engines(name)
-    assert (len(nodes.workers(nodes.cluster.head_node)), len(nodes.workers(nodes.second))) == per_node
-    requests = asks(LENGTHS, 1, logprobs=5, max_tokens=12)
-    for length, answer, expected in zip(LENGTHS, ours.ask(requests), stock.ask(requests), strict=True):
+def compare(stock: Engine, ours: Engine, lengths: list[int]) -> None:
+    requests = asks(lengths, 1, logprobs=5, max_tokens=12)
+    for length, answer, expected in zip(lengths, ours.ask(requests), stock.ask(requests), strict=True):
         assert answer.tokens == expected.tokens, length
         assert_same_logprobs(answer.logprobs[0], expected.logprobs[0], 1e-3)
     degrees = {sum(held > 0 for held in shares) for shares in ours.status()["finished"].values()}
@@ -41,14 +36,28 @@ def test_tokens_and_logprobs(
     ours.check_nothing_left()
 
 
+def test_three_ranks(nodes: Nodes, engines: Callable[..., Engine]) -> None:
+    """Two on the engine's node, one on the other."""
+    stock, ours = engines("stock"), engines("three")
+    assert (len(nodes.workers(nodes.cluster.head_node)), len(nodes.workers(nodes.second))) == (2, 1)
+    compare(stock, ours, LENGTHS)
+
+
 def test_sampling_and_aborts(engines: Callable[..., Engine]) -> None:
     """Clients that leave in the middle, of short and of sharded requests, change nothing for the others."""
-    stock, ours = engines("stock"), engines("two-by-two")
+    stock, ours = engines("stock"), engines("three")
     requests = asks([60, 1600, 2600], 3, temperature=0.8, seed=11, top_p=0.9, max_tokens=24)
     leaving = [Ask(prompt(n, n), dict(max_tokens=200), leave_after=3) for n in (40, 2000, 3500)]
     answers = ours.ask([*leaving, *requests])[len(leaving) :]
     assert [a.tokens for a in answers] == [a.tokens for a in stock.ask(requests)]
     ours.check_nothing_left()
+
+
+def test_two_ranks_of_two_workers(nodes: Nodes, engines: Callable[..., Engine]) -> None:
+    """A rank on each node."""
+    stock, ours = engines("stock"), engines("two-by-two")
+    assert (len(nodes.workers(nodes.cluster.head_node)), len(nodes.workers(nodes.second))) == (2, 2)
+    compare(stock, ours, LENGTHS[::3])
 
 
 def test_actors_end_with_their_engine(nodes: Nodes, engines: Callable[..., Engine]) -> None:

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One cluster for all tests here; engines are slow to start and shared, too."""
+"""One cluster for all tests here; engines are slow to start and shared, too.
+
+Those that start raylets run with ``NANOCP_RAY_TESTS=1`` only: two cores need ten minutes for them.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +21,8 @@ from .nodes import Nodes, two_nodes
 
 @pytest.fixture(scope="session")
 def nodes() -> Iterator[Nodes]:
+    if os.environ.get("NANOCP_RAY_TESTS") != "1":
+        pytest.skip("starts a Ray cluster: NANOCP_RAY_TESTS=1")
     with two_nodes() as found:
         yield found
 

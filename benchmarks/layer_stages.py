@@ -194,7 +194,7 @@ def measure_routed(it: Layer, batch: Any, pieces: Any, forward: Callable[..., An
     sharded = it.builder().build(0, batch)
     context.step, context.routes = None, {}
     rows, launch = sharded.sharded, sharded.sharded.guests
-    route = rows.route
+    _, route = rows.routed
     whole = forward(sharded, type(it.impl))
     query = torch.randn((batch.num_reqs, 32, 128), dtype=torch.bfloat16, device=it.device)
     output = torch.empty_like(query)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .harness import Engine
+from .harness import RESTLESS, Engine
 
 # Per-rank blocks of the small engines: 1,536 tokens, while a request may have 4,096.
 SMALL_BLOCKS = 49
@@ -43,18 +43,7 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
         # A cache so small and margins so narrow that homes move and ranks spill all the time.
         "moving": dict(
             ranks=3,
-            nanocp={
-                "segment_size": 1024,
-                "moves": {
-                    "batch_margin": 0.0,
-                    "kv_margin": 0.0,
-                    "min_steps_between": 0,
-                    "min_remaining_tokens": 1,
-                    "spare_blocks": 0,
-                    "growth_blocks": 1,
-                    "weigh_exchange": False,
-                },
-            },
+            nanocp={"segment_size": 1024, "moves": RESTLESS},
             num_gpu_blocks_override=SMALL_BLOCKS,
             max_model_len=4096,
             enable_prefix_caching=True,

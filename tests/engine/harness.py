@@ -22,6 +22,16 @@ from vllm_nanocp import status
 
 BLOCK = 32
 CHUNK = 512
+# Settings of ``moves`` with which homes move and ranks spill whenever they can.
+RESTLESS: dict[str, Any] = dict(
+    batch_margin=0.0,
+    kv_margin=0.0,
+    min_steps_between=0,
+    min_remaining_tokens=1,
+    spare_blocks=0,
+    growth_blocks=1,
+    weigh_exchange=False,
+)
 # Seconds for all requests of a call together.
 LIMIT_S = float(os.environ.get("ENGINE_LIMIT_S", "240"))
 

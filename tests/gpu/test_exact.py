@@ -25,15 +25,6 @@ STEP = 0.0625
 LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tests.tiny_models import make_qwen3_moe
-
-    path = tmp_path_factory.mktemp("models") / "tiny-gpu"
-    make_qwen3_moe(path, dtype="bfloat16", head_dim=64, hidden_size=256, num_heads=8, num_kv_heads=2)
-    return str(path)
-
-
 def common() -> dict[str, Any]:
     return dict(dtype="bfloat16", block_size=16, num_gpu_blocks_override=8192)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.engine.harness import Ask, Engine, prompt
+from tests.engine.harness import RESTLESS, Ask, Engine, prompt
 
 from .test_exact import STEP, TIE, common, partings
 
@@ -19,32 +19,15 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
-MOVES = dict(
-    batch_margin=0.0,
-    kv_margin=0.0,
-    min_steps_between=0,
-    min_remaining_tokens=1,
-    spare_blocks=0,
-    growth_blocks=1,
-    weigh_exchange=False,
-)
-
-
 @pytest.fixture(scope="module", params=os.environ.get("NANOCP_RUNNERS", "v2,v1,graphs").split(","))
-def engines(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Engine, Engine]]:
-    from tests.tiny_models import make_qwen3_moe
-
-    model = tmp_path_factory.mktemp("models") / "tiny-gpu"
-    make_qwen3_moe(model, dtype="bfloat16", head_dim=64, hidden_size=256, num_heads=8, num_kv_heads=2)
+def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[Engine, Engine]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0" if request.param == "v1" else "1")
         args = common() | dict(enforce_eager=request.param != "graphs", max_model_len=4096)
-        stock = Engine(str(model), 1, **args)
+        stock = Engine(model, 1, **args)
         # 2,400 tokens a rank: it runs out again and again.
         moving = Engine(
-            str(model), 2, {"segment_size": 1024, "moves": MOVES}, **args | dict(num_gpu_blocks_override=151)
+            model, 2, {"segment_size": 1024, "moves": RESTLESS}, **args | dict(num_gpu_blocks_override=151)
         )
     yield stock, moving
     stock.close()

@@ -18,9 +18,8 @@ import psutil  # type: ignore[import-untyped]
 
 from tests.engine.harness import prompt
 
-from .serving import ANSWER_LIMIT_S, Server, wait_for
+from .serving import ANSWER_LIMIT_S, LONG, Server, wait_for
 
-LONG = 3500
 # What the client of a request that is cut off may see of it, at most.
 MANY = 560
 

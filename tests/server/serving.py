@@ -29,6 +29,9 @@ MAX_MODEL_LEN = 4096
 # vLLM keeps one block of each rank for itself: a rank holds less than a request may have.
 RANK_BLOCKS = 90
 RANK_TOKENS = (RANK_BLOCKS - 1) * BLOCK
+# More than a rank holds: such a request is answered only if its KV is on several.
+LONG = 3500
+COMPLETIONS = "/v1/completions"
 FLAGS = [
     "--data-parallel-size", str(RANKS), "--enable-expert-parallel",
     "--nanocp", "--nanocp-config", '{"segment_size": 512}',

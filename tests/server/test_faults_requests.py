@@ -14,13 +14,11 @@ import pytest
 from tests.engine.harness import prompt
 
 from .clients import Client
-from .serving import ANSWER_LIMIT_S, MAX_MODEL_LEN, RANK_TOKENS, Server, wait_for
+from .serving import ANSWER_LIMIT_S, COMPLETIONS, LONG, MAX_MODEL_LEN, RANK_TOKENS, Server, wait_for
 
 pytestmark = pytest.mark.engine
 
-COMPLETIONS = "/v1/completions"
 VOCAB = 512
-LONG = 3500
 
 
 def check_answers(server: Server) -> None:

@@ -15,13 +15,10 @@ import pytest
 
 from tests.engine.harness import prompt
 
-from .serving import ANSWER_LIMIT_S, BLOCK, MAX_MODEL_LEN, RANK_TOKENS, RANKS, Server, wait_for
+from .serving import ANSWER_LIMIT_S, BLOCK, COMPLETIONS, LONG, MAX_MODEL_LEN, RANK_TOKENS, RANKS, Server, wait_for
 
 pytestmark = pytest.mark.engine
 
-# More than a rank holds: such a request is answered only if its KV is on several.
-LONG = 3500
-COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
 

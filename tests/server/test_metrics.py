@@ -8,8 +8,8 @@ from collections.abc import Callable
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from .serving import BLOCK, RANKS, Server, wait_for
-from .test_http import COMPLETIONS, LONG, complete, prompt
+from .serving import BLOCK, COMPLETIONS, LONG, RANKS, Server, wait_for
+from .test_http import complete, prompt
 
 Samples = dict[tuple[str, str], float]
 

@@ -139,12 +139,12 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows: ShardedRows | None = getattr(attn_metadata, "sharded", None)
-        if rows is not None and rows.routes is not None:
-            assert rows.route is not None
-            rows.routes.dispatch(query, rows.route, self._number)
+        if rows is not None and rows.routed is not None:
+            routes, route = rows.routed
+            routes.dispatch(query, route, self._number)
         if rows is None or rows.plain:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
-        if rows is not None and rows.routes is not None:
+        if rows is not None and rows.routed is not None:
             self._visit_routed(layer, query, kv_cache, rows, output)
         elif rows is not None:
             self._visit(layer, query, kv_cache, rows, output)
@@ -164,9 +164,10 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         output: torch.Tensor,
     ) -> None:
         """What is left when the queries are on their way: attend, answer, merge."""
-        routes, route, launch = rows.routes, rows.route, rows.guests
-        assert routes is not None and route is not None and launch is not None and launch.pieces is not None
+        launch = rows.guests
+        assert rows.routed is not None and launch is not None and launch.pieces is not None
         assert rows.pick is not None and rows.tokens is not None
+        routes, route = rows.routed
         routes.wait(route, self._number)
         outputs, lses = self._pieces(layer, routes.visiting(query), kv_cache, launch)
         routes.answer(outputs, lses, launch.pieces, route, self._number)

@@ -36,7 +36,7 @@ class ShardedRows:
         partials: room for the rows that come back, and behind them those of ``own``.
         tokens: int64 [num_results], the indices in the batch of the queries that visit; -1 for an unused one.
         pick: int64 [num_results, num_partials], see ``merge_rows``; None without such queries.
-        routes, route: with the routed exchange, which then takes the place of ``Exchange``.
+        routed: the routed exchange, if it takes the place of ``Exchange``, and the step's route.
     """
 
     plain: bool
@@ -48,8 +48,7 @@ class ShardedRows:
     partials: torch.Tensor
     tokens: torch.Tensor | None
     pick: torch.Tensor | None
-    routes: Routes | None = None
-    route: Route | None = None
+    routed: tuple[Routes, Route] | None = None
 
 
 def _launch(
@@ -247,6 +246,7 @@ class CapturedTables:
         """What follows on the device from the integers copied to it."""
         self.launch.lengths.copy_(self._lengths)
         n = common.num_reqs
+        routes = context.routes.get(self.capacity)
         self._seq_lens[:n] = common.seq_lens[:n]
         self._seq_lens.index_fill_(0, self._visiting, 0)
         return ShardedRows(
@@ -259,6 +259,5 @@ class CapturedTables:
             partials=self._partials,
             tokens=self._tokens,
             pick=self._pick,
-            routes=context.routes.get(self.capacity),
-            route=self._route,
+            routed=None if routes is None else (routes, self._route),
         ), self._seq_lens[:n]

@@ -16,6 +16,5 @@ def choose(wanted: str, num_nodes: int) -> str:
     """
     if wanted != "auto":
         return wanted
-    # The only one there is, and the only one that reaches other nodes. One that needs shared memory goes here, for
-    # ``num_nodes == 1``.
+    # The only one that reaches other nodes. ``routed`` goes here for ``num_nodes == 1``, once it was verified on GPUs.
     return "collective"

@@ -11,11 +11,13 @@ Each system is started with the same flags and gets the same streams over the Op
     B          the same beside one request of --long tokens, which decodes before they start
     C          the same beside two requests of half as many, sent --stagger seconds apart
     capacity   one request of --capacity tokens: is it admitted, does it decode
-    prefill    while the shorts decode, a prompt of --prefill tokens is computed (a server of its own)
+    prefill    while the shorts decode, a prompt of --prefill tokens is computed
+    trace      some steps of A and of B under torch's profiler; what they wait for and run on GPUs (step_trace.py)
 
-Except in ``prefill`` no prompt is computed: its KV is taken as there (vLLM's DecodeBenchConnector for stock, the key
-``decode_bench`` for the plugin), so that long contexts cost no prefill time. Figures are gaps between the chunks of a
-stream, in ms; the first 10 of each stream do not count, those of the shorts only while every long request decodes.
+Only the long prompt of ``prefill`` is computed: the KV of others is taken as there (vLLM's DecodeBenchConnector for
+stock, the key ``decode_bench`` for the plugin), so that long contexts cost no prefill time. Figures are gaps between
+the chunks of a stream, in ms; the first 10 of each stream do not count, those of the shorts only while every long
+request decodes.
 FOLDER gets SYSTEM.json (after each scenario, so a run that is killed keeps what it has), logs, and report.json.
 
 On a machine without a GPU this is a smoke test: eager, and stock with one rank. Its figures mean nothing.
@@ -33,18 +35,21 @@ import signal
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import serving
+import step_trace
 from serving import Server, ServerError, Stream, StreamError, write_json
 
 SYSTEMS = ("stock", "collective", "routed")
-SCENARIOS = ("A", "B", "C", "capacity", "prefill")
+SCENARIOS = ("A", "B", "C", "capacity", "prefill", "trace")
+ONCE = ("capacity", "trace")  # repeats would say the same
 SKIP = 10  # gaps at the start of a stream, while others start
 BUNCHED_MS = 0.1  # no model steps so fast: client or API server was late, and read several tokens at once
-CAPACITY_TOKENS, PREFILL_OUTPUT = 50, 16
+CAPACITY_TOKENS, PREFILL_OUTPUT, TRACED_STEPS = 50, 16, 10
 Window = tuple[float, float]
 
 
@@ -64,7 +69,7 @@ def model_length(args: argparse.Namespace, system: str) -> int:
     if args.max_model_len is not None:
         return int(args.max_model_len)
     needs = [args.short_prompt + args.tokens]
-    if {"B", "C"} & set(args.scenarios):
+    if {"B", "C", "trace"} & set(args.scenarios):
         needs.append(args.long + long_tokens(args, 2))
     if "capacity" in args.scenarios:
         needs.append(args.capacity + CAPACITY_TOKENS)
@@ -115,22 +120,24 @@ def common(streams: Sequence[Stream]) -> Window:
 class Driver:
     """Plays scenarios on one server."""
 
-    def __init__(self, args: argparse.Namespace, server: Server) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, server: Server, system: str) -> None:
+        self.args, self.system = args, system
         self.url = server.url
         config = json.loads((Path(args.model) / "config.json").read_text())
         self.vocab = int(config["vocab_size"])
 
     def _streams(
-        self, name: str, count: int, prompt: int, tokens: int, seed: str, ready_after: int = 1
+        self, name: str, count: int, prompt: int, tokens: int, seed: str, ready_after: int = 1, compute: bool = False
     ) -> list[Stream]:
-        return serving.make_streams(name, count, prompt, tokens, str(self.args.model), self.vocab, seed, ready_after)
+        model = str(self.args.model)
+        return serving.make_streams(name, count, prompt, tokens, model, self.vocab, seed, ready_after, compute)
 
-    def _play(self, phases: list[list[Stream]], result: dict[str, Any]) -> None:
+    def _play(self, phases: list[list[Stream]], result: dict[str, Any], meanwhile: Any = None) -> None:
         """Play the phases; the raw streams are kept also if they fail."""
         streams = [stream for phase in phases for stream in phase]
         try:
-            late = asyncio.run(serving.play(self.url, phases, self.args.stagger, self.args.scenario_timeout))
+            playing = serving.play(self.url, phases, self.args.stagger, self.args.scenario_timeout, meanwhile)
+            late = asyncio.run(playing)
             result["client_late_ms"] = round(1e3 * late, 1)
         finally:
             origin = streams[0].sent
@@ -172,12 +179,29 @@ class Driver:
         steps = math.ceil(args.prefill / args.max_num_batched_tokens)
         tokens = max(args.tokens, 100 + 3 * steps)
         shorts = self._streams("short", args.shorts, args.short_prompt, tokens, seed, ready_after=2 * SKIP)
-        longs = self._streams("long", 1, args.prefill, PREFILL_OUTPUT, seed)
+        longs = self._streams("long", 1, args.prefill, PREFILL_OUTPUT, seed, compute=True)
         self._play([shorts, longs], result)
         sent, first = longs[0].sent, longs[0].times[0]
         result["before"] = within(shorts, (-math.inf, sent), SKIP)
         result["short"] = within(shorts, (sent, first), SKIP, overlap=True)
         result["long"] = within(longs, (-math.inf, math.inf), 0)
+
+    def trace(self, seed: str, result: dict[str, Any]) -> None:
+        """Under the profiler while 16 shorts decode, then while a long one does too."""
+        args, folder = self.args, Path(serving.trace_folder(self.args, self.system))
+        for scenario in ("A", "B"):
+            shorts = self._streams("short", args.shorts, args.short_prompt, args.tokens, seed, ready_after=2 * SKIP)
+            longs = self._streams("long", scenario == "B", args.long, long_tokens(args, 1), seed)
+
+            async def profile(prefix: str = scenario) -> None:
+                body = {"profile_prefix": prefix, "max_iterations": TRACED_STEPS}
+                await serving.post(f"{self.url}/start_profile", body)
+                await asyncio.sleep(2.0)
+                await serving.post(f"{self.url}/stop_profile", {})
+
+            self._play([longs, shorts] if longs else [shorts], {}, profile)
+            result[scenario] = step_trace.summarise(folder, scenario)
+            step_trace.write_step(folder, scenario, args.out / f"{self.system}-{scenario}-step.json.gz")
 
     def run(self, scenario: str, seed: str) -> dict[str, Any]:
         """One repeat's figures; ``failed`` says why there are none."""
@@ -187,34 +211,38 @@ class Driver:
                 self.interference(scenario, seed, result)
             elif scenario == "capacity":
                 self.capacity(seed, result)
-            else:
+            elif scenario == "prefill":
                 self.prefill(seed, result)
+            else:
+                self.trace(seed, result)
         except StreamError as error:
             result["failed"] = str(error)
         return result
 
 
 def measure_server(
-    args: argparse.Namespace, system: str, machine: dict[str, Any], bench: bool, scenarios: list[str], record: Any
+    args: argparse.Namespace, system: str, machine: dict[str, Any], bench: bool, record: dict[str, Any]
 ) -> None:
-    """Start one server and play its scenarios into ``record``, written after each."""
+    """Start a server and play the scenarios into ``record``, written after each."""
     path = args.out / f"{system}.json"
     gpu, port = machine["gpus"] > 0, args.port or serving.free_port()
     line = serving.serve_command(args, system, gpu, bench, model_length(args, system), port)
     env = serving.environment(system, gpu, bench)
     start: dict[str, Any] = {"decode_bench": bench, "command": shlex.join(line), "env": env, "seconds": None}
     record["starts"].append(start)
-    log = args.out / (f"{system}.log" if scenarios[0] != "prefill" else f"{system}-prefill.log")
+    log = args.out / f"{system}.log"
     say(f"{system}: {' '.join(f'{k}={v}' for k, v in env.items())} {shlex.join(line)}   (log: {log})")
     with serving.running(line, env, port, log) as server:
         try:
             start["seconds"] = server.wait(args.start_timeout)
             say(f"{system}: healthy after {start['seconds']} s")
-            driver = Driver(args, server)
+            while args.gate is not None and not args.gate.exists():
+                time.sleep(0.2)
+            driver = Driver(args, server, system)
             driver.warm_up()
-            for scenario in scenarios:
+            for scenario in args.scenarios:
                 runs = record["scenarios"].setdefault(scenario, [])
-                for repeat in range(args.repeats):
+                for repeat in range(args.repeats if scenario not in ONCE else 1):
                     runs.append(driver.run(scenario, f"{args.seed} {scenario} {repeat}"))
                     shown = {key: value for key, value in runs[-1].items() if key != "streams"}
                     say(f"{system} {scenario}: {json.dumps(shown)}")
@@ -244,18 +272,15 @@ def measure(args: argparse.Namespace, system: str, machine: dict[str, Any]) -> b
     }
     if not machine["gpus"]:
         record["note"] = "smoke test on CPU, eager" + (": one rank, no expert parallel" if system == "stock" else "")
-    decode = [s for s in args.scenarios if s != "prefill" or not bench]
-    prefill = ["prefill"] if bench and "prefill" in args.scenarios else []
-    for with_bench, scenarios in [(bench, decode)] * bool(decode) + [(False, prefill)] * bool(prefill):
-        try:
-            measure_server(args, system, machine, with_bench, scenarios, record)
-        except (ServerError, StreamError) as error:
-            record["errors"].append(str(error))
-        except BaseException as error:
-            record["errors"].append(repr(error))
-            raise
-        finally:
-            write_json(args.out / f"{system}.json", record)
+    try:
+        measure_server(args, system, machine, bench, record)
+    except (ServerError, StreamError) as error:
+        record["errors"].append(str(error))
+    except BaseException as error:
+        record["errors"].append(repr(error))
+        raise
+    finally:
+        write_json(args.out / f"{system}.json", record)
     failed = failures(record)
     for failure in failed:
         say(f"{system}: FAILED: {failure}")
@@ -299,6 +324,9 @@ def other_lines(name: str, record: dict[str, Any]) -> list[str]:
         if "failed" not in run:
             said = run.get("error") or f"gap p50 {run['long']['p50']} ms"
             lines.append(f"capacity, {name}: {record['settings']['capacity']} tokens: HTTP {run['status']}, {said}")
+    for run in record["scenarios"].get("trace", []):
+        if "failed" not in run:
+            lines.extend(f"trace {scenario}, {name}: {json.dumps(run[scenario]['per_step'])}" for scenario in "AB")
     for run in record["scenarios"].get("prefill", []):
         if "failed" not in run:
             short, before = run["short"], run["before"]
@@ -362,6 +390,7 @@ def parse_args() -> argparse.Namespace:
     add("--capture-sizes", default="1,2,4,8,16,24,32,64", help="CUDA graph sizes")
     add("--gpu-memory-utilization", type=float, default=0.88)
     add("--extra", default="", help="more vllm serve flags, for every system")
+    add("--gate", type=Path, help="measure once this file is there: until then others may use the machine")
     add("--port", type=int, default=0, help="default: a free one")
     add("--start-timeout", type=float, default=420.0, help="seconds until a server must be healthy")
     add("--scenario-timeout", type=float, default=300.0, help="seconds")

@@ -39,6 +39,8 @@ versions = {"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.
 print(json.dumps({"gpu": gpus[0] if gpus else None, "gpus": len(gpus), "machine": platform.machine(),
                   "versions": {**versions, "python": platform.python_version()}}))
 """
+# vLLM's own DecodeBenchConnector, which leaves alone the requests that want their prompts computed.
+CONNECTOR = {"kv_connector": "PartlyFilled", "kv_connector_module_path": "partly_filled", "kv_role": "kv_both"}
 # What a server's log says of the KV a rank holds, of how long requests were spread, and of why it did not start.
 NOTES = re.compile(r"(ValueError: |KV cache size|KV tokens per rank|Maximum concurrency|Available KV cache memory).*")
 
@@ -107,12 +109,17 @@ def system_flags(args: argparse.Namespace, system: str, gpu: bool, bench: bool) 
     if system == "stock":
         flags = flags if gpu else ["--data-parallel-size=1"]
         if bench:
-            flags += ["--kv-transfer-config", '{"kv_connector":"DecodeBenchConnector","kv_role":"kv_both"}']
+            flags += ["--kv-transfer-config", json.dumps(CONNECTOR)]
         return flags
     config: dict[str, Any] = {"exchange": system, "segment_size": args.segment_size}
     if bench:
         config["decode_bench"] = True
     return [*flags, "--nanocp", "--nanocp-config", json.dumps(config)]
+
+
+def trace_folder(args: argparse.Namespace, system: str) -> str:
+    """Where the workers of a system leave their profiler's traces."""
+    return str((args.out / f"{system}-traces").resolve())
 
 
 def serve_command(args: argparse.Namespace, system: str, gpu: bool, bench: bool, length: int, port: int) -> list[str]:
@@ -125,6 +132,9 @@ def serve_command(args: argparse.Namespace, system: str, gpu: bool, bench: bool,
         f"--max-num-batched-tokens={args.max_num_batched_tokens}",
         *system_flags(args, system, gpu, bench),
     ]
+    if "trace" in args.scenarios:
+        profiler = {"profiler": "torch", "torch_profiler_dir": trace_folder(args, system), "ignore_frontend": True}
+        flags.append(f"--profiler-config={json.dumps(profiler | {'torch_profiler_with_stack': False})}")
     if gpu:
         flags.append(f"--gpu-memory-utilization={args.gpu_memory_utilization}")
         flags.append(f"-cc.cudagraph_capture_sizes=[{args.capture_sizes}]")
@@ -144,6 +154,7 @@ def environment(system: str, gpu: bool, bench: bool) -> dict[str, str]:
     if system == "stock":
         # No plugin but the one without which the command does not start on CPU.
         env["VLLM_PLUGINS"] = "nanocp_metadata_alias"
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     elif bench:
         env["NANOCP_DECODE_BENCH"] = "1"
     return env
@@ -337,17 +348,37 @@ class Stream:
 
 
 def make_streams(
-    name: str, count: int, prompt: int, tokens: int, model: str, vocab: int, seed: str, ready_after: int = 1
+    name: str,
+    count: int,
+    prompt: int,
+    tokens: int,
+    model: str,
+    vocab: int,
+    seed: str,
+    ready_after: int = 1,
+    compute: bool = False,
 ) -> list[Stream]:
-    """Streams with the same prompts for the same seed, made into bytes before any clock runs."""
+    """Streams with the same prompts for the same seed, made into bytes before any clock runs.
+
+    With ``compute`` their prompts are computed even where others' are taken as there.
+    """
     low, high = min(300, vocab // 2), min(150000, vocab - 1)
     streams = []
     for i in range(count):
         ids = random.Random(f"{seed} {name} {i}").choices(range(low, high + 1), k=prompt)
         body = dict(model=model, prompt=ids, max_tokens=tokens, temperature=0, ignore_eos=True, stream=True)
         body["stream_options"] = {"include_usage": True}
+        if compute:
+            body["vllm_xargs"] = {"compute_prompt": 1}
         streams.append(Stream(name, json.dumps(body).encode(), tokens, ready_after))
     return streams
+
+
+async def post(url: str, body: dict[str, Any]) -> None:
+    """POST, for what answers with nothing; raises ``StreamError`` when refused."""
+    async with aiohttp.ClientSession() as session, session.post(url, json=body) as answer:
+        if answer.status != 200:
+            raise StreamError(f"{url}: HTTP {answer.status}: {(await answer.text())[:300]}")
 
 
 async def _watch_clock(late: list[float]) -> None:
@@ -358,12 +389,15 @@ async def _watch_clock(late: list[float]) -> None:
         late.append(time.perf_counter() - due)
 
 
-async def play(url: str, phases: Sequence[Sequence[Stream]], stagger: float, limit: float) -> float:
+async def play(
+    url: str, phases: Sequence[Sequence[Stream]], stagger: float, limit: float, meanwhile: Any = None
+) -> float:
     """Start the phases' streams, each phase once those of the one before are ready; return when all ended.
 
     Streams of a phase that are ``long`` start ``stagger`` seconds apart, so that a balancer can see the first before
-    it places the second. Returns by how many seconds this client was late at most, so that its delays are not taken
-    for the server's. Raises ``StreamError`` when a stream failed or time ran out.
+    it places the second. ``meanwhile``, if given, is called and awaited once all have started. Returns by how many
+    seconds this client was late at most, so that its delays are not taken for the server's. Raises ``StreamError`` when
+    a stream failed or time ran out.
     """
     streams = [stream for phase in phases for stream in phase]
     timeout = aiohttp.ClientTimeout(total=limit)
@@ -381,6 +415,8 @@ async def play(url: str, phases: Sequence[Sequence[Stream]], stagger: float, lim
                     await stream.ready.wait()
                     if stream.error:
                         raise StreamError(f"{stream.name}: {stream.error}")
+            if meanwhile is not None:
+                await meanwhile()
             await asyncio.gather(*tasks[1:])
     except TimeoutError:
         raise StreamError(f"not complete after {limit:.0f} s") from None

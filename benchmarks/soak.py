@@ -8,14 +8,17 @@ what makes no sense, and the prefix cache is reset, with and without running req
 requests are preempted (without ``--model`` also on a model so small that nothing of this takes long). Then:
 
 - ``lost``: every request was sent and got all that it had to;
-- ``tokens``: a sample of them gets the same tokens from stock vLLM (one rank, float32);
+- ``tokens``: a sample of them gets the same tokens from stock vLLM (one rank). In bfloat16 runs part where tokens are
+  nearly as likely: there, stock vLLM scores the tokens that were sampled greedily, and none may be less likely than its
+  own choice by more than ``--gap``;
 - ``blocks``: no KV block is held, on any rank, and nobody runs or waits;
 - ``memory``: no process has grown by 2 % or more after warm-up, by a line through its resident memory;
 - ``latency``: medians of the first and the last third; judged only with ``--latency-limit``, since other work on the
   machine changes them;
 - ``alive``: the server answers, and ends with code 0 when told to.
 
-The result is one JSON. The exit code is 1 if a check fails. Runs on CPU as is; needs this package and vLLM.
+The result is one JSON. The exit code is 1 if a check fails. Runs on CPU as is; on GPUs with ``--dtype bfloat16`` (and
+``--extra=`` for graphs). Needs this package and vLLM.
 """
 
 from __future__ import annotations
@@ -33,14 +36,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil  # type: ignore[import-untyped]
 from serving import STOP_LIMIT_S, Server, end, environment, free_port, probe, running, write_json
-from soak_checks import latencies, memory, nothing_lost, tokens
+from soak_checks import latencies, memory, nothing_lost, scored, tokens
 from soak_load import Job, make_jobs, run_job, run_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +92,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=4096, help="tokens")
     parser.add_argument("--concurrency", type=int, default=12, help="requests at the same time, at most")
     parser.add_argument("--sample", type=int, default=10, help="one of so many is compared with stock vLLM; 0: none")
+    parser.add_argument("--dtype", default="float32", help="float32 is exact; FlashAttention has bfloat16 only")
+    parser.add_argument("--gap", type=float, default=0.25, help="logprob that a token may fall behind, not in float32")
     parser.add_argument("--latency-limit", type=float, default=None, help="last third over first; default: not judged")
     parser.add_argument("--extra", default="--enforce-eager", help="more flags of vllm serve, for both servers")
     parser.add_argument("--out", type=Path, default=Path("soak.json"))
@@ -194,23 +199,42 @@ async def drive(args: argparse.Namespace, url: str, model: str, jobs: list[Job],
         result["counters"] = of(await metrics(session, url), COUNTERS)
 
 
-async def ask_again(jobs: list[Job], url: str, model: str) -> list[Job]:
-    """The same requests, a few at a time, to the end."""
-    again = [Job(job.number, 0.0, job.body) for job in jobs]
+async def few_at_a_time(jobs: list[Job], ask: Callable[[Job, aiohttp.ClientSession], Awaitable[Any]]) -> list[Any]:
     room = asyncio.Semaphore(4)
     timeout = aiohttp.ClientTimeout(total=START_LIMIT_S)
     async with aiohttp.ClientSession(timeout=timeout) as session:
 
-        async def run(job: Job) -> None:
+        async def run(job: Job) -> Any:
             async with room:
-                await run_job(job, session, url, model)
+                return await ask(job, session)
 
-        await asyncio.gather(*(run(job) for job in again))
+        return await asyncio.gather(*(run(job) for job in jobs))
+
+
+async def ask_again(jobs: list[Job], url: str, model: str) -> list[Job]:
+    """The same requests, to the end."""
+    again = [Job(job.number, 0.0, job.body) for job in jobs]
+    await few_at_a_time(again, lambda job, session: run_job(job, session, url, model))
     return again
 
 
+async def score(jobs: list[Job], url: str, model: str) -> list[list[float]]:
+    """By how much each token of each job's answer is less likely than the likeliest, given those before it."""
+
+    async def ask(job: Job, session: aiohttp.ClientSession) -> list[float]:
+        body = dict(model=model, prompt=job.body["prompt"] + job.tokens, max_tokens=1, prompt_logprobs=1)
+        async with session.post(f"{url}/v1/completions", json=body) as answer:
+            places = (await answer.json())["choices"][0]["prompt_logprobs"][-len(job.tokens) :]
+        return [
+            max(entry["logprob"] for entry in place.values()) - place[str(token)]["logprob"]
+            for place, token in zip(places, job.tokens, strict=True)
+        ]
+
+    return await few_at_a_time(jobs, ask)
+
+
 def common_flags(args: argparse.Namespace, port: int) -> list[str]:
-    flags = ["--dtype=float32", f"--max-model-len={args.max_model_len}", f"--block-size={BLOCK}"]
+    flags = [f"--dtype={args.dtype}", f"--max-model-len={args.max_model_len}", f"--block-size={BLOCK}"]
     return [*flags, *shlex.split(args.extra), "--host=127.0.0.1", f"--port={port}"]
 
 
@@ -276,7 +300,11 @@ def soak(args: argparse.Namespace, logs: Path, result: dict[str, Any]) -> None:
         port = free_port()
         with running(stock_command(args, model, port), environment("stock", gpu, False), port, logs / "stock.log") as s:
             s.wait(START_LIMIT_S)
-            checks["tokens"] = tokens(sample, asyncio.run(ask_again(sample, s.url, model)))
+            if args.dtype == "float32":
+                checks["tokens"] = tokens(sample, asyncio.run(ask_again(sample, s.url, model)))
+            else:
+                greedy = [job for job in sample if job.body["temperature"] == 0 and job.tokens]
+                checks["tokens"] = scored(greedy, asyncio.run(score(greedy, s.url, model)), args.gap)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -75,6 +75,31 @@ def tokens(ours: Sequence[Job], stocks: Sequence[Job]) -> dict[str, Any]:
     return {"pass": bool(ours) and not differing, "compared": len(ours), "differing": differing[:10]}
 
 
+def scored(ours: Sequence[Job], gaps: Sequence[Sequence[float]], limit: float) -> dict[str, Any]:
+    """Whether all tokens are stock vLLM's choice, or nearly.
+
+    Args:
+        ours: greedy requests.
+        gaps: for each token of each, the logprob by which it falls behind stock vLLM's choice.
+        limit: of a gap.
+    """
+    flat = sorted(gap for mine in gaps for gap in mine)
+    worst = [
+        {"number": job.number, "prompt": len(job.body["prompt"]), "at": mine.index(max(mine)), "gap": max(mine)}
+        for job, mine in zip(ours, gaps, strict=True)
+        if max(mine) > limit
+    ]
+    return {
+        "pass": bool(flat) and not worst,
+        "compared": len(ours),
+        "tokens": len(flat),
+        "not_the_choice": sum(gap > 0 for gap in flat),
+        "largest_gaps": [round(gap, 4) for gap in flat[-10:]],
+        "limit": limit,
+        "differing": worst[:10],
+    }
+
+
 def nothing_lost(jobs: Sequence[Job], wanted: int) -> dict[str, Any]:
     """Whether each request was sent, and got what it had to."""
     sent = [job for job in jobs if job.sent]

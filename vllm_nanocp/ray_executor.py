@@ -19,7 +19,6 @@ from vllm.v1.executor.ray_utils import available_resources_per_node
 from . import config as nanocp_config
 from . import patches
 from .engine_config import refuse
-from .exchange.choose import choose
 from .executor import OneWorld
 from .ray_actor import RankActor
 from .ray_placement import bundles_of_workers, nodes_of_ranks, same_node
@@ -56,17 +55,8 @@ class NanoCPRayExecutor(OneWorld, RayExecutorV2):
             group = self._own_group = self._make_group(home)
         parallel.placement_group = group
         bundles, nodes = self._bundles(group, home)
-        exchange = choose(config.exchange, len(set(nodes)))
-        settings = self.vllm_config.additional_config
-        assert isinstance(settings, dict)
-        settings[nanocp_config.KEY]["exchange"] = exchange
-        logger.info(
-            "nanocp: %d ranks on %d nodes (%s), exchange %s",
-            self.ranks,
-            len(set(nodes)),
-            ", ".join(node[:8] for node in nodes[:: self.workers]),
-            exchange,
-        )
+        of_ranks = ", ".join(node[:8] for node in nodes[:: self.workers])
+        logger.info("nanocp: %d ranks on %d nodes (%s)", self.ranks, len(set(nodes)), of_ranks)
         with _worker_class(RankActor), _variable(_BUNDLES, ",".join(map(str, bundles))):
             super()._init_executor()
 

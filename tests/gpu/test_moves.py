@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
+
 @pytest.fixture(scope="module", params=os.environ.get("NANOCP_RUNNERS", "v2,v1,graphs").split(","))
 def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[Engine, Engine]]:
     with pytest.MonkeyPatch.context() as patch:
@@ -26,9 +27,7 @@ def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[Engine
         args = common() | dict(enforce_eager=request.param != "graphs", max_model_len=4096)
         stock = Engine(model, 1, **args)
         # 2,400 tokens a rank: it runs out again and again.
-        moving = Engine(
-            model, 2, {"segment_size": 1024, "moves": RESTLESS}, **args | dict(num_gpu_blocks_override=151)
-        )
+        moving = Engine(model, 2, {"segment_size": 1024, "moves": RESTLESS}, **args | dict(num_gpu_blocks_override=151))
     yield stock, moving
     stock.close()
     moving.close()

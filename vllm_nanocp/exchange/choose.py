@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which exchange serves ranks on so many nodes."""
+"""Which exchange the ranks use."""
 
 from __future__ import annotations
 
+from ..errors import NanoCPConfigError
 
-def choose(wanted: str, num_nodes: int) -> str:
-    """The exchange that the ranks use.
+
+def choose(wanted: str, problem: str) -> tuple[str, str]:
+    """The exchange, and why it.
 
     Args:
-        wanted: the setting ``exchange``. What the user names is taken.
-        num_nodes: on how many nodes the ranks are.
+        wanted: the setting ``exchange``.
+        problem: why the ranks cannot use ``routed``; empty if they can.
 
     Returns:
-        Its name; not ``auto``.
+        Its name, not ``auto``; and a reason for the log.
+
+    Raises:
+        NanoCPConfigError: ``routed`` was asked for, and there is a problem.
     """
-    if wanted != "auto":
-        return wanted
-    # The only one that reaches other nodes. ``routed`` goes here for ``num_nodes == 1``, once it was verified on GPUs.
-    return "collective"
+    if wanted == "collective":
+        return wanted, "as set"
+    if wanted == "routed" and problem:
+        raise NanoCPConfigError(f"nanocp: exchange 'routed' is not supported: {problem}; use 'auto' or 'collective'")
+    return ("collective", problem) if problem else ("routed", "the ranks' GPUs reach each other's memory")

@@ -6,6 +6,8 @@ Multicast is not used: it needs NVSwitch features that virtual machines often la
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
@@ -49,7 +51,9 @@ def reachable(device: torch.device, group: dist.ProcessGroup) -> str:
     """
     import socket
 
-    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid), device.index)
+    # Several nodes may have one name, and a node's containers several.
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    mine = (f"{socket.gethostname()} {boot}", str(torch.cuda.get_device_properties(device).uuid), device.index)
     everyone: list[tuple[str, str, int]] = [mine] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group)
     problem = ""
@@ -58,6 +62,11 @@ def reachable(device: torch.device, group: dist.ProcessGroup) -> str:
             problem = "ranks are on several machines"
         elif uuid != mine[1] and not torch.cuda.can_device_access_peer(device.index, index):
             problem = f"GPU {device.index} cannot reach the memory of GPU {index}"
-    problems = [problem] * len(everyone)
+    return first_problem(problem, group)
+
+
+def first_problem(problem: str, group: dist.ProcessGroup) -> str:
+    """What the first rank that has a problem says; empty if none has. A collective."""
+    problems = [problem] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group)
     return next((p for p in problems if p), "")

@@ -98,6 +98,11 @@ class Members:
 
     # -- requests ----------------------------------------------------------------------------------------------
 
+    def taken_as_computed(self, request: Request) -> bool:
+        """Whether a benchmark times decoding alone; a request of it may still want its prompt computed."""
+        params = request.sampling_params
+        return self.decode_bench and not (params and (params.extra_args or {}).get("compute_prompt"))
+
     def open(self, request: Request, shard_map: ShardMap, hashes: Sequence[BlockHash]) -> tuple[int, int]:
         """Take or allocate the blocks of all shards of a request, and let its first member with work enter.
 
@@ -123,7 +128,7 @@ class Members:
             self._owner[member.request_id] = request.request_id
             known += cached
             local += cached * (run.rank == shard_map.home)
-            if self.decode_bench:
+            if self.taken_as_computed(request):
                 member.num_computed_tokens = min(run.end_block * self.block_size, request.num_tokens - 1)
         for member, run in zip(sharded.members, shard_map.runs, strict=True):
             self.ranks[run.rank].allocate(member, run.end_block)

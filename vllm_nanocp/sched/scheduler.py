@@ -155,7 +155,7 @@ class NanoCPScheduler(SchedulerInterface):
                 return
             self.waiting.pop_request()
             del self.unplaced[request.request_id]
-            if len(shard_map.runs) == 1 and not self._bench(shard_map):
+            if len(shard_map.runs) == 1 and not self._bench(request, shard_map):
                 self.rank_of[request.request_id] = shard_map.home
                 rank = self.ranks[shard_map.home]
                 hits = rank.cached_run(self.placer.lookup_hashes(request), 0) * self.block_size
@@ -166,10 +166,10 @@ class NanoCPScheduler(SchedulerInterface):
                 self.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
             self._num_placed += 1
 
-    def _bench(self, shard_map: ShardMap) -> bool:
+    def _bench(self, request: Request, shard_map: ShardMap) -> bool:
         """Whether a request of one run is to be taken as computed: then its blocks are allocated here, too."""
         room = self.ranks[shard_map.home].num_free_blocks
-        return self.config.decode_bench and room >= shard_map.num_blocks
+        return self.members.taken_as_computed(request) and room >= shard_map.num_blocks
 
     def _on_free(self, request: Request) -> None:
         """A rank's scheduler has freed a finished request."""

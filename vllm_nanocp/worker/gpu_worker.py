@@ -7,16 +7,19 @@ from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_dp_group
+from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
 
 from ..attention import flash_pieces
 from ..attention.context import context
 from ..attention.partial_rows import RowLayout, warm_up
-from ..errors import NanoCPConfigError
+from ..exchange.choose import choose
 from ..exchange.routes import Routes
-from ..exchange.symmetric import allocate, reachable
+from ..exchange.symmetric import allocate, first_problem, reachable
 from .worker import OneRank
+
+logger = init_logger(__name__)
 
 
 class NanoCPGPUWorker(OneRank, Worker):
@@ -31,20 +34,35 @@ class NanoCPGPUWorker(OneRank, Worker):
             flash_pieces.self_check(heads, kv_heads, model.get_head_size(), model.dtype, self.device)
             layout = RowLayout(heads, model.get_head_size())
             warm_up(layout, model.dtype, self.device)
-            if self.nanocp.exchange == "routed":
-                self._make_routes(layout, heads * model.get_head_size() * model.dtype.itemsize)
+            self._choose_exchange(layout, heads * model.get_head_size() * model.dtype.itemsize)
 
-    def _make_routes(self, layout: RowLayout, query_bytes: int) -> None:
-        """Memory of the routed exchange, for each capacity. A collective of the ranks."""
+    def _choose_exchange(self, layout: RowLayout, query_bytes: int) -> None:
+        """Set up the routed exchange if it is wanted and can be had. A collective of the ranks."""
+        problem = "" if self.nanocp.graph_capacities else "graph_capacities is empty"
+        if not problem and self.nanocp.exchange != "collective":
+            problem = self._make_routes(layout, query_bytes)
+        name, reason = choose(self.nanocp.exchange, problem)
+        if self.global_rank == 0:
+            logger.info("nanocp: exchange %s: %s", name, reason)
+
+    def _make_routes(self, layout: RowLayout, query_bytes: int) -> str:
+        """Memory of the routed exchange, for each capacity. Returns why there is none, the same on all ranks."""
         assert self.device is not None
-        group, ranks = get_dp_group(), self.nanocp.ranks
+        group, ranks, routes = get_dp_group(), self.nanocp.ranks, {}
         problem = reachable(self.device, group.cpu_group)
         if problem:
-            raise NanoCPConfigError(f"nanocp: exchange 'routed' is not supported: {problem}; use 'collective'")
-        for capacity in self.nanocp.graph_capacities:
-            size = Routes.size(capacity, ranks, layout, query_bytes)
-            memory = allocate(size, group.device_group, self.device)
-            context.routes[capacity] = Routes(capacity, ranks, group.rank_in_group, layout, query_bytes, *memory)
+            return problem
+        try:
+            for capacity in self.nanocp.graph_capacities:
+                size = Routes.size(capacity, ranks, layout, query_bytes)
+                memory = allocate(size, group.device_group, self.device)
+                routes[capacity] = Routes(capacity, ranks, group.rank_in_group, layout, query_bytes, *memory)
+        except RuntimeError as error:  # a container may forbid what this takes
+            problem = f"GPUs cannot share memory here ({error!r:.200})"
+        problem = first_problem(problem, group.cpu_group)
+        if not problem:
+            context.routes.update(routes)
+        return problem
 
     def register_attention(self) -> None:
         register_backend(

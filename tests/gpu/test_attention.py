@@ -78,8 +78,15 @@ class GraphForward:
         import dataclasses
 
         launch = metadata.sharded.guests
-        held = [x.clone() for x in (launch.lengths, launch.schedule)]
-        launch.lengths.zero_()
+        tables = [launch.lengths, launch.schedule]
+        if metadata.sharded.routed is not None:  # nor may the flags of the step at hand be set
+            route = metadata.sharded.routed[1]
+            tables += [route.sent, route.received, metadata.sharded.tokens]
+        held = [x.clone() for x in tables]
+        for x in [launch.lengths, *tables[2:]]:
+            x.zero_()
+        if metadata.sharded.routed is not None:
+            metadata.sharded.tokens.fill_(-1)
         fixed = dict(zip(("query_start_loc", "seq_lens", "block_table"), static[5:], strict=True))
         # The engine's own batch buffers are persistent, the test's are not.
         captured = dataclasses.replace(metadata, **fixed, max_seq_len=40 * 32)
@@ -92,7 +99,7 @@ class GraphForward:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             impl.forward(layer, *static[:4], captured, static[4])
-        for x, was in zip((launch.lengths, launch.schedule), held, strict=True):
+        for x, was in zip(tables, held, strict=True):
             x.copy_(was)
         return graph
 

@@ -208,9 +208,7 @@ def measure_routed(it: Layer, batch: Any, pieces: Any, forward: Callable[..., An
     stages: dict[str, Callable[[int], Any]] = {
         "routed": routed,
         "routed dispatch": lambda i: routes.dispatch(query, route, i),
-        "routed wait": lambda i: routes.wait(route, i),
-        "routed answer": lambda i: routes.answer(*pieces, launch.pieces, route, i),
-        "routed merge": lambda i: routes.merge(rows.pick, rows.tokens, output, route, i),
+        "routed combine": lambda i: routes.combine(*pieces, launch.pieces, rows.pick, rows.tokens, output, route, i),
     }
     return {name: graph_us(run) for name, run in stages.items()}
 

@@ -92,6 +92,7 @@ def stress(rank: int, size: int, steps: int, device: str, shared: str | None, la
     """
     where = torch.device(device, rank) if device == "cuda" else torch.device(device)
     routes = make_routes(SHAPE, size, rank, CAPACITY, shared)
+    routes.warm_up(SHAPE.dtype)
     dist.barrier()
     places = size * CAPACITY
     move = functools.partial(torch.tensor, dtype=torch.int64, device=where)
@@ -116,9 +117,8 @@ def stress(rank: int, size: int, steps: int, device: str, shared: str | None, la
             query = queries(step, layer, rank).to(where)
             output = torch.full_like(query, POISON)
             routes.dispatch(query, route, layer)
-            routes.wait(route, layer)
-            routes.answer(*attend(routes.visiting(query), rank), route, layer)
-            routes.merge(move(pick), tokens, output, route, layer)
+            pieces = attend(routes.visiting(query), rank)
+            routes.combine(*pieces, move(pick), tokens, output, route, layer)
             found = output.cpu().double()
             for result in range(num_results):
                 right = expected(step, layer, rank, result, counts)

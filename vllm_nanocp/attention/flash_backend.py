@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -31,6 +32,7 @@ from .context import ShardedStep, context
 from .flash_pieces import ShardLaunch
 from .flash_tables import CapturedTables, ShardedRows, exact_tables
 from .partial_rows import RowLayout, merge_rows, pack_pieces
+from .side_stream import beside
 
 _layers = itertools.count()
 
@@ -139,15 +141,15 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows: ShardedRows | None = getattr(attn_metadata, "sharded", None)
-        if rows is not None and rows.routed is not None:
-            routes, route = rows.routed
-            routes.dispatch(query, route, self._number)
-        if rows is None or rows.plain:
-            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
-        if rows is not None and rows.routed is not None:
-            self._visit_routed(layer, query, kv_cache, rows, output)
-        elif rows is not None:
-            self._visit(layer, query, kv_cache, rows, output)
+        args = (layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        if rows is None:
+            return super().forward(*args)
+        if rows.routed is not None:
+            self._visit_routed(layer, query, kv_cache, rows, output, functools.partial(super().forward, *args))
+            return output
+        if rows.plain:
+            super().forward(*args)
+        self._visit(layer, query, kv_cache, rows, output)
         return output
 
     @functools.cached_property
@@ -162,16 +164,19 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         kv_cache: torch.Tensor,
         rows: ShardedRows,
         output: torch.Tensor,
+        plain: Callable[[], object],
     ) -> None:
-        """What is left when the queries are on their way: attend, answer, merge."""
+        """The sharded rows of a step, and beside them the plain ones, which leave those of the output for the end."""
         launch = rows.guests
         assert rows.routed is not None and launch is not None and launch.pieces is not None
         assert rows.pick is not None and rows.tokens is not None
         routes, route = rows.routed
-        routes.wait(route, self._number)
+        with beside(output.device) as join:
+            plain()
+        routes.dispatch(query, route, self._number)
         outputs, lses = self._pieces(layer, routes.visiting(query), kv_cache, launch)
-        routes.answer(outputs, lses, launch.pieces, route, self._number)
-        routes.merge(rows.pick, rows.tokens, output, route, self._number)
+        join()
+        routes.combine(outputs, lses, launch.pieces, rows.pick, rows.tokens, output, route, self._number)
 
     def _visit(
         self,

@@ -60,6 +60,35 @@ def add_piece(o, lse, most, total, acc):  # type: ignore[no-untyped-def]
     return new, total * old_weight + weight, acc * old_weight[:, None] + o * weight[:, None]
 
 
+# Pieces that are read at once: one after another, each would wait for memory.
+_TOGETHER = tl.constexpr(16)
+
+
+@triton.jit
+def merge_pieces(outs_ptr, lses_ptr, first, stride, pieces, HEAD: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One row and head from its pieces, the first at ``first`` (in results), the next ones ``stride`` further: the
+    output, [WIDE], and its log-sum-exp."""
+    d = tl.arange(0, WIDE)
+    most = float("-inf")
+    total = 0.0
+    acc = tl.full([WIDE], 0.0, tl.float32)
+    for start in range(0, pieces, _TOGETHER):
+        piece = start + tl.arange(0, _TOGETHER)
+        at = first + piece.to(tl.int64) * stride
+        lse = tl.load(lses_ptr + at, mask=piece < pieces, other=float("-inf"))
+        lse = tl.where(lse == float("inf"), float("-inf"), lse)
+        inside = (piece < pieces)[:, None] & (d < HEAD)[None, :]
+        o = tl.load(outs_ptr + at[:, None] * HEAD + d[None, :], mask=inside, other=0.0)
+        new = tl.maximum(most, tl.max(lse, 0))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        old_weight, weight = tl.exp(most - safe), tl.exp(lse - safe)
+        o = tl.where(weight[:, None] > 0, o, 0.0)
+        total = total * old_weight + tl.sum(weight, 0)
+        acc = acc * old_weight + tl.sum(o * weight[:, None], 0)
+        most = new
+    return acc / tl.where(total > 0, total, 1.0), most + tl.log(total)
+
+
 @triton.jit(do_not_specialize=["num_rows", "max_pieces"])
 def _pack_kernel(  # type: ignore[no-untyped-def]
     rows_ptr, outs_ptr, lses_ptr, pieces_ptr, launch_row_ptr, num_rows, num_heads, row_size, max_pieces,

@@ -34,21 +34,22 @@ class NanoCPGPUWorker(OneRank, Worker):
             flash_pieces.self_check(heads, kv_heads, model.get_head_size(), model.dtype, self.device)
             layout = RowLayout(heads, model.get_head_size())
             warm_up(layout, model.dtype, self.device)
-            self._choose_exchange(layout, heads * model.get_head_size() * model.dtype.itemsize)
+            self._choose_exchange(layout, model.dtype)
 
-    def _choose_exchange(self, layout: RowLayout, query_bytes: int) -> None:
+    def _choose_exchange(self, layout: RowLayout, dtype: torch.dtype) -> None:
         """Set up the routed exchange if it is wanted and can be had. A collective of the ranks."""
         problem = "" if self.nanocp.graph_capacities else "graph_capacities is empty"
         if not problem and self.nanocp.exchange != "collective":
-            problem = self._make_routes(layout, query_bytes)
+            problem = self._make_routes(layout, dtype)
         name, reason = choose(self.nanocp.exchange, problem)
         if self.global_rank == 0:
             logger.info("nanocp: exchange %s: %s", name, reason)
 
-    def _make_routes(self, layout: RowLayout, query_bytes: int) -> str:
+    def _make_routes(self, layout: RowLayout, dtype: torch.dtype) -> str:
         """Memory of the routed exchange, for each capacity. Returns why there is none, the same on all ranks."""
         assert self.device is not None
         group, ranks, routes = get_dp_group(), self.nanocp.ranks, {}
+        query_bytes = layout.num_heads * layout.head_size * dtype.itemsize
         problem = reachable(self.device, group.cpu_group)
         if problem:
             return problem
@@ -57,6 +58,7 @@ class NanoCPGPUWorker(OneRank, Worker):
                 size = Routes.size(capacity, ranks, layout, query_bytes)
                 memory = allocate(size, group.device_group, self.device)
                 routes[capacity] = Routes(capacity, ranks, group.rank_in_group, layout, query_bytes, *memory)
+                routes[capacity].warm_up(dtype)
         except RuntimeError as error:  # a container may forbid what this takes
             problem = f"GPUs cannot share memory here ({error!r:.200})"
         problem = first_problem(problem, group.cpu_group)

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+# What prompts that are taken as computed hold, as with vLLM's DecodeBenchConnector: how many experts the tokens of a
+# model without weights take, and so how long a step is, depends on it.
+BENCH_KV = 0.015
+
 
 class OneRank(_Base):
     """Mixed into vLLM's worker: derives its rank from its place in the world, and runs its part of each step.
@@ -89,6 +93,14 @@ class OneRank(_Base):
                     f"nanocp: the attention of {name} ({type(impl).__name__}) cannot serve shards; choose the default "
                     "attention backend, or use --nanocp-config '{\"max_degree\": 1}'"
                 )
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        if self.nanocp.decode_bench:
+            for cache in self.model_runner.kv_caches:
+                if cache.is_floating_point():
+                    cache.fill_(BENCH_KV)
+        return times
 
     def execute_model(  # type: ignore[override]
         self, scheduler_output: NanoCPSchedulerOutput | SchedulerOutput

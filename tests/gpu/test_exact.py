@@ -69,7 +69,7 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     """bfloat16 runs part where candidates are close, also stock's own two with different batches: no more than that."""
     mode, stock, nanocp = engines
     asks = [
-        Ask(prompt(n, 50 + n + 7 * k), dict(max_tokens=24, logprobs=5), delay=0.01 * i)
+        Ask(prompt(n, 50 + n + 7 * k), dict(max_tokens=24, logprobs=20), delay=0.01 * i)
         for k in range(4)
         for i, n in enumerate(LENGTHS)
     ]

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import datetime
 import json
 import math
@@ -36,13 +37,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import serving
 import step_trace
-from serving import Server, ServerError, Stream, StreamError, write_json
+from serving import Server, ServerError, write_json
+from streams import Stream, StreamError, make_streams, play, post
 
 SYSTEMS = ("stock", "collective", "routed")
 SCENARIOS = ("A", "B", "C", "capacity", "prefill", "trace")
@@ -130,13 +132,13 @@ class Driver:
         self, name: str, count: int, prompt: int, tokens: int, seed: str, ready_after: int = 1, compute: bool = False
     ) -> list[Stream]:
         model = str(self.args.model)
-        return serving.make_streams(name, count, prompt, tokens, model, self.vocab, seed, ready_after, compute)
+        return make_streams(name, count, prompt, tokens, model, self.vocab, seed, ready_after, compute)
 
     def _play(self, phases: list[list[Stream]], result: dict[str, Any], meanwhile: Any = None) -> None:
         """Play the phases; the raw streams are kept also if they fail."""
         streams = [stream for phase in phases for stream in phase]
         try:
-            playing = serving.play(self.url, phases, self.args.stagger, self.args.scenario_timeout, meanwhile)
+            playing = play(self.url, phases, self.args.stagger, self.args.scenario_timeout, meanwhile)
             late = asyncio.run(playing)
             result["client_late_ms"] = round(1e3 * late, 1)
         finally:
@@ -195,9 +197,9 @@ class Driver:
 
             async def profile(prefix: str = scenario) -> None:
                 body = {"profile_prefix": prefix, "max_iterations": TRACED_STEPS}
-                await serving.post(f"{self.url}/start_profile", body)
+                await post(f"{self.url}/start_profile", body)
                 await asyncio.sleep(2.0)
-                await serving.post(f"{self.url}/stop_profile", {})
+                await post(f"{self.url}/stop_profile", {})
 
             self._play([longs, shorts] if longs else [shorts], {}, profile)
             result[scenario] = step_trace.summarise(folder, scenario)
@@ -220,37 +222,42 @@ class Driver:
         return result
 
 
-def measure_server(
-    args: argparse.Namespace, system: str, machine: dict[str, Any], bench: bool, record: dict[str, Any]
-) -> None:
-    """Start a server and play the scenarios into ``record``, written after each."""
-    path = args.out / f"{system}.json"
-    gpu, port = machine["gpus"] > 0, args.port or serving.free_port()
+@contextlib.contextmanager
+def healthy(args: argparse.Namespace, system: str, machine: dict[str, Any], record: dict[str, Any]) -> Iterator[Server]:
+    """A server that answers; its command, seconds to health and what its log says of capacity go into ``record``."""
+    bench, gpu, port = not args.no_decode_bench, machine["gpus"] > 0, args.port or serving.free_port()
     line = serving.serve_command(args, system, gpu, bench, model_length(args, system), port)
     env = serving.environment(system, gpu, bench)
     start: dict[str, Any] = {"decode_bench": bench, "command": shlex.join(line), "env": env, "seconds": None}
     record["starts"].append(start)
-    log = args.out / f"{system}.log"
+    log = args.out / (
+        f"{system}.log" if len(record["starts"]) == args.starts else f"{system}-{len(record['starts'])}.log"
+    )
     say(f"{system}: {' '.join(f'{k}={v}' for k, v in env.items())} {shlex.join(line)}   (log: {log})")
     with serving.running(line, env, port, log) as server:
         try:
             start["seconds"] = server.wait(args.start_timeout)
             say(f"{system}: healthy after {start['seconds']} s")
-            while args.gate is not None and not args.gate.exists():
-                time.sleep(0.2)
-            driver = Driver(args, server, system)
-            driver.warm_up()
-            for scenario in args.scenarios:
-                runs = record["scenarios"].setdefault(scenario, [])
-                for repeat in range(args.repeats if scenario not in ONCE else 1):
-                    runs.append(driver.run(scenario, f"{args.seed} {scenario} {repeat}"))
-                    shown = {key: value for key, value in runs[-1].items() if key != "streams"}
-                    say(f"{system} {scenario}: {json.dumps(shown)}")
-                    write_json(path, record)
-                    if server.process.poll() is not None:
-                        raise ServerError(f"the server ended during {scenario}:\n{server.tail()}")
+            yield server
         finally:
             start["log"] = server.notes()
+
+
+def play_all(args: argparse.Namespace, system: str, server: Server, record: dict[str, Any]) -> None:
+    """Play the scenarios into ``record``, written after each."""
+    while args.gate is not None and not args.gate.exists():
+        time.sleep(0.2)
+    driver = Driver(args, server, system)
+    driver.warm_up()
+    for scenario in args.scenarios:
+        runs = record["scenarios"].setdefault(scenario, [])
+        for repeat in range(args.repeats if scenario not in ONCE else 1):
+            runs.append(driver.run(scenario, f"{args.seed} {scenario} {repeat}"))
+            shown = {key: value for key, value in runs[-1].items() if key != "streams"}
+            say(f"{system} {scenario}: {json.dumps(shown)}")
+            write_json(args.out / f"{system}.json", record)
+            if server.process.poll() is not None:
+                raise ServerError(f"the server ended during {scenario}:\n{server.tail()}")
 
 
 def failures(record: dict[str, Any]) -> list[str]:
@@ -260,7 +267,6 @@ def failures(record: dict[str, Any]) -> list[str]:
 
 def measure(args: argparse.Namespace, system: str, machine: dict[str, Any]) -> bool:
     """All scenarios of one system; whether none failed. A failure is in its file, with the reason."""
-    bench = not args.no_decode_bench
     record: dict[str, Any] = {
         "system": system,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -273,7 +279,11 @@ def measure(args: argparse.Namespace, system: str, machine: dict[str, Any]) -> b
     if not machine["gpus"]:
         record["note"] = "smoke test on CPU, eager" + (": one rank, no expert parallel" if system == "stock" else "")
     try:
-        measure_server(args, system, machine, bench, record)
+        for _ in range(args.starts - 1):
+            with healthy(args, system, machine, record):
+                pass
+        with healthy(args, system, machine, record) as server:
+            play_all(args, system, server, record)
     except (ServerError, StreamError) as error:
         record["errors"].append(str(error))
     except BaseException as error:
@@ -312,7 +322,7 @@ def compare(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
             }
             for name, record in records.items()
         }
-    seconds = {name: record["starts"][0]["seconds"] for name, record in records.items()}
+    seconds = {name: record["starts"][-1]["seconds"] for name, record in records.items()}
     rows["startup"] = {n: {"seconds": s, "to_stock": ratio(s, seconds.get("stock"))} for n, s in seconds.items()}
     return rows
 
@@ -390,6 +400,7 @@ def parse_args() -> argparse.Namespace:
     add("--capture-sizes", default="1,2,4,8,16,24,32,64", help="CUDA graph sizes")
     add("--gpu-memory-utilization", type=float, default=0.88)
     add("--extra", default="", help="more vllm serve flags, for every system")
+    add("--starts", type=int, default=1, help="start each server so often; the last one counts, with warm caches")
     add("--gate", type=Path, help="measure once this file is there: until then others may use the machine")
     add("--port", type=int, default=0, help="default: a free one")
     add("--start-timeout", type=float, default=420.0, help="seconds until a server must be healthy")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from typing import Any
 
 import pytest
@@ -160,6 +161,8 @@ def test_merge_is_flashinfer_s() -> None:
 
 
 def test_random_routes() -> None:
-    """The routed exchange, 10,000 steps over the same memory; a rank that is late in some of them."""
-    compared = run_ranks(2, stress, 10_000, "cuda", None, 0.002, seconds=240, backend="nccl")
-    assert sum(compared) > 10_000
+    """The routed exchange, 10,000 steps over the same memory (fewer under compute-sanitizer); a rank that is late in some
+    of them."""
+    steps = int(os.environ.get("NANOCP_ROUTE_STEPS", "10000"))
+    compared = run_ranks(2, stress, steps, "cuda", None, 0.002, seconds=240, backend="nccl")
+    assert sum(compared) > steps

@@ -36,6 +36,8 @@ def engines(tiny_model: str, nodes: Nodes) -> Iterator[Callable[..., Engine]]:
         "stock": dict(ranks=1, max_num_batched_tokens=1 << 17, num_gpu_blocks_override=4096),
         # Fills the first node, and half of the second one.
         "three": dict(ranks=3, nanocp={"segment_size": 512}, enable_prefix_caching=True, **on_ray),
+        # All of both nodes.
+        "four": dict(ranks=4, nanocp={"segment_size": 512}, **on_ray),
         # A rank of two workers on each node.
         "two-by-two": dict(ranks=2, nanocp={"segment_size": 512}, tensor_parallel_size=2, **on_ray),
     }

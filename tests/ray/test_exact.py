@@ -53,6 +53,13 @@ def test_sampling_and_aborts(engines: Callable[..., Engine]) -> None:
     ours.check_nothing_left()
 
 
+def test_four_ranks(nodes: Nodes, engines: Callable[..., Engine]) -> None:
+    """Two on each node."""
+    stock, ours = engines("stock"), engines("four")
+    assert (len(nodes.workers(nodes.cluster.head_node)), len(nodes.workers(nodes.second))) == (2, 2)
+    compare(stock, ours, LENGTHS)
+
+
 def test_two_ranks_of_two_workers(nodes: Nodes, engines: Callable[..., Engine]) -> None:
     """A rank on each node."""
     stock, ours = engines("stock"), engines("two-by-two")

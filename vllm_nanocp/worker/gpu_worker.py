@@ -38,7 +38,14 @@ class NanoCPGPUWorker(OneRank, Worker):
 
     def _choose_exchange(self, layout: RowLayout, dtype: torch.dtype) -> None:
         """Set up the routed exchange if it is wanted and can be had. A collective of the ranks."""
-        problem = "" if self.nanocp.graph_capacities else "graph_capacities is empty"
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        shapes = {(i.num_heads, i.head_size) for layer in layers if (i := getattr(layer, "impl", None)) is not None}
+        if not self.nanocp.graph_capacities:
+            problem = "graph_capacities is empty"
+        elif shapes != {(layout.num_heads, layout.head_size)}:
+            problem = "attention layers differ in heads or head size"
+        else:
+            problem = ""
         if not problem and self.nanocp.exchange != "collective":
             problem = self._make_routes(layout, dtype)
         name, reason = choose(self.nanocp.exchange, problem)

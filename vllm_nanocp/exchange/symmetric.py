@@ -60,9 +60,16 @@ def reachable(device: torch.device, group: dist.ProcessGroup) -> str:
     for host, uuid, index in everyone:
         if host != mine[0]:
             problem = "ranks are on several machines"
-        elif uuid != mine[1] and not torch.cuda.can_device_access_peer(device.index, index):
+        elif uuid != mine[1] and not _can_access(device.index, index):
             problem = f"GPU {device.index} cannot reach the memory of GPU {index}"
     return first_problem(problem, group)
+
+
+def _can_access(device: int, peer: int) -> bool:
+    """Whether this process sees both GPUs, by those numbers, and they reach each other."""
+    if peer == device or peer >= torch.cuda.device_count():
+        return False  # the other rank was given its GPUs alone, and counts them from 0
+    return torch.cuda.can_device_access_peer(device, peer)
 
 
 def first_problem(problem: str, group: dist.ProcessGroup) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from .clients import Client, check_clients_ended, left_of, running_clients, shared_memory
-from .serving import RANKS, START_LIMIT_S, Server, serving, wait_for
+from .serving import FLAGS, RANKS, START_LIMIT_S, Server, serving, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -69,6 +69,19 @@ def test_a_worker_is_killed(doomed: Server, rank: int) -> None:
     victim.kill()
     ends_with_a_line(doomed, clients, time.monotonic())
     nothing_left(doomed, shared)
+
+
+@pytest.mark.skipif(not ALL_CASES, reason="vLLM's own exit code: NANOCP_FAULT_ALL=1")
+def test_a_worker_is_killed_behind_several_api_servers(tiny_model: str, tmp_path: Path) -> None:
+    """Then vLLM's launcher sees that the engine has died."""
+    with serving(tiny_model, tmp_path / "serve.log", [*FLAGS, "--api-server-count=2"]) as server:
+        clients = running_clients(server)
+        shared = shared_memory(server.members())
+        server.workers()[0].kill()
+        check_clients_ended(clients, END_LIMIT_S)
+        assert server.process.wait(END_LIMIT_S) == 1
+        assert "Engine core process EngineCore died unexpectedly" in server.text()
+        nothing_left(server, shared)
 
 
 @pytest.mark.parametrize("rank", [FIRST, LAST] if ALL_CASES else [LAST])

@@ -89,6 +89,7 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     print(f"{mode}: {counters}")
     for worker in counters:  # of 24 steps that decode, most hold no prefill beside it
         assert (worker["captured_steps"] > worker["sharded_steps"] / 4) == (mode in ("graphs", "collective"))
+        assert (worker["routed_steps"] > worker["sharded_steps"] / 4) == (mode != "collective")
     allowed = found["stock alone - together"]
     for name in list(found)[1:]:
         assert len(found[name]) <= 1.5 * len(allowed) + 3, name

@@ -19,7 +19,7 @@ from ..exchange.routes import Routes
 from ..exchange.symmetric import allocate, first_problem, reachable
 from .worker import OneRank
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.nanocp.worker")  # vLLM shows what is under its own name
 
 
 class NanoCPGPUWorker(OneRank, Worker):

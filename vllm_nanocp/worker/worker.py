@@ -43,6 +43,7 @@ class OneRank(_Base):
     _generators: dict[str, bytes]
     num_sharded_steps = 0
     num_captured_steps = 0
+    num_routed_steps = 0
 
     def __init__(
         self,
@@ -128,13 +129,18 @@ class OneRank(_Base):
             if context.step is not None:
                 self.num_sharded_steps += 1
                 self.num_captured_steps += context.step.captured
+                self.num_routed_steps += bool(context.routes and context.step.capacity)
         finally:
             context.step = self.runner.plan = None
         return self._reply(output)
 
     def nanocp_counters(self) -> dict[str, int]:
-        """Sharded steps of this worker, and those of them that replayed a graph with the exchange in it."""
-        return {"sharded_steps": self.num_sharded_steps, "captured_steps": self.num_captured_steps}
+        """Sharded steps of this worker; those that replayed a graph with it, those over the routed exchange."""
+        return {
+            "sharded_steps": self.num_sharded_steps,
+            "captured_steps": self.num_captured_steps,
+            "routed_steps": self.num_routed_steps,
+        }
 
     def sample_tokens(  # type: ignore[override]
         self, grammar_output: NanoCPGrammarOutput | GrammarOutput | None

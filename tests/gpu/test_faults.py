@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On two GPUs: a worker dies while another waits for it on its GPU, where nothing but the end of its process helps."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import torch
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from tests.engine.harness import Ask, Engine, prompt
+
+from .test_exact import common
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.engine,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+LIMIT_S = 60.0
+SPARE_BYTES = 256 << 20
+
+
+def free_bytes() -> list[int]:
+    return [torch.cuda.mem_get_info(device)[0] for device in range(2)]
+
+
+@pytest.mark.parametrize("exchange", ["routed", "collective"])
+def test_a_worker_is_killed(model: str, exchange: str) -> None:
+    """The client is told, no process is left, and both GPUs' memory is free again."""
+    before = free_bytes()
+    engine = Engine(model, 2, {"segment_size": 600, "exchange": exchange}, **common())
+    workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM::Worker")]
+    assert len(workers) == 2
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(engine.ask, [Ask(prompt(5000, 1), dict(max_tokens=3000))])
+        while not engine.status()["sharded_steps"] > 20:
+            assert not answer.done()
+            time.sleep(0.1)
+        workers[1].kill()
+        with pytest.raises(EngineDeadError):
+            answer.result(LIMIT_S)
+    gone, alive = psutil.wait_procs(workers, LIMIT_S)
+    assert len(gone) == 2, alive
+    engine.close()
+    end = time.monotonic() + LIMIT_S
+    while any(now < was - SPARE_BYTES for now, was in zip(free_bytes(), before, strict=True)):
+        assert time.monotonic() < end, (before, free_bytes())
+        time.sleep(0.5)

@@ -19,6 +19,7 @@ from vllm.v1.executor.ray_utils import available_resources_per_node
 from . import config as nanocp_config
 from . import patches
 from .engine_config import refuse
+from .environment import variable
 from .executor import OneWorld
 from .ray_actor import RankActor
 from .ray_placement import bundles_of_workers, nodes_of_ranks, same_node
@@ -57,7 +58,7 @@ class NanoCPRayExecutor(OneWorld, RayExecutorV2):
         bundles, nodes = self._bundles(group, home)
         of_ranks = ", ".join(node[:8] for node in nodes[:: self.workers])
         logger.info("nanocp: %d ranks on %d nodes (%s)", self.ranks, len(set(nodes)), of_ranks)
-        with _worker_class(RankActor), _variable(_BUNDLES, ",".join(map(str, bundles))):
+        with _worker_class(RankActor), variable(_BUNDLES, ",".join(map(str, bundles))):
             super()._init_executor()
 
     def _make_group(self, home: str) -> PlacementGroup:
@@ -126,16 +127,3 @@ def _worker_class(kind: type[RayWorkerProc]) -> Iterator[None]:
         yield
     finally:
         ray_executor_v2.RayWorkerProc = before  # type: ignore[misc]
-
-
-@contextlib.contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..environment import variable
+
 
 def allocate(size: int, group: dist.ProcessGroup, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """A zeroed buffer on every rank, mapped into all. A collective: every member of the group calls it alike.
@@ -29,9 +31,11 @@ def allocate(size: int, group: dist.ProcessGroup, device: torch.device) -> tuple
     """
     import torch.distributed._symmetric_memory as symmetric
 
-    buffer = symmetric.empty(size, dtype=torch.uint8, device=device)
-    buffer.zero_()
-    handle = symmetric.rendezvous(buffer, group)
+    # Only of this memory: vLLM's own, of its all-reduce, may have it.
+    with variable("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1"):
+        buffer = symmetric.empty(size, dtype=torch.uint8, device=device)
+        buffer.zero_()
+        handle = symmetric.rendezvous(buffer, group)
     _KEPT.append((buffer, handle))
     pointers = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
     torch.cuda.synchronize(device)

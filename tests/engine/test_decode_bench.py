@@ -42,13 +42,13 @@ def bench(shared_bench: Engine) -> Iterator[Engine]:
     shared_bench.check_nothing_left()
 
 
-def decode(engine: Engine, lengths: list[int]) -> tuple[int, list[list[int]]]:
+def decode(engine: Engine, lengths: list[int], **extra: int) -> tuple[int, list[list[int]]]:
     """Steps it took to decode prompts of these lengths, and the KV tokens of each on each rank.
 
     Here also requests on one rank are found in the status: their blocks are allocated like a shard's.
     """
     before = engine.status()
-    params = dict(max_tokens=TOKENS)
+    params = dict(max_tokens=TOKENS, extra_args=extra)
     for answer in engine.ask([Ask(prompt(n, 7000 + n), params) for n in lengths]):
         assert len(answer.tokens[0]) == TOKENS and answer.finish == ["length"]
     engine.check_nothing_left()
@@ -81,6 +81,14 @@ def test_a_prompt_larger_than_a_rank(bench: Engine, length: int) -> None:
     steps, (held,) = decode(bench, [length])
     assert TOKENS <= steps <= TOKENS + 3
     assert sum(held) == length + TOKENS - 1 and all(0 < tokens <= BLOCKS * BLOCK for tokens in held)
+
+
+@pytest.mark.parametrize("length", [3000, 6000])
+def test_a_prompt_that_is_to_be_computed(bench: Engine, length: int) -> None:
+    """On one rank, and on both."""
+    steps, shares = decode(bench, [length], compute_prompt=1)
+    assert steps >= TOKENS + length // CHUNK
+    assert [min(held) > 0 for held in shares] == ([True] if length > 5000 else [])
 
 
 def test_many_at_once(bench: Engine) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from tests.unit.processes import run_ranks
 from vllm_nanocp.errors import NanoCPConfigError
 from vllm_nanocp.exchange import symmetric
 from vllm_nanocp.exchange.choose import choose
@@ -46,3 +48,29 @@ def test_gpus_that_a_process_does_not_see(monkeypatch: pytest.MonkeyPatch) -> No
     assert not symmetric._can_access(0, 0)
     assert not symmetric._can_access(0, 2)
     assert asked == [(0, 1)]
+
+
+def _reachable(rank: int, size: int, linked: bool, alone: bool) -> str:
+    """What a rank finds, with vLLM and CUDA answering as told."""
+    from vllm.platforms import current_platform
+
+    kind = type(current_platform)
+    kind.visible_device_id_to_physical_device_id = classmethod(lambda _, index: rank)  # type: ignore[assignment]
+    kind.is_fully_connected = classmethod(lambda _, numbers: linked and numbers == [0, 1])  # type: ignore[attr-defined]
+    torch.cuda.device_count = lambda: 1 if alone else size
+    torch.cuda.can_device_access_peer = lambda device, peer: True
+    assert dist.group.WORLD is not None
+    return symmetric.reachable(torch.device("cuda", 0 if alone else rank), dist.group.WORLD)
+
+
+@pytest.mark.parametrize(
+    ("linked", "alone", "found"),
+    [
+        (True, False, ""),
+        (False, False, "the ranks' GPUs are not all linked by NVLink"),
+        (True, True, "GPU 0 cannot reach the memory of GPU 1"),
+    ],
+)
+def test_reachable(linked: bool, alone: bool, found: str) -> None:
+    """All ranks find the same; one that sees its own GPU only reaches no other."""
+    assert run_ranks(2, _reachable, linked, alone, seconds=60) == [found, found]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that all ranks of one machine can write to. Touches ``torch.distributed._symmetric_memory`` (torch 2.11).
+"""Memory that all ranks of one machine can write to. Touches ``torch.distributed._symmetric_memory`` (torch 2.11)
+and vLLM's ``CudaPlatform.is_fully_connected`` and ``.visible_device_id_to_physical_device_id``.
 
 Multicast is not used: it needs NVSwitch features that virtual machines often lack.
 """
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import torch
@@ -49,23 +51,29 @@ _KEPT: list[object] = []
 def reachable(device: torch.device, group: dist.ProcessGroup) -> str:
     """Why the ranks cannot write into each other's memory, the same on all; empty if they can. A collective.
 
+    Over NVLink only: flags are atomic operations on another GPU's memory, which PCIe need not have.
+
     Args:
         device: this rank's GPU.
         group: of the ranks, over CPUs.
     """
-    import socket
+    from vllm.platforms import current_platform
 
     # Several nodes may have one name, and a node's containers several.
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    mine = (f"{socket.gethostname()} {boot}", str(torch.cuda.get_device_properties(device).uuid), device.index)
-    everyone: list[tuple[str, str, int]] = [mine] * dist.get_world_size(group)
+    physical = current_platform.visible_device_id_to_physical_device_id(device.index)
+    mine = (f"{socket.gethostname()} {boot}", physical, device.index)
+    everyone: list[tuple[str, int, int]] = [mine] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group)
     problem = ""
-    for host, uuid, index in everyone:
-        if host != mine[0]:
-            problem = "ranks are on several machines"
-        elif uuid != mine[1] and not _can_access(device.index, index):
-            problem = f"GPU {device.index} cannot reach the memory of GPU {index}"
+    if any(host != mine[0] for host, _, _ in everyone):
+        problem = "ranks are on several machines"
+    elif not current_platform.is_fully_connected([number for _, number, _ in everyone]):
+        problem = "the ranks' GPUs are not all linked by NVLink"
+    else:
+        for _, number, index in everyone:
+            if number != physical and not _can_access(device.index, index):
+                problem = f"GPU {physical} cannot reach the memory of GPU {number}"
     return first_problem(problem, group)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_nanocp.exchange.choose import choose
 from vllm_nanocp.ray_placement import bundles_of_workers, nodes_of_ranks, same_node
 
 ROOM = st.dictionaries(st.sampled_from("abcde"), st.integers(0, 9), min_size=1)
@@ -48,10 +47,6 @@ def test_ranks_that_do_not_fit() -> None:
     assert nodes_of_ranks({"a": 3, "b": 3}, 2, 2, "b") == ["b", "a"]
     assert bundles_of_workers(["a", "b", "a", "b"], 2, 2, "b") == [1, 3, 0, 2]
     assert not same_node(["a", "b"], 2)
-
-
-def test_exchange() -> None:
-    assert choose("auto", 1) == choose("auto", 3) == choose("collective", 1) == "collective"
 
 
 def test_prefixes() -> None:

@@ -227,7 +227,7 @@ def healthy(args: argparse.Namespace, system: str, machine: dict[str, Any], reco
     """A server that answers; its command, seconds to health and what its log says of capacity go into ``record``."""
     bench, gpu, port = not args.no_decode_bench, machine["gpus"] > 0, args.port or serving.free_port()
     line = serving.serve_command(args, system, gpu, bench, model_length(args, system), port)
-    env = serving.environment(system, gpu, bench)
+    env = serving.environment(system, gpu, bench, args.fill)
     start: dict[str, Any] = {"decode_bench": bench, "command": shlex.join(line), "env": env, "seconds": None}
     record["starts"].append(start)
     log = args.out / (
@@ -312,6 +312,7 @@ def parse_args() -> argparse.Namespace:
     add("--repeats", type=int, default=1)
     add("--seed", type=int, default=0)
     add("--no-decode-bench", action="store_true", help="compute every prompt")
+    add("--fill", type=float, default=0.015, help="KV of prompts that are not computed; 0: tokens take more experts")
     add("--segment-size", type=int, default=65536, help="the plugin's segment_size")
     add("--max-model-len", type=int, help="default: what the scenarios need")
     add("--stock-max-model-len", type=int, help="for stock, where one rank must hold it; -1: what fits")

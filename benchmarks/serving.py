@@ -108,7 +108,8 @@ def system_flags(args: argparse.Namespace, system: str, gpu: bool, bench: bool) 
     if system == "stock":
         flags = flags if gpu else ["--data-parallel-size=1"]
         if bench:
-            flags += ["--kv-transfer-config", json.dumps(CONNECTOR)]
+            connector = CONNECTOR | {"kv_connector_extra_config": {"fill_mean": args.fill}}
+            flags += ["--kv-transfer-config", json.dumps(connector)]
         return flags
     config: dict[str, Any] = {"exchange": system, "segment_size": args.segment_size}
     if bench:
@@ -144,8 +145,8 @@ def serve_command(args: argparse.Namespace, system: str, gpu: bool, bench: bool,
     return [*vllm, str(args.model), *flags, *shlex.split(args.extra), *place]
 
 
-def environment(system: str, gpu: bool, bench: bool) -> dict[str, str]:
-    """What is set for a server besides what it inherits."""
+def environment(system: str, gpu: bool, bench: bool, fill: float = 0.015) -> dict[str, str]:
+    """What is set for a server besides what it inherits; ``fill``: the KV of prompts that are taken as computed."""
     env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if not gpu:
         cpu = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
@@ -155,7 +156,7 @@ def environment(system: str, gpu: bool, bench: bool) -> dict[str, str]:
         env["VLLM_PLUGINS"] = "nanocp_metadata_alias"
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     elif bench:
-        env["NANOCP_DECODE_BENCH"] = "1"
+        env |= {"NANOCP_DECODE_BENCH": "1", "NANOCP_DECODE_BENCH_KV": str(fill)}
     return env
 
 

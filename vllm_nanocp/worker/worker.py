@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-# What prompts that are taken as computed hold, as with vLLM's DecodeBenchConnector: how many experts the tokens of a
-# model without weights take, and so how long a step is, depends on it.
-BENCH_KV = 0.015
+# What prompts that are taken as computed hold: 0.015, as with vLLM's DecodeBenchConnector, or what a benchmark says. How
+# many experts the tokens of a model without weights take, and so how long a step is, depends on it.
+BENCH_KV = "NANOCP_DECODE_BENCH_KV"
 
 
 class OneRank(_Base):
@@ -100,7 +101,7 @@ class OneRank(_Base):
         if self.nanocp.decode_bench:
             for cache in self.model_runner.kv_caches:
                 if cache.is_floating_point():
-                    cache.fill_(BENCH_KV)
+                    cache.fill_(float(os.environ.get(BENCH_KV, "0.015")))
         return times
 
     def execute_model(  # type: ignore[override]

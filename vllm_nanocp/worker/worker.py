@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-# What prompts that are taken as computed hold: 0.015, as with vLLM's DecodeBenchConnector, or what a benchmark says. How
-# many experts the tokens of a model without weights take, and so how long a step is, depends on it.
+# What prompts that are taken as computed hold: 0.015, as with vLLM's DecodeBenchConnector, or what a benchmark says.
+# How many experts the tokens of a model without weights take, and so how long a step is, depends on it.
 BENCH_KV = "NANOCP_DECODE_BENCH_KV"
 
 

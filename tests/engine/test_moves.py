@@ -90,7 +90,9 @@ def test_with_aborts_and_resets(engines: Callable[..., Engine], stock: Engine) -
             await asyncio.sleep(rng.uniform(0.3, 1.0))
             await running.llm.reset_prefix_cache(reset_running_requests=rng.random() < 0.5)
 
-    check(engines("moving"), stock, traced(REQUESTS * 7 // 10, seed=1, leave=0.2), disturb, moves=0)
+    # A reset preempts all, so ranks are seldom full: there may be no spill.
+    counts = check(engines("moving"), stock, traced(REQUESTS * 7 // 10, seed=1, leave=0.2), disturb, moves=0, spills=0)
+    assert counts["moves"] + counts["spills"] > 0, counts
 
 
 def test_nobody_is_preempted_while_a_rank_has_room(engines: Callable[..., Engine]) -> None:

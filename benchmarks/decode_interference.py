@@ -189,7 +189,7 @@ class Driver:
         result["long"] = within(longs, (-math.inf, math.inf), 0)
 
     def trace(self, seed: str, result: dict[str, Any]) -> None:
-        """Under the profiler while 16 shorts decode, then while a long one does too."""
+        """Under the profiler while the shorts decode, then while a long one does too."""
         args, folder = self.args, Path(serving.trace_folder(self.args, self.system))
         for scenario in ("A", "B"):
             shorts = self._streams("short", args.shorts, args.short_prompt, args.tokens, seed, ready_after=2 * SKIP)
@@ -202,8 +202,9 @@ class Driver:
                 await post(f"{self.url}/stop_profile", {})
 
             self._play([longs, shorts] if longs else [shorts], {}, profile)
-            result[scenario] = step_trace.summarise(folder, scenario)
-            step_trace.write_step(folder, scenario, args.out / f"{self.system}-{scenario}-step.json.gz")
+            events = step_trace.load(folder, scenario)
+            result[scenario] = step_trace.summarise(events)
+            step_trace.write_step(events, args.out / f"{self.system}-{scenario}-step.json.gz")
 
     def run(self, scenario: str, seed: str) -> dict[str, Any]:
         """One repeat's figures; ``failed`` says why there are none."""

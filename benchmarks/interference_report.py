@@ -50,7 +50,7 @@ def compare(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def other_lines(name: str, record: dict[str, Any]) -> list[str]:
-    """What does not fit the table: capacity, prefill, and failures."""
+    """What does not fit the table: capacity, trace, prefill, and failures."""
     lines = []
     for run in record["scenarios"].get("capacity", []):
         if "failed" not in run:

@@ -69,9 +69,8 @@ def of_step(events: list[Event]) -> dict[str, float]:
     }
 
 
-def summarise(folder: Path, prefix: str) -> dict[str, Any]:
+def summarise(events: list[Event]) -> dict[str, Any]:
     """Medians over the steps, and the kernels of all of them by time: (name, launches and microseconds a step)."""
-    events = load(folder, prefix)
     cuts = steps(events)
     inside = [[e for e in events if low <= e["ts"] < high] for low, high in cuts]
     found = [of_step(mine) for mine in inside]
@@ -90,9 +89,8 @@ def summarise(folder: Path, prefix: str) -> dict[str, Any]:
     }
 
 
-def write_step(folder: Path, prefix: str, path: Path) -> None:
+def write_step(events: list[Event], path: Path) -> None:
     """One step in the middle, as a trace that browsers show (chrome://tracing, Perfetto)."""
-    events = load(folder, prefix)
     cuts = steps(events)
     low, high = cuts[len(cuts) // 2]
     with gzip.open(path, "wt") as sink:
@@ -105,9 +103,10 @@ def main() -> None:
     parser.add_argument("prefix")
     parser.add_argument("--step", type=Path, help="write one step there")
     args = parser.parse_args()
-    print(json.dumps(summarise(args.folder, args.prefix), indent=1))
+    events = load(args.folder, args.prefix)
+    print(json.dumps(summarise(events), indent=1))
     if args.step:
-        write_step(args.folder, args.prefix, args.step)
+        write_step(events, args.step)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Tests on two GPUs of one machine."""
+
+import pytest
+import torch
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -18,9 +18,11 @@ from tests.unit.flash_steps import flash_kernel
 from tests.unit.processes import run_ranks
 from tests.unit.route_steps import stress
 
+from . import TWO_GPUS
+
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    TWO_GPUS,
 ]
 
 BF16 = torch.bfloat16

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.engine.harness import Answer, Ask, Engine
 
+from . import TWO_GPUS
 from .test_exact import STEP, TIE, common, partings
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.engine,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    TWO_GPUS,
 ]
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from tests.engine.harness import Answer, Ask, Engine, prompt
+
+from . import TWO_GPUS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.engine,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    TWO_GPUS,
 ]
 
 # Where two bfloat16 runs part, both candidates are nearly as likely.

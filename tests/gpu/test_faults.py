@@ -13,12 +13,13 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.engine.harness import Ask, Engine, prompt
 
+from . import TWO_GPUS
 from .test_exact import common
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.engine,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    TWO_GPUS,
 ]
 
 LIMIT_S = 60.0

@@ -7,16 +7,16 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from tests.engine.harness import RESTLESS, Ask, Engine, prompt
 
+from . import TWO_GPUS
 from .test_exact import STEP, TIE, common, partings
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.engine,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    TWO_GPUS,
 ]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+from vllm_nanocp.environment import variable
+
 # Ray reads them when it is first imported, in every process.
 SETTINGS = {
     "RAY_DEDUP_LOGS": "0",
@@ -73,13 +75,8 @@ class Nodes:
 @contextlib.contextmanager
 def two_nodes() -> Iterator[Nodes]:
     nodes = Nodes()
-    before = os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = nodes.address
     try:
-        yield nodes
+        with variable("RAY_ADDRESS", nodes.address):
+            yield nodes
     finally:
-        if before is None:
-            del os.environ["RAY_ADDRESS"]
-        else:
-            os.environ["RAY_ADDRESS"] = before
         nodes.close()

@@ -38,7 +38,8 @@ def test_figures_of_a_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import step_trace
 
-    found = step_trace.summarise(folder, "A")
+    events = step_trace.load(folder, "A")
+    found = step_trace.summarise(events)
     assert found["steps"] == 2  # the first and the last may be cut
     assert found["per_step"] == dict(
         waits=1, copies_to_cpu=1, graph_launches=1, kernels=2, nccl_kernels=1, nccl_ms=0.2, busy_ms=0.4
@@ -46,7 +47,7 @@ def test_figures_of_a_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["kernels"] == [("attention", 1.0, 300.0), ("ncclDevKernel_AllGather", 1.0, 200.0)]
     assert found["waits_per_step"] == {"cudaEventSynchronize": 1.0}
     with pytest.raises(FileNotFoundError, match="no trace B"):
-        step_trace.summarise(folder, "B")
-    step_trace.write_step(folder, "A", folder / "step.json.gz")
+        step_trace.load(folder, "B")
+    step_trace.write_step(events, folder / "step.json.gz")
     with gzip.open(folder / "step.json.gz", "rt") as source:
         assert len(json.load(source)["traceEvents"]) == 7

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from vllm.config import VllmConfig
 from vllm.distributed.device_communicators.shm_broadcast import Handle, MessageQueue
 from vllm.utils.network_utils import get_distributed_init_method, get_open_ports_list
 from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
@@ -59,6 +60,16 @@ class RankActor(RayWorkerProc):
             driver_env_vars,
             assigned_physical_gpu_ids,
         )
+
+    def _init_message_queues(self, input_shm_handle: Handle, vllm_config: VllmConfig) -> None:
+        # Later, when all workers have come so far: where one fails, the others are killed, and with them what would
+        # remove the names of their shared memory.
+        self._queues_of = input_shm_handle, vllm_config
+
+    def wait_for_init(self) -> dict[str, Any]:
+        super()._init_message_queues(*self._queues_of)
+        answer: dict[str, Any] = super().wait_for_init()
+        return answer
 
     def worker_busy_loop(self) -> None:
         # vLLM's executor ends actors by killing them, after which nobody removes their shared memory. All who use it

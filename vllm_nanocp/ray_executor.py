@@ -5,15 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from concurrent.futures import Future
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2
-from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
+from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 from vllm.v1.executor.ray_utils import available_resources_per_node
 
 from . import config as nanocp_config
@@ -21,13 +26,17 @@ from . import patches
 from .engine_config import refuse
 from .environment import variable
 from .executor import OneWorld
-from .ray_actor import RankActor
+from .ray_actor import RankActor, unlink
 from .ray_placement import bundles_of_workers, nodes_of_ranks, same_node
 
 logger = init_logger(f"vllm.{__name__}")
 
 # How long devices that another engine still holds, or that just left one, are waited for.
 FREE_LIMIT_S = 60.0
+# How often actors are looked at while their queues are awaited, which takes milliseconds as a rule.
+_LOOK_EVERY_S = 1.0
+# How long Ray has to take a placement group back; it does at once as a rule.
+_REMOVE_LIMIT_S = 2.0
 _BUNDLES = "VLLM_RAY_BUNDLE_INDICES"
 _INSTEAD = "add nodes, or use fewer ranks or a smaller --tensor-parallel-size"
 
@@ -41,7 +50,12 @@ class NanoCPRayExecutor(OneWorld, RayExecutorV2):
     _own_group: PlacementGroup | None = None
 
     def _init_executor(self) -> None:
-        """Raises NanoCPConfigError: the workers of a rank would be on different nodes."""
+        """Start the actors; none is left if one of them fails.
+
+        Raises:
+            NanoCPConfigError: the workers of a rank would be on different nodes.
+            RuntimeError: an actor's loop has ended before all queues were connected.
+        """
         patches.apply_all(patches.RAY_PATCHES)
         config, parallel = nanocp_config.of(self.vllm_config), self.parallel_config
         self.ranks, self.workers = config.ranks, parallel.tensor_parallel_size
@@ -58,8 +72,34 @@ class NanoCPRayExecutor(OneWorld, RayExecutorV2):
         bundles, nodes = self._bundles(group, home)
         of_ranks = ", ".join(node[:8] for node in nodes[:: self.workers])
         logger.info("nanocp: %d ranks on %d nodes (%s)", self.ranks, len(set(nodes)), of_ranks)
-        with _worker_class(RankActor), variable(_BUNDLES, ",".join(map(str, bundles))):
-            super()._init_executor()
+        with (
+            _instead(ray_executor_v2, "RayWorkerProc", RankActor),
+            _instead(MessageQueue, "wait_until_ready", _waiting(MessageQueue.wait_until_ready, self._check_actors)),
+            variable(_BUNDLES, ",".join(map(str, bundles))),
+        ):
+            try:
+                super()._init_executor()
+            except BaseException:
+                self.shutdown()
+                raise
+        # All who read from it have opened it. A name would stay if this process and its resource tracker were killed.
+        queue = self.rpc_broadcast_mq
+        if queue is not None:  # else an actor has died meanwhile, and all is shut down
+            unlink(queue)
+
+    def _check_actors(self) -> None:
+        """Raises RuntimeError: the loop of an actor has ended."""
+        loops: list[Any] = [handle.run_ref for handle in self.ray_worker_handles]
+        ended, _ = ray.wait(loops, num_returns=len(loops), timeout=0)
+        if not ended:
+            return
+        ranks = [handle.rank for handle in self.ray_worker_handles if handle.run_ref in ended]
+        failed = f"RayWorkerProc rank={ranks} died unexpectedly before the engine was up"
+        try:
+            ray.get(ended[0])
+        except ray.exceptions.RayError as error:
+            raise RuntimeError(failed) from error
+        raise RuntimeError(failed)
 
     def _make_group(self, home: str) -> PlacementGroup:
         """One bundle a worker, each bound to the node of its rank."""
@@ -107,7 +147,10 @@ class NanoCPRayExecutor(OneWorld, RayExecutorV2):
         super().shutdown()
         group, self._own_group = self._own_group, None
         if group is not None and ray.is_initialized():
-            ray.util.remove_placement_group(group)
+            # Waits for Ray's head for a minute if that is gone, and the engine would not hear meanwhile that it failed.
+            removal = threading.Thread(target=ray.util.remove_placement_group, args=(group,), daemon=True)
+            removal.start()
+            removal.join(_REMOVE_LIMIT_S)
 
 
 def _devices(resources: Mapping[str, Mapping[str, float]], key: str) -> dict[str, int]:
@@ -118,12 +161,37 @@ def _numbers(room: Mapping[str, int]) -> str:
     return "+".join(str(number) for number in sorted(room.values(), reverse=True)) or "no"
 
 
+def _waiting(wait: Callable[[MessageQueue], None], check: Callable[[], None]) -> Callable[[MessageQueue], None]:
+    """vLLM's ``wait``, which has no time limit, until ``check`` raises.
+
+    vLLM watches its actors only once all queues are connected: one that has died before that would be awaited for ever.
+    """
+
+    def wait_until_ready(queue: MessageQueue) -> None:
+        ready: Future[None] = Future()
+
+        def connect() -> None:
+            try:
+                wait(queue)
+                ready.set_result(None)
+            except BaseException as error:
+                ready.set_exception(error)
+
+        threading.Thread(target=connect, daemon=True, name="RayQueueReady").start()
+        while not ready.done():
+            futures.wait([ready], timeout=_LOOK_EVERY_S)
+            check()
+        ready.result()
+
+    return wait_until_ready
+
+
 @contextlib.contextmanager
-def _worker_class(kind: type[RayWorkerProc]) -> Iterator[None]:
-    """The class of which vLLM's executor makes actors."""
-    before = ray_executor_v2.RayWorkerProc
-    ray_executor_v2.RayWorkerProc = kind  # type: ignore[misc]
+def _instead(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
+    """Another attribute of a module or class of vLLM's, for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, stand_in)
     try:
         yield
     finally:
-        ray_executor_v2.RayWorkerProc = before  # type: ignore[misc]
+        setattr(owner, name, before)

@@ -15,15 +15,27 @@ import pytest
 pytest.importorskip("ray")
 
 from tests.engine.harness import Engine
+from vllm_nanocp.environment import variable
 
-from .nodes import Nodes, two_nodes
+from .nodes import GIVE_UP, Nodes, two_nodes
 
 
 @pytest.fixture(scope="session")
-def nodes() -> Iterator[Nodes]:
+def _asked_for() -> None:
     if os.environ.get("NANOCP_RAY_TESTS") != "1":
         pytest.skip("starts a Ray cluster: NANOCP_RAY_TESTS=1")
+
+
+@pytest.fixture(scope="session")
+def nodes(_asked_for: None) -> Iterator[Nodes]:
     with two_nodes() as found:
+        yield found
+
+
+@pytest.fixture
+def own_nodes(_asked_for: None, request: pytest.FixtureRequest) -> Iterator[Nodes]:
+    """A cluster whose head a test may kill. The parameter: seconds after which Ray's processes give up on that."""
+    with variable(GIVE_UP, str(request.param)), two_nodes() as found:
         yield found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ SETTINGS = {
     "RAY_enable_metrics_collection": "0",
     "RAY_raylet_start_wait_time_s": "120",
 }
+# Ray's processes end when they have not reached Ray's server for so many seconds; 60 unless it is set.
+GIVE_UP = "RAY_gcs_rpc_server_reconnect_timeout_s"
 STORE_BYTES = 80 << 20
 CPUS = 2
 NOTICE_LIMIT_S = 90.0
@@ -51,6 +54,27 @@ class Nodes:
         """SIGKILL to the raylet of the second node, as when its machine goes."""
         self.raylet(self.second).kill()
         self.cluster.remove_node(self.second, allow_graceful=False)
+
+    def kill_gcs(self) -> None:
+        """SIGKILL to Ray's server on the head node: all raylets try to reach it for a while, and give up."""
+        self._reap()
+        self._head("gcs_server").kill()
+
+    def kill_head(self) -> None:
+        """SIGKILL to Ray's server and to the raylet beside it, as when the machine of the head node goes."""
+        self._reap()
+        self._head("raylet").kill()
+        self._head("gcs_server").kill()
+
+    def _head(self, kind: str) -> psutil.Process:
+        return psutil.Process(self.cluster.head_node.all_processes[kind][0].process.pid)
+
+    def _reap(self) -> None:
+        """Let dead raylets vanish at once, as those of a real node: workers take one that is a zombie for alive."""
+        for node in (self.cluster.head_node, self.second):
+            for started in node.all_processes.values():
+                for one in started:
+                    threading.Thread(target=one.process.wait, daemon=True).start()
 
     @staticmethod
     def raylet(node: Any) -> psutil.Process:

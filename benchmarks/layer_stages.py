@@ -103,6 +103,7 @@ class Layer:
             max_seq_len=int(lengths.max()),
             block_table_tensor=table.to(self.device),
             slot_mapping=torch.zeros(padded, dtype=torch.int64, device=self.device),
+            seq_lens_cpu_upper_bound=lengths,
         )
 
     def builder(self) -> Any:
@@ -134,9 +135,9 @@ class Layer:
 def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-    from vllm_nanocp.attention import flash_pieces
     from vllm_nanocp.attention.context import context
-    from vllm_nanocp.attention.partial_rows import RowLayout, merge_rows, pack_pieces
+    from vllm_nanocp.attention.decode_pieces import KV, attend, pack
+    from vllm_nanocp.attention.partial_rows import RowLayout, merge_rows
     from vllm_nanocp.exchange import CollectiveExchange
 
     it = Layer(args, rank, *map(int, case.split("x")))
@@ -155,16 +156,13 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
         return lambda i: cls.forward(impl, layer, query, key, key, it.caches[i], metadata, output)
 
     rows, layout = sharded.sharded, RowLayout(32, 128)
-    launch = rows.guests
     visiting = exchange.dispatch(query.index_select(0, rows.send), None, None)
     answers = layout.empty(len(visiting), it.device)
-    descale = tuple(s.expand(len(launch.lengths), 4) for s in (layer._k_scale, layer._v_scale))
 
-    def attend(i: int) -> Any:
-        keys, values = it.caches[i].transpose(1, 2).split(128, dim=-1)
-        return flash_pieces.attend_pieces(visiting, keys, values, launch, impl.scale, (None, *descale))
+    def attend_all(i: int) -> None:
+        kv = KV(*it.caches[i].transpose(1, 2).split(128, dim=-1), impl.scale)
+        attend(visiting, kv, rows.visits, query.dtype)
 
-    pieces = attend(0)
     stages: dict[str, Callable[[int], Any]] = {
         "stock": forward(stock),
         "stock long": forward(stock_long),
@@ -172,19 +170,19 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
         "plain rows": forward(sharded),
         "gather": lambda i: query.index_select(0, rows.send),
         "dispatch": lambda i: exchange.dispatch(visiting, None, None),
-        "attend": attend,
-        "pack": lambda i: pack_pieces(answers, layout, *pieces, launch.pieces),
+        "attend": attend_all,
+        "pack": lambda i: pack(answers, layout, rows.visits),
         "combine": lambda i: exchange.combine(answers, None, None, rows.partials),
         "merge": lambda i: merge_rows(rows.partials, layout, rows.pick, rows.tokens, output),
     }
     found = {name: graph_us(run) for name, run in stages.items()}
-    found["pieces"] = int(launch.pieces.max())
+    found["pieces"] = int(rows.visits.count.max())
     if args.routed:
-        found |= measure_routed(it, batch, pieces, forward)
+        found |= measure_routed(it, batch, forward)
     return found
 
 
-def measure_routed(it: Layer, batch: Any, pieces: Any, forward: Callable[..., Any]) -> dict[str, float]:
+def measure_routed(it: Layer, batch: Any, forward: Callable[..., Any]) -> dict[str, float]:
     """The same step over the routed exchange. Only ``routed`` as a whole waits for what is on its way."""
     from vllm_nanocp.attention.context import context
     from vllm_nanocp.exchange.routes import MAX_LAYERS
@@ -193,11 +191,8 @@ def measure_routed(it: Layer, batch: Any, pieces: Any, forward: Callable[..., An
     context.step, context.routes = it.sharded_step(), {it.capacity: routes}
     sharded = it.builder().build(0, batch)
     context.step, context.routes = None, {}
-    rows, launch = sharded.sharded, sharded.sharded.guests
-    _, route = rows.routed
+    _, route = sharded.sharded.routed
     whole = forward(sharded, type(it.impl))
-    query = torch.randn((batch.num_reqs, 32, 128), dtype=torch.bfloat16, device=it.device)
-    output = torch.empty_like(query)
 
     def routed(i: int) -> None:
         if i == 0:  # a new step, so that flags of the last one do not count; costs a kernel in every four layers
@@ -205,12 +200,7 @@ def measure_routed(it: Layer, batch: Any, pieces: Any, forward: Callable[..., An
         it.impl.__dict__["_number"] = i
         whole(i)
 
-    stages: dict[str, Callable[[int], Any]] = {
-        "routed": routed,
-        "routed dispatch": lambda i: routes.dispatch(query, route, i),
-        "routed combine": lambda i: routes.combine(*pieces, launch.pieces, rows.pick, rows.tokens, output, route, i),
-    }
-    return {name: graph_us(run) for name, run in stages.items()}
+    return {"routed": graph_us(routed)}
 
 
 def worker(rank: int, args: argparse.Namespace) -> None:

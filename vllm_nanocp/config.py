@@ -15,8 +15,8 @@ KEY = "nanocp"
 PLACEMENTS = ("balanced", "round_robin")
 EXCHANGES = ("auto", "collective", "routed")
 DECODE_BENCH = "NANOCP_DECODE_BENCH"
-# Rows that FlashAttention can cut into pieces in one launch.
-MAX_VISITS = 992
+# Most places of a step at fixed addresses: each takes a row of block ids and tens of KB of exchange buffers.
+MAX_PLACES = 1024
 # Settings with which homes stay where they are.
 _FIXED_HOMES: dict[str, Any] = {"placement": "round_robin", "max_degree": 1}
 
@@ -49,7 +49,7 @@ class NanoCPConfig:
     placement: str = "balanced"
     moves: bool | dict[str, Any] | None = None
     exchange: str = "auto"
-    graph_capacities: tuple[int, ...] = (4, 16)
+    graph_capacities: tuple[int, ...] = (16,)
     decode_bench: bool = False
 
     @property
@@ -124,7 +124,7 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
         values["moves"] = False
     if values["moves"] is not False and fixed is not None:
         raise NanoCPConfigError(f"nanocp: moves: homes cannot move with {fixed} {_FIXED_HOMES[fixed]!r}; leave it out")
-    default = [c for c in NanoCPConfig.graph_capacities if c * ranks <= MAX_VISITS]
+    default = [min(c, max(1, MAX_PLACES // ranks)) for c in NanoCPConfig.graph_capacities]
     values["graph_capacities"] = _capacities(raw.get("graph_capacities", default), ranks)
     if values.get("exchange") == "routed" and not values["graph_capacities"]:
         raise NanoCPConfigError(
@@ -157,12 +157,12 @@ def _capacities(value: Any, ranks: int) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or numbers != list(value) or numbers != sorted(set(numbers)):
         raise NanoCPConfigError(
             f"nanocp: graph_capacities must be a list of ascending positive integers, got {value!r}; "
-            "use [4, 16], or [] for no graphs of sharded steps"
+            "use [16], or [] for no graphs of sharded steps"
         )
-    if numbers and numbers[-1] * ranks > MAX_VISITS:
+    if numbers and numbers[-1] * ranks > max(MAX_PLACES, ranks):
         raise NanoCPConfigError(
             f"nanocp: graph_capacities has {numbers[-1]}, and {numbers[-1]} visits from each of {ranks} ranks are more "
-            f"than one launch serves ({MAX_VISITS}); use at most {MAX_VISITS // ranks}"
+            f"than there may be places for ({MAX_PLACES}); use at most {MAX_PLACES // ranks}"
         )
     return tuple(numbers)
 

@@ -77,19 +77,17 @@ class GraphForward:
         output.copy_(static[4])
 
     def _capture(self, impl: Any, layer: Any, static: list[torch.Tensor], metadata: Any) -> torch.cuda.CUDAGraph:
-        """Nothing of the step at hand may be baked in: its lengths are put away while the graph is captured."""
+        """Nothing of the step at hand may be baked in: its tables are put away while the graph is captured."""
         import dataclasses
 
-        launch = metadata.sharded.guests
-        tables = [launch.lengths, launch.schedule]
-        if metadata.sharded.routed is not None:  # nor may the flags of the step at hand be set
-            route = metadata.sharded.routed[1]
-            tables += [route.sent, route.received, metadata.sharded.tokens]
+        rows = metadata.sharded
+        tables = [rows.visits.starts, rows.visits.count, rows.tokens]
+        if rows.routed is not None:  # nor may the flags of the step at hand be set
+            tables += [rows.routed[1].sent, rows.routed[1].received]
         held = [x.clone() for x in tables]
-        for x in [launch.lengths, *tables[2:]]:
+        for x in tables:
             x.zero_()
-        if metadata.sharded.routed is not None:
-            metadata.sharded.tokens.fill_(-1)
+        rows.tokens.fill_(-1)
         fixed = dict(zip(("query_start_loc", "seq_lens", "block_table"), static[5:], strict=True))
         # The engine's own batch buffers are persistent, the test's are not.
         captured = dataclasses.replace(metadata, **fixed, max_seq_len=40 * 32)

@@ -363,6 +363,7 @@ class RankSimulation:
             max_seq_len=max(ends),
             block_table_tensor=table.to(device),
             slot_mapping=(torch.cat(mapping) if mapping else torch.tensor([-1])).to(device),
+            seq_lens_cpu_upper_bound=seq_lens,
         )
 
     def _past(self, impl: Any, cache: torch.Tensor, layer: int) -> None:

@@ -12,19 +12,23 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, Triton's own as well
 
+import triton
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends import flash_attn
 
 from tests.unit.attention_steps import Kernel, Shape
-from vllm_nanocp.attention import flash_backend, flash_pieces
+from vllm_nanocp.attention import decode_pieces, flash_backend, flash_pieces
+from vllm_nanocp.attention.decode_pieces import KV, Visits
 from vllm_nanocp.attention.flash_backend import NanoCPFlashAttentionImpl, NanoCPFlashAttentionMetadataBuilder
 from vllm_nanocp.attention.flash_pieces import ShardLaunch
 from vllm_nanocp.attention.partial_rows import RowLayout
 from vllm_nanocp.exchange.routes import Routes
 
 MAX_REQS = 64
+if not torch.cuda.is_available():
+    decode_pieces.TYPES[torch.bfloat16] = triton.language.float32  # the interpreter multiplies bfloat16 wrongly
 
 
 def make_builder(shape: Shape, device: torch.device) -> NanoCPFlashAttentionMetadataBuilder:
@@ -174,11 +178,27 @@ def reference_merge(
             output[token] = (weights * layout.outputs(picked).double()).sum(0).to(output.dtype)
 
 
+def reference_attend(query: torch.Tensor, kv: KV, visits: Visits, _: torch.dtype) -> None:
+    """Results of pieces that are not in use are NaN."""
+    visits.outputs.fill_(float("nan"))
+    visits.lses.fill_(float("nan"))
+    group = query.shape[1] // kv.keys.shape[2]
+    for piece, (row, begin, end) in enumerate(visits.pieces[: visits.starts[-1]].tolist()):
+        place = row - visits.num_rows
+        blocks = visits.block_table[place, : -(-end // kv.keys.shape[1])].long()
+        keys, values = (x[blocks].flatten(0, 1)[begin:end].double() for x in (kv.keys, kv.values))
+        k, v = (x.repeat_interleave(group, 1) for x in (keys, values))
+        scores = torch.einsum("hd,khd->hk", query[place].double(), k) * kv.scale
+        visits.lses[piece] = scores.logsumexp(-1).float()
+        visits.outputs[piece] = torch.einsum("hk,khd->hd", scores.softmax(-1), v).float()
+
+
 def use_references() -> None:
     """In this process, which has no GPU."""
     flash_attn.flash_attn_varlen_func = reference_flash  # type: ignore[attr-defined]
     flash_pieces.make_schedule = reference_schedule  # type: ignore[assignment]
     flash_pieces.attend_pieces = reference_pieces
+    flash_backend.attend = reference_attend
     flash_backend.pack_pieces = reference_pack  # type: ignore[assignment]
     flash_backend.merge_rows = reference_merge
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routed exchange without attention: random routes, step after step, over one buffer that is never cleared."""
+"""The routed exchange and its attention: random routes, step after step, over one buffer that is never cleared."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import time
 import torch
 import torch.distributed as dist
 
-from tests.unit.attention_steps import Shape
+from tests.unit.attention_steps import Shape, full_attention
 from tests.unit.flash_steps import make_routes
-from vllm_nanocp.exchange.routes import MAX_LAYERS, Route
+from vllm_nanocp.attention.cut import cut
+from vllm_nanocp.attention.decode_pieces import KV, Visits
+from vllm_nanocp.exchange.routes import MAX_LAYERS, Batch, Route
 
-SHAPE = Shape(4, 4, 64, torch.bfloat16)
+SHAPE = Shape(4, 2, 64, torch.bfloat16, 16)
+BLOCKS, MOST = 64, 600
 CAPACITY = 5
+ROWS, PLAIN = CAPACITY + 3, [450, 130]
 LAYERS = 2
 # Far from any partial result; no number that arithmetic would hide.
 POISON = 1e30
@@ -37,41 +41,59 @@ def draw(step: int, size: int) -> list[list[int]]:
 
 
 def queries(step: int, layer: int, home: int) -> torch.Tensor:
-    """[CAPACITY + 3, heads, head_size], the first of them used."""
+    """[ROWS, heads, head_size], of which the first visit."""
     generator = torch.Generator().manual_seed(step * 100 + layer * 10 + home)
-    return torch.randn(CAPACITY + 3, SHAPE.num_heads, SHAPE.head_size, generator=generator).to(SHAPE.dtype)
+    return torch.randn(ROWS, SHAPE.num_heads, SHAPE.head_size, generator=generator).to(SHAPE.dtype)
 
 
-def pieces_of(place: int) -> int:
-    return 1 + place % 3
+def lengths(step: int, holder: int, size: int) -> list[int]:
+    """KV tokens that the query at each place of a holder attends to."""
+    dice = random.Random(step * 10 + holder)
+    return [dice.choice([1, 16, 100, 200, MOST]) for _ in range(size * CAPACITY)]
 
 
-def attend(visiting: torch.Tensor, holder: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """In place of attention: pieces that depend on the query, the holder, the place and the head."""
-    places, heads, _ = visiting.shape
-    piece = torch.arange(3, device=visiting.device).view(3, 1, 1)
-    head = torch.arange(heads, device=visiting.device).view(1, heads, 1)
-    place = torch.arange(places, device=visiting.device).view(1, 1, places)
-    lses = 0.7 * piece + 0.3 * head - 0.4 * holder + 0.1 * (place % 4)
-    outputs = visiting.float().permute(1, 0, 2)[None] * (holder + 1) + piece[..., None]
-    pieces = torch.tensor([pieces_of(p) for p in range(places)], dtype=torch.int32, device=visiting.device)
-    return outputs.contiguous(), lses.float().contiguous(), pieces
+@functools.cache
+def cache(holder: int) -> torch.Tensor:
+    """[blocks, kv heads, block size, 2 * head_size], as vLLM keeps it."""
+    generator = torch.Generator().manual_seed(holder)
+    shape = (BLOCKS, SHAPE.num_kv_heads, SHAPE.block_size, 2 * SHAPE.head_size)
+    return torch.randn(shape, generator=generator).to(SHAPE.dtype)
+
+
+def blocks(step: int, place: int) -> list[int]:
+    return random.Random(step * 1000 + place).sample(range(BLOCKS), MOST // SHAPE.block_size + 1)
 
 
 def expected(step: int, layer: int, home: int, result: int, counts: list[list[int]]) -> torch.Tensor | None:
     """A result in float64, from nothing but the numbers of the step; None if it visits nobody."""
-    query = queries(step, layer, home)[result]
-    parts, lses = [], []
+    query, parts = queries(step, layer, home)[result], []
     for holder, count in enumerate(counts[home]):
         if result < count:
             place = home * CAPACITY + result
-            outputs, lse, _ = attend(query.expand(place + 1, *query.shape), holder)
-            parts.append(outputs[: pieces_of(place), :, place].double())
-            lses.append(lse[: pieces_of(place), :, place].double())
+            held = cache(holder)[blocks(step, place)].transpose(1, 2).flatten(0, 1)
+            parts.append(held[: lengths(step, holder, len(counts))[place]])
     if not parts:
         return None
-    weights = torch.cat(lses).softmax(0).unsqueeze(-1)
-    return (weights * torch.cat(parts)).sum(0)
+    keys, values = torch.cat(parts).split(SHAPE.head_size, dim=-1)
+    return full_attention(query[None], keys, values, len(keys) - 1, SHAPE.scale)[0]
+
+
+def make_visits(step: int, rank: int, counts: list[list[int]], device: torch.device) -> Visits:
+    """What this rank's places attend to, and behind them the batch's last two rows, which visit nobody."""
+    size = len(counts)
+    heads = (SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_size)
+    visits = Visits.empty(ROWS, size * CAPACITY, MOST // SHAPE.block_size + 1, *heads, device)
+    visits.outputs.fill_(POISON)
+    used = [place % CAPACITY < counts[place // CAPACITY][rank] for place in range(size * CAPACITY)]
+    held = [n if use else 0 for n, use in zip(lengths(step, rank, size), used, strict=True)]
+    # Of the second, pieces are made for more tokens than there are.
+    pieces, *rest = cut([0] * (ROWS - 2) + [PLAIN[0], PLAIN[1] + 300] + held, len(visits.starts) - 1)
+    visits.pieces[: len(pieces)] = torch.from_numpy(pieces)
+    visits.count[:], visits.starts[:] = map(torch.from_numpy, rest)
+    visits.first[:] = visits.count.cumsum(0) - visits.count
+    for place in range(len(used)):
+        visits.block_table[place] = torch.tensor(blocks(step, place))
+    return visits
 
 
 def stress(rank: int, size: int, steps: int, device: str, shared: str | None, late: float = 0.0) -> int:
@@ -92,7 +114,9 @@ def stress(rank: int, size: int, steps: int, device: str, shared: str | None, la
     """
     where = torch.device(device, rank) if device == "cuda" else torch.device(device)
     routes = make_routes(SHAPE, size, rank, CAPACITY, shared)
-    routes.warm_up(SHAPE.dtype)
+    keys, values = cache(rank).to(where).transpose(1, 2).split(SHAPE.head_size, dim=-1)
+    kv = KV(keys, values, SHAPE.scale)
+    seq_lens = torch.tensor([0] * (ROWS - 2) + PLAIN, dtype=torch.int32, device=where)
     dist.barrier()
     places = size * CAPACITY
     move = functools.partial(torch.tensor, dtype=torch.int64, device=where)
@@ -109,16 +133,18 @@ def stress(rank: int, size: int, steps: int, device: str, shared: str | None, la
             move(counts[rank]),
             move([counts[home][rank] for home in range(size)]),
             move([step * MAX_LAYERS]),
+            move(pick),
+            move(list(range(num_results)) or [-1]),
         )
-        tokens = move(list(range(num_results)) or [-1])
+        table = torch.tensor([blocks(step, row) for row in range(ROWS)], dtype=torch.int32, device=where)
+        visits = make_visits(step, rank, counts, where)
         if late and random.Random(step * 31 + rank).random() < 0.1:
             time.sleep(late)
         for layer in range(LAYERS):
             query = queries(step, layer, rank).to(where)
             output = torch.full_like(query, POISON)
-            routes.dispatch(query, route, layer)
-            pieces = attend(routes.visiting(query), rank)
-            routes.combine(*pieces, move(pick), tokens, output, route, layer)
+            routes.attend(Batch(query, output, table, seq_lens), kv, visits, route, layer)
+            assert not visits.done.any()
             found = output.cpu().double()
             for result in range(num_results):
                 right = expected(step, layer, rank, result, counts)
@@ -126,6 +152,11 @@ def stress(rank: int, size: int, steps: int, device: str, shared: str | None, la
                     error = (found[result] - right).abs().max().item()
                     assert error < 0.06, (step, layer, rank, result, error, counts)
                     compared += 1
+            for row, length in enumerate(PLAIN, ROWS - 2):
+                held = cache(rank)[blocks(step, row)].transpose(1, 2).flatten(0, 1)[:length]
+                right = full_attention(query[row : row + 1].cpu(), *held.split(SHAPE.head_size, dim=-1), length - 1,
+                                       SHAPE.scale)[0]  # fmt: skip
+                assert (found[row] - right).abs().max() < 0.06, (step, layer, rank, row)
         if step % 50 == 0:  # nobody is in a step
             dist.barrier()
             routes.rows.fill_(POISON)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vllm_nanocp.compat import unsupported_reason
-from vllm_nanocp.config import DECODE_BENCH, EXCHANGES, MAX_VISITS, PLACEMENTS, NanoCPConfig, parse
+from vllm_nanocp.config import DECODE_BENCH, EXCHANGES, MAX_PLACES, PLACEMENTS, NanoCPConfig, parse
 from vllm_nanocp.errors import NanoCPConfigError
 from vllm_nanocp.placement.moves import MoveConfig
 
@@ -43,11 +43,11 @@ def test_defaults() -> None:
         ({"max_degree": None}, "max_degree", None),
         *(({"placement": name}, "placement", name) for name in PLACEMENTS),
         *(({"exchange": name}, "exchange", name) for name in EXCHANGES),
-        ({}, "graph_capacities", (4, 16)),
+        ({}, "graph_capacities", (16,)),
         ({"graph_capacities": []}, "graph_capacities", ()),
         ({"graph_capacities": [1]}, "graph_capacities", (1,)),
         ({"graph_capacities": (2, 3, 5)}, "graph_capacities", (2, 3, 5)),
-        ({"graph_capacities": [MAX_VISITS // 4]}, "graph_capacities", (MAX_VISITS // 4,)),
+        ({"graph_capacities": [MAX_PLACES // 4]}, "graph_capacities", (MAX_PLACES // 4,)),
         ({"decode_bench": False}, "decode_bench", False),
     ],
 )
@@ -98,12 +98,12 @@ def test_choices_are_named(key: str, choices: tuple[str, ...], value: Any) -> No
 def test_capacities_are_ascending_positive_integers(value: Any) -> None:
     line = refusal({"graph_capacities": value}, 2)
     assert f"graph_capacities must be a list of ascending positive integers, got {value!r}" in line
-    assert "[4, 16]" in line and "[] for no graphs" in line
+    assert "[16]" in line and "[] for no graphs" in line
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8, 31])
-def test_capacities_that_one_launch_cannot_serve(ranks: int) -> None:
-    most = MAX_VISITS // ranks
+def test_capacities_without_places(ranks: int) -> None:
+    most = MAX_PLACES // ranks
     assert parse({"graph_capacities": [1, most]}, ranks).graph_capacities == (1, most)
     line = refusal({"graph_capacities": [1, most + 1]}, ranks)
     assert f"{most + 1} visits from each of {ranks} ranks" in line and line.endswith(f"use at most {most}")
@@ -242,5 +242,6 @@ def test_the_routed_exchange_needs_places() -> None:
 
 
 def test_capacities_that_the_ranks_do_not_allow_are_not_taken_by_default() -> None:
-    many = parse({}, 63)
-    assert many.graph_capacities == (4,) and parse(many.to_dict(), 1) == many
+    many = parse({}, 100)
+    assert many.graph_capacities == (MAX_PLACES // 100,) and parse(many.to_dict(), 1) == many
+    assert parse({}, 2 * MAX_PLACES).graph_capacities == (1,)

@@ -33,9 +33,9 @@ FIXED = {"fixed": [(SHAPES[seed % 3], seed, seed % 9 != 8) for seed in range(400
 Results = list[dict[str, tuple[dict[str, int], list[tuple[int, float]]]]]
 
 
-def check(results: Results, group: str) -> None:
+def check(results: Results, group: str, tolerance: float = TOLERANCE) -> None:
     for rank, result in enumerate(results):
-        wrong = [(seed, error) for seed, error in result[group][1] if not error < TOLERANCE]
+        wrong = [(seed, error) for seed, error in result[group][1] if not error < tolerance]
         assert not wrong, f"rank {rank}: (seed, error) {wrong}"
 
 
@@ -65,7 +65,7 @@ def test_the_routed_exchange(tmp_path: Path) -> None:
     groups = {"routed": [(shapes[seed % 2], seed, seed % 9 != 8) for seed in range(600, 610)]}
     kernel = functools.partial(flash_kernel, "cpu", 5, 0, True, str(tmp_path))
     results: Results = run_ranks(RANKS, run_scenarios, groups, kernel, seconds=150)
-    check(results, "routed")
+    check(results, "routed", 2 * TOLERANCE)  # the interpreter cuts off bits where a GPU rounds
     for kind in ("plain decode", "plain prefill", "sharded decode", "guests"):
         assert sum(result["routed"][0].get(kind, 0) for result in results) >= 3, kind
     assert sum(result["routed"][0].get("idle with guests", 0) for result in results) >= 2

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -27,12 +26,13 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from ..errors import NanoCPConfigError
+from ..exchange.routes import Batch, Route
 from . import flash_pieces
 from .context import ShardedStep, context
+from .decode_pieces import KV, Visits, attend, pack
 from .flash_pieces import ShardLaunch
 from .flash_tables import CapturedTables, ShardedRows, exact_tables
 from .partial_rows import RowLayout, merge_rows, pack_pieces
-from .side_stream import beside
 
 _layers = itertools.count()
 
@@ -144,39 +144,21 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         args = (layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if rows is None:
             return super().forward(*args)
-        if rows.routed is not None:
-            self._visit_routed(layer, query, kv_cache, rows, output, functools.partial(super().forward, *args))
-            return output
         if rows.plain:
             super().forward(*args)
-        self._visit(layer, query, kv_cache, rows, output)
+        if rows.routed is None:
+            self._visit(layer, query, kv_cache, rows, output)
+        else:
+            assert rows.visits is not None
+            routes, route = rows.routed
+            batch = Batch(query, output, attn_metadata.block_table, attn_metadata.seq_lens)
+            routes.attend(batch, self._kv(layer, query, kv_cache), rows.visits, route, self._number)
         return output
 
     @functools.cached_property
     def _number(self) -> int:
         """Of this layer: all ranks run the same layers in the same order."""
         return next(_layers)
-
-    def _visit_routed(
-        self,
-        layer: torch.nn.Module,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        rows: ShardedRows,
-        output: torch.Tensor,
-        plain: Callable[[], object],
-    ) -> None:
-        """The sharded rows of a step, and beside them the plain ones, which leave those of the output for the end."""
-        launch = rows.guests
-        assert rows.routed is not None and launch is not None and launch.pieces is not None
-        assert rows.pick is not None and rows.tokens is not None
-        routes, route = rows.routed
-        with beside(output.device) as join:
-            plain()
-        routes.dispatch(query, route, self._number)
-        outputs, lses = self._pieces(layer, routes.visiting(query), kv_cache, launch)
-        join()
-        routes.combine(outputs, lses, launch.pieces, rows.pick, rows.tokens, output, route, self._number)
 
     def _visit(
         self,
@@ -191,7 +173,10 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         assert exchange is not None
         visiting = exchange.dispatch(query.index_select(0, rows.send), rows.send_counts, rows.recv_counts)
         answers = layout.empty(len(visiting), output.device)
-        if rows.guests is not None:
+        if rows.visits is not None:
+            attend(visiting, self._kv(layer, query, kv_cache), rows.visits, output.dtype)
+            pack(answers, layout, rows.visits)
+        elif rows.guests is not None:
             self._attend(layer, visiting, kv_cache, rows.guests, layout, answers)
         sent = rows.partials[: len(rows.send)]
         exchange.combine(answers, rows.recv_counts, rows.send_counts, sent)
@@ -221,12 +206,52 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, launch: ShardLaunch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Results of queries over pieces of the shards held here, as ``attend_pieces`` returns them."""
+        keys, values = self._keys_and_values(kv_cache)
+        shape = (len(launch.lengths), self.num_kv_heads)
+        q_scale = layer._q_scale.expand(shape) if self.supports_quant_query_input else None
+        descale = (q_scale, layer._k_scale.expand(shape), layer._v_scale.expand(shape))
+        return flash_pieces.attend_pieces(query, keys, values, launch, self.scale, descale)
+
+    def _keys_and_values(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of a cache: [num_blocks, block_size, num_kv_heads, head_size]."""
         keys, values = (
             canonicalize_singleton_dim_strides(part) for part in kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         )
         if is_quantized_kv_cache(self.kv_cache_dtype):
             keys, values = keys.view(current_platform.fp8_dtype()), values.view(current_platform.fp8_dtype())
-        shape = (len(launch.lengths), self.num_kv_heads)
-        q_scale = layer._q_scale.expand(shape) if self.supports_quant_query_input else None
-        descale = (q_scale, layer._k_scale.expand(shape), layer._v_scale.expand(shape))
-        return flash_pieces.attend_pieces(query, keys, values, launch, self.scale, descale)
+        return keys, values
+
+    def _kv(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor) -> KV:
+        """What queries attend to outside of FlashAttention."""
+        scales: Any = (None, None, None)
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            quantized = query.dtype == current_platform.fp8_dtype()
+            scales = (layer._q_scale if quantized else None, layer._k_scale, layer._v_scale)
+        return KV(*self._keys_and_values(kv_cache), self.scale, scales)
+
+    def warm_up(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> None:
+        """Compile the kernels of sharded decode steps now, not in front of the first long request. Nothing is sent.
+
+        Args:
+            layer: this implementation's.
+            kv_cache: of the layer.
+            dtype: of the output.
+        """
+        device, layout = kv_cache.device, RowLayout(self.num_heads, self.head_size)
+        output = torch.zeros((1, self.num_heads, self.head_size), dtype=dtype, device=device)
+        quantized = is_quantized_kv_cache(self.kv_cache_dtype) and self.supports_quant_query_input
+        query = output.to(current_platform.fp8_dtype()) if quantized else output
+        routes = next(iter(context.routes.values()), None)
+        places = 1 if routes is None else routes.places
+        visits = Visits.empty(1, places, 1, self.num_heads, self.num_kv_heads, self.head_size, device)
+        kv = self._kv(layer, query, kv_cache)
+        if routes is None:
+            attend(query, kv, visits, dtype)
+            pack(layout.empty(1, device), layout, visits)
+            return
+        none = torch.zeros(places, dtype=torch.int64, device=device)
+        nobody = none[: routes.num_ranks]
+        nowhere = torch.full((1, routes.num_ranks + 1), -1, dtype=torch.int64, device=device)
+        route = Route(none, nobody, nobody, none[:1], nowhere, nowhere[0, :1])
+        batch = Batch(query, output, visits.block_table, visits.done[0])
+        routes.attend(batch, kv, visits, route, 0)

@@ -18,6 +18,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from ..exchange.base import Counts
 from ..exchange.routes import MAX_LAYERS, Route, Routes
 from .context import ShardedStep, context
+from .cut import cut
+from .decode_pieces import Visits
 from .flash_pieces import ShardLaunch, pieces_that_fit
 from .partial_rows import RowLayout
 
@@ -27,15 +29,17 @@ class ShardedRows:
     """A sharded step of this rank.
 
     Attributes:
-        plain: whether any row of the batch visits nobody.
+        plain: whether rows of the batch that visit nobody are left to stock attention.
         send: int64, indices in the batch of the queries to dispatch, in the exchange's order.
         send_counts, recv_counts: see ``Exchange``.
-        guests: the received queries; None when nobody visits.
+        guests: the received queries; None when nobody visits, and with ``visits``.
         own: queries of this rank that visit others, over what is held here; None when there are none, or when they
             visit their own rank like anyone else.
         partials: room for the rows that come back, and behind them those of ``own``.
         tokens: int64 [num_results], the indices in the batch of the queries that visit; -1 for an unused one.
         pick: int64 [num_results, num_partials], see ``merge_rows``; None without such queries.
+        visits: at fixed places, the received queries and those of this rank over what is held here; and rows that visit
+            nobody, unless ``plain``.
         routed: the routed exchange, if it takes the place of ``Exchange``, and the step's route.
     """
 
@@ -48,6 +52,7 @@ class ShardedRows:
     partials: torch.Tensor
     tokens: torch.Tensor | None
     pick: torch.Tensor | None
+    visits: Visits | None = None
     routed: tuple[Routes, Route] | None = None
 
 
@@ -175,30 +180,27 @@ class CapturedTables:
         device: torch.device,
     ) -> None:
         places = capacity * num_ranks
-        self.capacity, self.places, self.max_tokens = capacity, places, max_tokens
-        # What changes from step to step comes in one copy: queries to send, picks, lengths, tokens of results, and
-        # rows of these with a spare index for unused ones; and what the routed exchange needs besides.
+        self.capacity, self.places, self.max_tokens, self.block_size = capacity, places, max_tokens, block_size
+        shape = (layout.num_heads, num_kv_heads, layout.head_size)
+        self._visits = Visits.empty(max_tokens, places, max_blocks, *shape, device)
+        # What changes from step to step comes in one copy: queries to send, picks, tokens of results, and rows of
+        # these with a spare index for unused ones; pieces; and what the routed exchange needs besides.
         # A row has a visit to each rank, its own for what it holds of earlier parts, and its own part.
-        width = num_ranks + 1
-        self._sizes = (places, capacity * width, places, capacity, capacity, num_ranks, num_ranks, 1)
+        width, rows = num_ranks + 1, max_tokens + places
+        self._programs = len(self._visits.starts) - 1
+        pieces = (self._visits.pieces.numel(), self._programs + 1, rows, rows)
+        self._sizes = (places, capacity * width, capacity, capacity, *pieces, num_ranks, num_ranks, 1)
         self._ints = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
-        self._send, pick, self._lengths, self._tokens, self._visiting, *route = self._ints.split(self._sizes)
-        self._route = Route(self._send, *route)
-        self._pick = pick.view(capacity, width)
+        views = self._ints.split(self._sizes)
+        send, pick, tokens, self._visiting, cut_at = views[:5]
+        self._visits.pieces = cut_at.view(-1, 3)
+        self._visits.starts, self._visits.first, self._visits.count = views[5:8]
+        sent, received, epoch = views[8:]
+        self._route = Route(send, sent, received, epoch, pick.view(capacity, width), tokens)
         self._seq_lens = torch.zeros(max_tokens + 1, dtype=torch.int32, device=device)
         self._partials = layout.empty(places, device)
         # The shard whose blocks a place's row of the block table holds; they need not be written again.
         self._shards: list[str | None] = [None] * places
-        self.launch = ShardLaunch(
-            query_starts=torch.arange(places + 1, dtype=torch.int32, device=device),
-            lengths=torch.zeros(places, dtype=torch.int32, device=device),
-            block_table=torch.zeros((places, max_blocks), dtype=torch.int32, device=device),
-            max_queries=1,
-            max_length=max_blocks * block_size,
-            causal=False,
-            max_pieces=pieces_that_fit(places, layout.num_heads, layout.head_size, num_kv_heads),
-        )
-        self.block_size = block_size
 
     def fill(self, step: ShardedStep, common: CommonAttentionMetadata) -> tuple[ShardedRows, torch.Tensor]:
         """Write a step's tables. All rows that visit have one query.
@@ -211,11 +213,20 @@ class CapturedTables:
             As ``exact_tables``; the same tensors each time.
         """
         host = np.zeros(len(self._ints), dtype=np.int64)
-        send, pick, lengths, tokens, visiting, sent, received, epoch = np.split(host, np.cumsum(self._sizes)[:-1])
+        parts = np.split(host, np.cumsum(self._sizes)[:-1])
+        send, pick, tokens, visiting, cut_at, cut_starts, first, count, sent, received, epoch = parts
         pick[:], tokens[:], visiting[:] = -1, -1, self.max_tokens
         sent[:], received[:], epoch[:] = step.send_counts, step.recv_counts, step.serial * MAX_LAYERS
         sent[step.rank] += len(step.own)
         received[step.rank] += len(step.own)
+        routes = context.routes.get(self.capacity)
+        # Stock attention is for rows of more queries; and for all rows where the exchange is a kernel by itself.
+        plain = routes is None or common.max_query_len > 1
+        lengths = np.zeros(self.max_tokens + self.places, dtype=np.int64)
+        at_places = lengths[self.max_tokens :]
+        if not plain:
+            assert common.seq_lens_cpu_upper_bound is not None
+            lengths[: common.num_reqs] = common.seq_lens_cpu_upper_bound[: common.num_reqs]
         starts = common.query_start_loc_cpu
         for i, own in enumerate(step.own):
             visiting[i] = row = own.batch_row()
@@ -225,39 +236,38 @@ class CapturedTables:
                 place = rank * self.capacity + index
                 send[place] = token
                 pick[i * (step.num_ranks + 1) + j] = place
-            lengths[place] = own.local_tokens + 1
+            at_places[place], lengths[row] = own.local_tokens + 1, 0
             self._hold(place, own.local_tokens + 1, common.block_table_tensor[row], own.first_block)
         for guest in step.guests:
             place = guest.home * self.capacity + guest.index
-            lengths[place] = guest.length
+            at_places[place] = guest.length
             if self._shards[place] != guest.shard:
                 self._shards[place] = guest.shard
-                self.launch.block_table[place, : len(guest.blocks)] = guest.blocks
+                self._visits.block_table[place, : len(guest.blocks)] = guest.blocks
+        if lengths.any():
+            pieces, count[:], cut_starts[:] = cut(lengths, self._programs)
+            cut_at[: pieces.size] = pieces.reshape(-1)
+            first[:] = np.cumsum(count) - count
         async_tensor_h2d(host, out=self._ints)
-        return self._derive(common)
+        n = common.num_reqs
+        self._seq_lens[:n] = common.seq_lens[:n]
+        self._seq_lens.index_fill_(0, self._visiting, 0)
+        return ShardedRows(
+            plain=plain,
+            send=self._route.send,
+            send_counts=None,
+            recv_counts=None,
+            guests=None,
+            own=None,
+            partials=self._partials,
+            tokens=self._route.tokens,
+            pick=self._route.pick,
+            visits=self._visits,
+            routed=None if routes is None else (routes, self._route),
+        ), self._seq_lens[:n]
 
     def _hold(self, place: int, length: int, blocks: torch.Tensor, first_block: int) -> None:
         """A place's row is one of this rank's own: its blocks follow ``first_block`` in the batch's table."""
         count = -(-length // self.block_size)
         self._shards[place] = None
-        self.launch.block_table[place, :count] = blocks[first_block : first_block + count]
-
-    def _derive(self, common: CommonAttentionMetadata) -> tuple[ShardedRows, torch.Tensor]:
-        """What follows on the device from the integers copied to it."""
-        self.launch.lengths.copy_(self._lengths)
-        n = common.num_reqs
-        routes = context.routes.get(self.capacity)
-        self._seq_lens[:n] = common.seq_lens[:n]
-        self._seq_lens.index_fill_(0, self._visiting, 0)
-        return ShardedRows(
-            plain=True,
-            send=self._send,
-            send_counts=None,
-            recv_counts=None,
-            guests=self.launch,
-            own=None,
-            partials=self._partials,
-            tokens=self._tokens,
-            pick=self._pick,
-            routed=None if routes is None else (routes, self._route),
-        ), self._seq_lens[:n]
+        self._visits.block_table[place, :count] = blocks[first_block : first_block + count]

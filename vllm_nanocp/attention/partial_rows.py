@@ -61,7 +61,7 @@ def add_piece(o, lse, most, total, acc):  # type: ignore[no-untyped-def]
 
 
 # Pieces that are read at once: one after another, each would wait for memory.
-_TOGETHER = tl.constexpr(16)
+_TOGETHER = tl.constexpr(64)
 
 
 @triton.jit

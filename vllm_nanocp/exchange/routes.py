@@ -4,14 +4,17 @@ other's memory.
 
 Every rank has a buffer that all ranks can write to. In it, place ``rank * capacity + i`` belongs to the i-th query that
 another rank sends here, or to the i-th result that comes back from one; each place has flags. Which places a step uses
-is in device memory, so that one captured graph serves any route. A layer takes two kernels beside attention:
+is in device memory, so that one captured graph serves any route. All of a layer's attention is one kernel, whose
+programs do one of four things:
 
-1. ``dispatch``: queries are written to their holders' buffers, then their flags; it ends when the queries of all guests
-   are in;
-2. ``combine``: pieces of attention are merged and written to the homes' buffers, head by head, then the flags; each
-   result waits for the rows that it is made of, and is merged from them.
+1. send: a query is written to its holder's buffer, then its flag;
+2. attend: to a piece of a row's KV, for a visit once its query is in. Rows of the batch that visit nobody are among
+   these; the last program of such a row writes its result;
+3. answer: when all pieces of a visit have their result, these are merged and written to the home's buffer, head by
+   head, then the flags;
+4. collect: a result waits for the rows that it is made of, and is merged from them.
 
-In both, programs that wait come behind those that send, so they cannot keep these from running.
+Programs that wait come behind those they wait for, here and on all other ranks, so they cannot keep these from running.
 
 A flag is a number that grows with every layer of every step, the epoch; the step's part of it comes with the plan, so
 that all ranks agree also after a step that failed. Whoever waits, waits for that number or a larger one.
@@ -29,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..attention.decode_pieces import KV, Visits, attend_piece, kernel_arguments, put_piece
 from ..attention.partial_rows import RowLayout, add_piece, merge_pieces
 
 # Layers that a step's epochs have room for.
@@ -44,12 +48,33 @@ class Route:
         sent: int64 [num_ranks], how many places at each rank this one writes to.
         received: int64 [num_ranks], how many of this rank's places each rank writes to.
         epoch: int64 [1], that of the step's first layer.
+        pick: int64 [num_results, num_partials], which places make a result; -1 for none.
+        tokens: int64 [num_results], where in the batch a result goes; -1 for nowhere.
     """
 
     send: torch.Tensor
     sent: torch.Tensor
     received: torch.Tensor
     epoch: torch.Tensor
+    pick: torch.Tensor
+    tokens: torch.Tensor
+
+
+@dataclass
+class Batch:
+    """This rank's rows.
+
+    Attributes:
+        query: [tokens, num_heads, head_size], a token's numbers contiguous.
+        output: [tokens, num_heads, head_size], likewise; bfloat16 or float16.
+        block_table: int32 [num_rows, most blocks], of rows that have pieces.
+        seq_lens: int32 [num_rows], theirs; pieces may be for more tokens, but then see these only.
+    """
+
+    query: torch.Tensor
+    output: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
 
 
 class Routes:
@@ -75,7 +100,8 @@ class Routes:
         buffer: torch.Tensor,
         pointers: torch.Tensor,
     ) -> None:
-        self.capacity, self.rank, self.layout, self.pointers = capacity, rank, layout, pointers
+        self.capacity, self.num_ranks, self.rank, self.layout = capacity, num_ranks, rank, layout
+        self.pointers = pointers
         self.places = capacity * num_ranks
         parts = _parts(self.places, layout, query_bytes)
         self._queries_at, self._rows_at, self._asked_at, self._answered_at, _ = offsets = _offsets(parts)
@@ -98,68 +124,37 @@ class Routes:
         row = like.shape[1] * like.shape[2]
         return self._queries.view(like.dtype)[: self.places * row].view(self.places, *like.shape[1:])
 
-    def dispatch(self, query: torch.Tensor, route: Route, layer: int) -> None:
-        """Send this rank's queries to their places, and hold the stream until all that come here are in.
+    def attend(self, batch: Batch, kv: KV, visits: Visits, route: Route, layer: int) -> None:
+        """Attention of a layer: of all rows that have pieces, and of those that visit.
 
         Args:
-            query: [tokens, num_heads, head_size], a token's numbers contiguous.
+            batch: this rank's. Rows that neither have pieces nor visit are not written to.
+            kv: held here.
+            visits: rows of the batch, and the places.
             route: of the step.
             layer: number of the layer, the same on all ranks.
         """
-        assert query.stride(2) == 1 and query.stride(1) == query.shape[2]
+        query, output, layout = batch.query, batch.output, self.layout
+        assert query.stride()[1:] == output.stride()[1:] == (layout.head_size, 1)
         words = query.view(torch.int32)
-        count = words.shape[1] * words.shape[2]
-        _dispatch_kernel[(2 * self.places,)](
-            words, route.send, route.sent, route.received, route.epoch, self.pointers, self._asked,
-            self.rank, layer, self.capacity, self.places, words.stride(0), self._queries_at, self._asked_at,
-            WORDS=count, BLOCK=min(2048, triton.next_power_of_2(count)),
+        arguments = kernel_arguments(kv, visits, layout.num_heads, output.dtype)
+        num_results, num_partials = route.pick.shape
+        attending = (len(visits.starts) - 1) * arguments["KV_HEADS"]
+        _layer_kernel[(self.places + attending + (self.places + num_results) * layout.num_heads,)](
+            query_ptr=query, words_ptr=words, query_stride=query.stride(0), words_stride=words.stride(0),
+            output_ptr=output, output_stride=output.stride(0), seq_lens_ptr=batch.seq_lens,
+            batch_table_ptr=batch.block_table, batch_table_stride=batch.block_table.stride(0),
+            first_ptr=visits.first, count_ptr=visits.count, done_ptr=visits.done,
+            send_ptr=route.send, sent_ptr=route.sent, received_ptr=route.received, epoch_ptr=route.epoch,
+            pick_ptr=route.pick, token_ptr=route.tokens, num_partials=num_partials,
+            visiting_ptr=self.visiting(query), rows_ptr=self.rows, asked_ptr=self._asked, answered_ptr=self._answered,
+            pointers_ptr=self.pointers, me=self.rank, layer=layer, capacity=self.capacity, places=self.places,
+            attending=attending, row_size=layout.size, queries_at=self._queries_at, rows_at=self._rows_at,
+            asked_at=self._asked_at, answered_at=self._answered_at,
+            WORDS=words.shape[1] * words.shape[2], BLOCK_WORDS=min(2048, triton.next_power_of_2(words[0].numel())),
+            PARTIALS=max(2, triton.next_power_of_2(num_partials)),
+            **arguments,
         )  # fmt: skip
-
-    def combine(
-        self,
-        outputs: torch.Tensor,
-        lses: torch.Tensor,
-        pieces: torch.Tensor,
-        pick: torch.Tensor,
-        tokens: torch.Tensor,
-        output: torch.Tensor,
-        route: Route,
-        layer: int,
-    ) -> None:
-        """Send the results of guests home, and merge those that come back as they come.
-
-        Args:
-            outputs: contiguous [most pieces, num_heads, places, head_size], float32.
-            lses: contiguous [most pieces, num_heads, places], float32, natural; infinite where a piece has no keys.
-            pieces: int32 [places], how many pieces each was cut into.
-            pick: int64 [num_results, num_partials], which places make a result; -1 for none.
-            tokens: int64 [num_results], where in ``output`` a result goes; -1 for nowhere.
-            output: [num_tokens, num_heads, head_size], a token's numbers contiguous.
-            route, layer: as of ``dispatch``.
-        """
-        layout = self.layout
-        num_results, num_partials = pick.shape
-        _combine_kernel[((self.places + num_results) * layout.num_heads,)](
-            outputs, lses, pieces, route.received, self.pointers, self.rows, self._answered, pick, tokens, output,
-            route.epoch, self.rank, layer, self.capacity, self.places, layout.num_heads, layout.size, num_partials,
-            output.stride(0), self._rows_at, self._answered_at,
-            HEAD=layout.head_size, WIDE=triton.next_power_of_2(layout.head_size),
-        )  # fmt: skip
-
-    def warm_up(self, dtype: torch.dtype) -> None:
-        """Compile the kernels now, not in front of the first long request. Nothing is sent.
-
-        Args:
-            dtype: of queries and of attention's output.
-        """
-        layout, device = self.layout, self.rows.device
-        none = torch.zeros(self.places, dtype=torch.int64, device=device)
-        route = Route(none, none[: len(self.pointers)], none[: len(self.pointers)], none[:1])
-        query = torch.zeros((1, layout.num_heads, layout.head_size), dtype=dtype, device=device)
-        outputs = torch.zeros((1, layout.num_heads, self.places, layout.head_size), device=device)
-        nowhere = torch.full((1, 1), -1, dtype=torch.int64, device=device)
-        self.dispatch(query, route, 0)
-        self.combine(outputs, outputs[..., 0].contiguous(), none.int(), nowhere, nowhere[0], query, route, 0)
 
 
 def _parts(places: int, layout: RowLayout, query_bytes: int) -> tuple[int, int, int, int]:
@@ -190,70 +185,155 @@ def _signal(flag, epoch):  # type: ignore[no-untyped-def]
     tl.atomic_xchg(flag.to(tl.pointer_type(tl.int64)), epoch, sem="release", scope="sys")
 
 
-@triton.jit(
-    do_not_specialize=["me", "layer", "capacity", "places", "query_stride", "queries_at", "asked_at"],
-)
-def _dispatch_kernel(  # type: ignore[no-untyped-def]
-    query_ptr, send_ptr, sent_ptr, received_ptr, epoch_ptr, pointers_ptr, asked_ptr,
-    me, layer, capacity, places, query_stride, queries_at, asked_at,
-    WORDS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _send(  # type: ignore[no-untyped-def]
+    place, epoch, words_ptr, words_stride, send_ptr, sent_ptr, pointers_ptr, me, capacity, queries_at, asked_at,
+    WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0) % places
     peer, slot = place // capacity, place % capacity
-    epoch = tl.load(epoch_ptr) + layer
-    if tl.program_id(0) < places:
-        if slot < tl.load(sent_ptr + peer):
-            base, there = tl.load(pointers_ptr + peer), (me * capacity + slot).to(tl.int64)
-            source = query_ptr + tl.load(send_ptr + place) * query_stride
-            target = (base + queries_at + there * (WORDS * 4)).to(tl.pointer_type(tl.int32))
-            for first in range(0, WORDS, BLOCK):
-                at = first + tl.arange(0, BLOCK)
-                tl.store(target + at, tl.load(source + at, mask=at < WORDS), mask=at < WORDS)
-            _signal(base + asked_at + there * 8, epoch)
-    elif slot < tl.load(received_ptr + peer):
-        _await(asked_ptr + place, epoch)
+    if slot < tl.load(sent_ptr + peer):
+        base, there = tl.load(pointers_ptr + peer), (me * capacity + slot).to(tl.int64)
+        source = words_ptr + tl.load(send_ptr + place) * words_stride
+        target = (base + queries_at + there * (WORDS * 4)).to(tl.pointer_type(tl.int32))
+        for first in range(0, WORDS, BLOCK_WORDS):
+            at = first + tl.arange(0, BLOCK_WORDS)
+            tl.store(target + at, tl.load(source + at, mask=at < WORDS), mask=at < WORDS)
+        _signal(base + asked_at + there * 8, epoch)
+
+
+@triton.jit
+def _merge_row(  # type: ignore[no-untyped-def]
+    outs_ptr, lses_ptr, output_ptr, output_stride, row, first, pieces, kv_head,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The result of a row of the batch, of all query heads of a KV head."""
+    i, d = tl.arange(0, ROWS), tl.arange(0, WIDE)
+    mine = (i < GROUP)[:, None] & (d < HEAD)[None, :]
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
+    acc = tl.full([ROWS, WIDE], 0.0, tl.float32)
+    for piece in range(first, first + pieces):
+        at = (piece * KV_HEADS + kv_head) * GROUP + i
+        lse = tl.load(lses_ptr + at, mask=i < GROUP, other=float("-inf"))
+        o = tl.load(outs_ptr + at[:, None] * HEAD + d[None, :], mask=mine, other=0.0)
+        most, total, acc = add_piece(o, lse, most, total, acc)
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    to = output_ptr + row * output_stride + (kv_head * GROUP + i)[:, None] * HEAD + d[None, :]
+    tl.store(to, acc.to(output_ptr.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+def _answer(  # type: ignore[no-untyped-def]
+    place, head, epoch, outs_ptr, lses_ptr, first_ptr, count_ptr, done_ptr, received_ptr, pointers_ptr,
+    me, capacity, num_rows, row_size, rows_at, answered_at,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    home, slot = place // capacity, place % capacity
+    if slot < tl.load(received_ptr + home):
+        pieces, first = tl.load(count_ptr + num_rows + place), tl.load(first_ptr + num_rows + place)
+        done = done_ptr + (num_rows + place) * KV_HEADS + head // GROUP
+        while tl.atomic_add(done, 0, sem="acquire", scope="gpu") < pieces:
+            pass
+        heads = KV_HEADS * GROUP
+        acc, lse = merge_pieces(outs_ptr, lses_ptr, first * heads + head, heads, pieces, HEAD, WIDE)
+        base, there = tl.load(pointers_ptr + home), (me * capacity + slot).to(tl.int64)
+        row = (base + rows_at + there * row_size * 4).to(tl.pointer_type(tl.float32))
+        d = tl.arange(0, WIDE)
+        tl.store(row + head * HEAD + d, acc, mask=d < HEAD)
+        tl.store(row + heads * HEAD + head, lse)
+        _signal(base + answered_at + (there * heads + head) * 8, epoch)
+        # The last of the heads that wait for the same pieces leaves the count as it was.
+        if tl.atomic_add(done, 1, sem="relaxed", scope="gpu") == pieces + GROUP - 1:
+            tl.store(done, 0)
+
+
+@triton.jit
+def _collect(  # type: ignore[no-untyped-def]
+    result, head, epoch, rows_ptr, answered_ptr, pick_ptr, token_ptr, output_ptr, output_stride,
+    num_heads, row_size, num_partials, PARTIALS: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    token = tl.load(token_ptr + result)
+    if token >= 0:
+        i, d = tl.arange(0, PARTIALS), tl.arange(0, WIDE)
+        place = tl.load(pick_ptr + result * num_partials + i, mask=i < num_partials, other=-1)
+        used = place >= 0
+        flags = answered_ptr + place * num_heads + head
+        while tl.min(tl.where(used, tl.atomic_add(flags, 0, mask=used, sem="acquire", scope="sys"), epoch), 0) < epoch:
+            pass
+        base = rows_ptr + place * row_size
+        lse = tl.load(base + num_heads * HEAD + head, mask=used, other=float("-inf"))
+        o = tl.load(base[:, None] + head * HEAD + d[None, :], mask=used[:, None] & (d < HEAD)[None, :], other=0.0)
+        most = tl.max(lse, 0)
+        weight = tl.exp(lse - tl.where(most == float("-inf"), 0.0, most))
+        total = tl.sum(weight, 0)
+        acc = tl.sum(tl.where(weight[:, None] > 0, o, 0.0) * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+        to = output_ptr + token * output_stride + head * HEAD + d
+        tl.store(to, acc.to(output_ptr.dtype.element_ty), mask=d < HEAD)
 
 
 @triton.jit(
     do_not_specialize=[
-        "me", "layer", "capacity", "places", "num_heads", "row_size", "num_partials", "output_stride", "rows_at",
-        "answered_at",
+        "batch_table_stride", "table_stride", "num_rows", "num_partials", "me", "layer", "capacity", "places",
+        "attending", "row_size", "queries_at", "rows_at", "asked_at", "answered_at",
     ]
 )  # fmt: skip
-def _combine_kernel(  # type: ignore[no-untyped-def]
-    outs_ptr, lses_ptr, pieces_ptr, received_ptr, pointers_ptr, rows_ptr, answered_ptr, pick_ptr, token_ptr,
-    output_ptr, epoch_ptr,
-    me, layer, capacity, places, num_heads, row_size, num_partials, output_stride, rows_at, answered_at,
-    HEAD: tl.constexpr, WIDE: tl.constexpr,
+def _layer_kernel(  # type: ignore[no-untyped-def]
+    query_ptr, words_ptr, query_stride, words_stride, output_ptr, output_stride, seq_lens_ptr, batch_table_ptr,
+    batch_table_stride, first_ptr, count_ptr, done_ptr, send_ptr, sent_ptr, received_ptr, epoch_ptr, pick_ptr,
+    token_ptr, num_partials, visiting_ptr, rows_ptr, asked_ptr, answered_ptr, pointers_ptr, me, layer, capacity, places,
+    attending, row_size, queries_at, rows_at, asked_at, answered_at,
+    keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale, block_stride, token_stride, head_stride,
+    table_ptr, table_stride, pieces_ptr, starts_ptr, outs_ptr, lses_ptr, num_rows,
+    WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, PARTIALS: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
+    WIDE: tl.constexpr, TYPE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    number, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     epoch = tl.load(epoch_ptr) + layer
-    d = tl.arange(0, WIDE)
-    if number < places:
-        home, slot = number // capacity, number % capacity
-        if slot < tl.load(received_ptr + home):
-            first = head.to(tl.int64) * places + number
-            pieces = tl.load(pieces_ptr + number)
-            acc, lse = merge_pieces(outs_ptr, lses_ptr, first, num_heads * places, pieces, HEAD, WIDE)
-            base, there = tl.load(pointers_ptr + home), (me * capacity + slot).to(tl.int64)
-            row = (base + rows_at + there * row_size * 4).to(tl.pointer_type(tl.float32))
-            tl.store(row + head * HEAD + d, acc, mask=d < HEAD)
-            tl.store(row + num_heads * HEAD + head, lse)
-            _signal(base + answered_at + (there * num_heads + head) * 8, epoch)
+    program = tl.program_id(0)
+    behind = program - places - attending
+    if program < places:
+        _send(
+            program, epoch, words_ptr, words_stride, send_ptr, sent_ptr, pointers_ptr, me, capacity, queries_at,
+            asked_at, WORDS, BLOCK_WORDS,
+        )  # fmt: skip
+    elif behind < 0:
+        number, kv_head = (program - places) // KV_HEADS, (program - places) % KV_HEADS
+        for piece in range(tl.load(starts_ptr + number), tl.load(starts_ptr + number + 1)):
+            row, begin = tl.load(pieces_ptr + piece * 3), tl.load(pieces_ptr + piece * 3 + 1).to(tl.int32)
+            end = tl.load(pieces_ptr + piece * 3 + 2).to(tl.int32)
+            if row < num_rows:
+                query, table = query_ptr + row * query_stride, batch_table_ptr + row * batch_table_stride
+                end = tl.minimum(end, tl.load(seq_lens_ptr + row))
+            else:
+                place = row - num_rows
+                _await(asked_ptr + place, epoch)
+                query, table = visiting_ptr + place * (KV_HEADS * GROUP * HEAD), table_ptr + place * table_stride
+            acc, lse = attend_piece(
+                query, table, begin, end, kv_head,
+                keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale,
+                block_stride, token_stride, head_stride, GROUP, ROWS, BLOCK, HEAD, WIDE, TYPE, TILE, STAGES,
+            )  # fmt: skip
+            put_piece(acc, lse, outs_ptr, lses_ptr, piece, kv_head, KV_HEADS, GROUP, ROWS, HEAD, WIDE)
+            tl.debug_barrier()
+            done = done_ptr + row * KV_HEADS + kv_head
+            before = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu")
+            pieces = tl.load(count_ptr + row)
+            if (row < num_rows) & (before == pieces - 1):
+                tl.store(done, 0)
+                _merge_row(
+                    outs_ptr, lses_ptr, output_ptr, output_stride, row, tl.load(first_ptr + row), pieces, kv_head,
+                    KV_HEADS, GROUP, ROWS, HEAD, WIDE,
+                )  # fmt: skip
     else:
-        token = tl.load(token_ptr + number - places)
-        if token >= 0:
-            most = tl.full([1], float("-inf"), tl.float32)
-            total = tl.full([1], 0.0, tl.float32)
-            acc = tl.full([1, WIDE], 0.0, tl.float32)
-            for i in range(num_partials):
-                place = tl.load(pick_ptr + (number - places) * num_partials + i)
-                if place >= 0:
-                    _await(answered_ptr + place * num_heads + head, epoch)
-                    base = rows_ptr + place * row_size
-                    lse = tl.load(base + num_heads * HEAD + head + tl.arange(0, 1))
-                    o = tl.load(base + head * HEAD + d, mask=d < HEAD, other=0.0)[None, :]
-                    most, total, acc = add_piece(o, lse, most, total, acc)
-            acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-            to = output_ptr + token * output_stride + head * HEAD + d[None, :]
-            tl.store(to, acc.to(output_ptr.dtype.element_ty), mask=(d < HEAD)[None, :])
+        heads = KV_HEADS * GROUP
+        number, head = behind // heads, behind % heads
+        if number < places:
+            _answer(
+                number, head, epoch, outs_ptr, lses_ptr, first_ptr, count_ptr, done_ptr, received_ptr, pointers_ptr,
+                me, capacity, num_rows, row_size, rows_at, answered_at, KV_HEADS, GROUP, HEAD, WIDE,
+            )  # fmt: skip
+        else:
+            _collect(
+                number - places, head, epoch, rows_ptr, answered_ptr, pick_ptr, token_ptr, output_ptr, output_stride,
+                heads, row_size, num_partials, PARTIALS, HEAD, WIDE,
+            )  # fmt: skip

@@ -65,13 +65,20 @@ class NanoCPGPUWorker(OneRank, Worker):
                 size = Routes.size(capacity, ranks, layout, query_bytes)
                 memory = allocate(size, group.device_group, self.device)
                 routes[capacity] = Routes(capacity, ranks, group.rank_in_group, layout, query_bytes, *memory)
-                routes[capacity].warm_up(dtype)
         except RuntimeError as error:  # a container may forbid what this takes
             problem = f"GPUs cannot share memory here ({error!r:.200})"
         problem = first_problem(problem, group.cpu_group)
         if not problem:
             context.routes.update(routes)
         return problem
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        if self.nanocp.degree_limit > 1:
+            layers = self.vllm_config.compilation_config.static_forward_context.values()
+            layer = next(layer for layer in layers if getattr(layer, "impl", None) is not None)
+            layer.impl.warm_up(layer, layer.kv_cache, self.model_config.dtype)
+        return times
 
     def register_attention(self) -> None:
         register_backend(

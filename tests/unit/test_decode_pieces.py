@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How rows are cut into pieces, and attention over these, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import hypothesis.strategies as st
+import numpy as np
+import torch
+from hypothesis import given, settings
+
+from tests.unit.attention_steps import Shape, full_attention
+from tests.unit.flash_steps import reference_attend
+from tests.unit.processes import run_ranks
+from vllm_nanocp.attention.cut import TILE, cut
+from vllm_nanocp.attention.decode_pieces import KV, Visits, attend, pack
+from vllm_nanocp.attention.partial_rows import RowLayout
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 3_000_000), min_size=1, max_size=64).filter(any), st.integers(1, 200))
+def test_cut(lengths: list[int], programs: int) -> None:
+    """Every token in one piece, a row's in order; no more pieces than there is room for; and every program has as much
+    as the others, but for one tile."""
+    pieces, counts, starts = cut(lengths, programs)
+    assert len(pieces) == counts.sum() == starts[-1] <= len(lengths) + programs
+    at = 0
+    for row, (length, count) in enumerate(zip(lengths, counts.tolist(), strict=True)):
+        mine = pieces[at : at + count]
+        at += count
+        assert (mine[:, 0] == row).all() and (count > 0) == (length > 0)
+        bounds = [*mine[:, 1].tolist(), length]
+        assert bounds[0] == 0 and mine[:, 2].tolist() == bounds[1:] and bounds == sorted({*bounds, 0})
+        assert all(begin % TILE == 0 for begin in bounds[:-1])
+    tiles = -(-(pieces[:, 2] - pieces[:, 1]) // TILE)
+    work = [int(tiles[a:b].sum()) for a, b in itertools.pairwise(starts)]
+    assert sum(work) == tiles.sum() and max(work) - min(work) <= 1
+
+
+NUM_ROWS = 3  # of a batch, which this attention leaves alone
+SHAPES = [
+    Shape(4, 2, 64, torch.bfloat16, 16),
+    Shape(3, 3, 80, torch.float16, 32),
+    Shape(16, 1, 128, torch.bfloat16, 16),
+    Shape(24, 1, 256, torch.float16, 16),
+]
+
+
+def test_attend() -> None:
+    """In a process of its own, since Triton decides when it is imported whether it interprets."""
+    run_ranks(1, check_attend, seconds=120)
+
+
+def check_attend(rank: int, size: int) -> None:
+    for shape in SHAPES:
+        compare(shape)
+
+
+def compare(shape: Shape) -> None:
+    """Against float64; some places empty; NaN in whatever must not be read."""
+    lengths, num_blocks, size = [1, 0, 300, 33, 0, 128, 700], 160, shape.block_size
+    generator = torch.Generator().manual_seed(shape.head_size)
+    cache = torch.randn((num_blocks, shape.num_kv_heads, size, 2 * shape.head_size), generator=generator)
+    cache = cache.to(shape.dtype)
+    query = torch.randn((len(lengths), shape.num_heads, shape.head_size), generator=generator).to(shape.dtype)
+    visits = Visits.empty(
+        NUM_ROWS, len(lengths), 50, shape.num_heads, shape.num_kv_heads, shape.head_size, torch.device("cpu")
+    )
+    free = torch.randperm(num_blocks - 1, generator=generator) + 1
+    cache[0] = float("nan")
+    rows = [0] * NUM_ROWS + lengths
+    pieces, counts, starts = cut(rows, len(visits.starts) - 1)
+    visits.pieces[: len(pieces)] = torch.from_numpy(pieces)
+    visits.count[:], visits.starts[:] = torch.from_numpy(counts), torch.from_numpy(starts)
+    visits.first[:] = torch.from_numpy(np.cumsum(counts) - counts)
+    expected = {}
+    for place, length in enumerate(lengths):
+        mine, free = free[: -(-length // size)], free[-(-length // size) :]
+        visits.block_table[place, : len(mine)] = mine
+        if length:
+            keys, values = cache[mine].transpose(1, 2).flatten(0, 1)[:length].split(shape.head_size, dim=-1)
+            expected[place] = full_attention(query[place : place + 1], keys, values, length - 1, shape.scale)[0]
+            if spare := -length % size:
+                cache[mine[-1], :, -spare:] = float("nan")
+    visits = Visits(NUM_ROWS, *(x.to(DEVICE) for x in vars(visits).values() if isinstance(x, torch.Tensor)))
+    cache, query = cache.to(DEVICE), query.to(DEVICE)
+    keys, values = cache.transpose(1, 2).split(shape.head_size, dim=-1)
+    visits.outputs.fill_(float("nan"))
+    layout, kv = RowLayout(shape.num_heads, shape.head_size), KV(keys, values, shape.scale)
+    packed = layout.empty(len(lengths), DEVICE)
+    attend(query, kv, visits, shape.dtype)
+    pack(packed, layout, visits)
+    found = layout.outputs(packed).cpu().double()
+    for place, right in expected.items():
+        torch.testing.assert_close(found[place], right, rtol=2e-2, atol=1e-2)
+    lses, outputs = visits.lses.clone(), visits.outputs.clone()
+    if DEVICE.type == "cpu":
+        reference_attend(query, kv, visits, shape.dtype)
+        used = len(pieces)
+        torch.testing.assert_close(lses[:used], visits.lses[:used], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(outputs[:used], visits.outputs[:used], rtol=2e-2, atol=1e-2)
+    for place, length in enumerate(lengths):
+        assert (layout.lses(packed)[place] == float("-inf")).all() == (length == 0)

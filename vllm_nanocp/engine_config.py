@@ -230,7 +230,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     else:
         refuse(f"the platform {current_platform.device_name}", "there is no attention path for it", "use CUDA or CPU")
     if config.moves is None:
-        # On GPUs no move was ever compared with stock's tokens yet (tests/gpu/test_moves.py).
+        # On GPUs their tokens are right (tests/gpu/test_moves.py), but what they cost and win was not measured.
         config = replace(config, moves=current_platform.is_cpu())
     engine_args.additional_config = {**engine_args.additional_config, nanocp_config.KEY: config.to_dict()}
     engine_args.data_parallel_size = 1

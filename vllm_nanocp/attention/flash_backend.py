@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's FlashAttention backend, taught shards. Touches ``vllm/v1/attention/backends/flash_attn.py`` of 0.32.
 
-A step without sharded rows runs stock code. In one with them, rows that visit nobody still do: their launch is vLLM's,
-with length 0 for the rows that visit. Those, and all guests, attend to shards in one launch more (two outside of
-graphs), with log-sum-exps, and are merged from there.
+A step without sharded rows runs stock code. In one with them, tables are of the step's own size or fixed. With the
+first, and with the collective exchange, rows that visit nobody are vLLM's launch, with length 0 for the rows that
+visit; those, and all guests, attend to shards beside it and are merged. With fixed tables and the routed exchange, all
+attention of a layer is one kernel (``exchange/routes.py``).
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ class NanoCPFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
 
 
 class NanoCPFlashAttentionImpl(FlashAttentionImpl):
-    """Plain rows, guests, own rows, merge. The KV of all new tokens is in the cache before ``forward`` runs, on every
-    rank before it serves guests (the dispatch is a collective).
+    """Plain rows, guests, own rows, merge. The KV of a rank's new tokens is in its cache before ``forward`` runs, so
+    before it serves guests.
 
     Raises:
         NanoCPConfigError: this GPU or layer would not run FlashAttention 3.

@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ..exchange.base import Counts
 from ..exchange.routes import MAX_LAYERS, Route, Routes
-from .context import ShardedStep, context
+from .context import Guest, ShardedStep, context
 from .cut import cut
 from .decode_pieces import Visits
 from .flash_pieces import ShardLaunch, pieces_that_fit
@@ -222,11 +222,11 @@ class CapturedTables:
         routes = context.routes.get(self.capacity)
         # Stock attention is for rows of more queries; and for all rows where the exchange is a kernel by itself.
         plain = routes is None or common.max_query_len > 1
-        lengths = np.zeros(self.max_tokens + self.places, dtype=np.int64)
+        n, lengths = common.num_reqs, np.zeros(self.max_tokens + self.places, dtype=np.int64)
         at_places = lengths[self.max_tokens :]
         if not plain:
             assert common.seq_lens_cpu_upper_bound is not None
-            lengths[: common.num_reqs] = common.seq_lens_cpu_upper_bound[: common.num_reqs]
+            lengths[:n] = common.seq_lens_cpu_upper_bound[:n]
         starts = common.query_start_loc_cpu
         for i, own in enumerate(step.own):
             visiting[i] = row = own.batch_row()
@@ -241,15 +241,12 @@ class CapturedTables:
         for guest in step.guests:
             place = guest.home * self.capacity + guest.index
             at_places[place] = guest.length
-            if self._shards[place] != guest.shard:
-                self._shards[place] = guest.shard
-                self._visits.block_table[place, : len(guest.blocks)] = guest.blocks
+            self._hold_shard(place, guest)
         if lengths.any():
             pieces, count[:], cut_starts[:] = cut(lengths, self._programs)
             cut_at[: pieces.size] = pieces.reshape(-1)
             first[:] = np.cumsum(count) - count
         async_tensor_h2d(host, out=self._ints)
-        n = common.num_reqs
         self._seq_lens[:n] = common.seq_lens[:n]
         self._seq_lens.index_fill_(0, self._visiting, 0)
         return ShardedRows(
@@ -271,3 +268,9 @@ class CapturedTables:
         count = -(-length // self.block_size)
         self._shards[place] = None
         self._visits.block_table[place, :count] = blocks[first_block : first_block + count]
+
+    def _hold_shard(self, place: int, guest: Guest) -> None:
+        """A place's row is a shard, whose blocks stay the same as long as it lives."""
+        if self._shards[place] != guest.shard:
+            self._shards[place] = guest.shard
+            self._visits.block_table[place, : len(guest.blocks)] = guest.blocks

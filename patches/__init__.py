@@ -34,6 +34,7 @@ class Patch:
 
 PATCHES = (
     Patch("metadata_alias"),
+    Patch("queue_names"),
     Patch("cpu_gatherv", platform="cpu"),
     Patch("cpu_expert_map", platform="cpu"),
     Patch("cpu_moe_opaque", platform="cpu"),

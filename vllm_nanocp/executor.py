@@ -17,6 +17,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from . import capacity
 from . import config as nanocp_config
+from .patches.queue_names import unlink
 from .replies import Replies
 from .sched.output import NanoCPGrammarOutput
 
@@ -58,6 +59,10 @@ class OneWorld(_Base):
 
     def _post_init_executor(self) -> None:
         super()._post_init_executor()
+        # All workers are connected to it. A name would stay if this process were killed with its resource tracker.
+        queue = self.rpc_broadcast_mq
+        if queue is not None:  # else a worker has died meanwhile, and all is shut down
+            unlink(queue)
         self.response_mqs = Replies(self.response_mqs)  # type: ignore[assignment]
 
     def execute_model(  # type: ignore[override]

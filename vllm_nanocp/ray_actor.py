@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 from vllm.config import VllmConfig
-from vllm.distributed.device_communicators.shm_broadcast import Handle, MessageQueue
+from vllm.distributed.device_communicators.shm_broadcast import Handle
 from vllm.utils.network_utils import get_distributed_init_method, get_open_ports_list
 from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
 
@@ -70,17 +70,3 @@ class RankActor(RayWorkerProc):
         super()._init_message_queues(*self._queues_of)
         answer: dict[str, Any] = super().wait_for_init()
         return answer
-
-    def worker_busy_loop(self) -> None:
-        # vLLM's executor ends actors by killing them, after which nobody removes their shared memory. All who use it
-        # have opened it by now; without a name it goes with the last of them.
-        if self.worker_response_mq is not None:
-            unlink(self.worker_response_mq)
-        super().worker_busy_loop()
-
-
-def unlink(queue: MessageQueue) -> None:
-    """Take the name of a queue's shared memory, if it has any, from a queue that this process has made."""
-    if queue.buffer is not None and queue.buffer.is_creator:
-        queue.buffer.is_creator = False
-        queue.buffer.shared_memory.unlink()

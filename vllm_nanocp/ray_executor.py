@@ -26,7 +26,7 @@ from . import patches
 from .engine_config import refuse
 from .environment import variable
 from .executor import OneWorld
-from .ray_actor import RankActor, unlink
+from .ray_actor import RankActor
 from .ray_placement import bundles_of_workers, nodes_of_ranks, same_node
 
 logger = init_logger(f"vllm.{__name__}")
@@ -82,10 +82,6 @@ class NanoCPRayExecutor(OneWorld, RayExecutorV2):
             except BaseException:
                 self.shutdown()
                 raise
-        # All who read from it have opened it. A name would stay if this process and its resource tracker were killed.
-        queue = self.rpc_broadcast_mq
-        if queue is not None:  # else an actor has died meanwhile, and all is shut down
-            unlink(queue)
 
     def _check_actors(self) -> None:
         """Raises RuntimeError: the loop of an actor has ended."""

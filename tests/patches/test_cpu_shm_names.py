@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cpu_shm_names` with a real group of two processes that share memory, and with a queue between two threads."""
+"""`cpu_shm_names` with a real group of two processes that share memory."""
 
 from __future__ import annotations
 
-import gc
 import inspect
 import os
-import threading
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -20,19 +18,16 @@ from vllm_nanocp.patches import Outcome, PatchError, cpu_shm_names
 
 pytest.importorskip("vllm")
 
-LIMIT_S = 10.0
-
 
 @pytest.fixture(autouse=True)
 def unpatched() -> Iterator[None]:
-    """vLLM's classes without the patch; afterwards they are as they were before the test."""
+    """vLLM's class without the patch; afterwards it is as it was before the test."""
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
-    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-    init, wait = _CPUSHMDistributed._init_cpu_shm, MessageQueue.wait_until_ready
-    _CPUSHMDistributed._init_cpu_shm, MessageQueue.wait_until_ready = inspect.unwrap(init), inspect.unwrap(wait)
+    init = _CPUSHMDistributed._init_cpu_shm
+    _CPUSHMDistributed._init_cpu_shm = inspect.unwrap(init)
     yield
-    _CPUSHMDistributed._init_cpu_shm, MessageQueue.wait_until_ready = init, wait
+    _CPUSHMDistributed._init_cpu_shm = init
 
 
 class _Communicator:
@@ -79,53 +74,21 @@ def test_names(patched: bool) -> None:
                 os.unlink(f"/dev/shm/{name}")
 
 
-@pytest.mark.parametrize("patched", [False, True])
-def test_names_of_queues(patched: bool) -> None:
-    """Named in stock vLLM for as long as the writer lives; with the patch until all readers have it."""
-    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
-
-    if patched:
-        cpu_shm_names.apply()
-    writer = MessageQueue(2, 2, max_chunk_bytes=1 << 12, max_chunks=2)
-    path = f"/dev/shm/{writer.buffer.shared_memory.name}"
-    readers = [MessageQueue.create_from_handle(writer.export_handle(), rank) for rank in range(2)]
-    waiting = [threading.Thread(target=queue.wait_until_ready, daemon=True) for queue in (writer, *readers)]
-    assert os.path.exists(path)
-    for thread in waiting:
-        thread.start()
-    for thread in waiting:
-        thread.join(LIMIT_S)
-        assert not thread.is_alive()
-    assert os.path.exists(path) is not patched
-    for message in range(5):  # more than there are chunks
-        writer.enqueue(message, timeout=LIMIT_S)
-        assert [reader.dequeue(timeout=LIMIT_S) for reader in readers] == [message] * 2
-    del writer, readers, waiting, thread
-    gc.collect()
-    assert not os.path.exists(path)
-
-
 def _init_cpu_shm(self: Any) -> int: ...
 
 
-def wait_until_ready(self: Any) -> None: ...
-
-
-@pytest.mark.parametrize("other", [_init_cpu_shm, wait_until_ready])
-def test_refuses_another_upstream(monkeypatch: pytest.MonkeyPatch, other: Any) -> None:
+def test_refuses_another_upstream(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
-    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-    owner: Any = _CPUSHMDistributed if other is _init_cpu_shm else MessageQueue
-    monkeypatch.setattr(owner, other.__name__, other)
-    with pytest.raises(PatchError, match=f"{other.__name__} has changed upstream"):
+    monkeypatch.setattr(_CPUSHMDistributed, "_init_cpu_shm", _init_cpu_shm)
+    with pytest.raises(PatchError, match="_init_cpu_shm has changed upstream"):
         cpu_shm_names.apply()
 
 
 def test_idempotent() -> None:
-    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
     assert cpu_shm_names.apply() is Outcome.APPLIED
-    function = MessageQueue.wait_until_ready
+    function = _CPUSHMDistributed._init_cpu_shm
     assert cpu_shm_names.apply() is Outcome.APPLIED
-    assert MessageQueue.wait_until_ready is function
+    assert _CPUSHMDistributed._init_cpu_shm is function

@@ -93,6 +93,11 @@ def left_of(names: set[str]) -> set[str]:
     return names & set(os.listdir("/dev/shm"))
 
 
+def queues_of(names: set[str]) -> set[str]:
+    """Those of message queues between the engine and its workers."""
+    return {name for name in names if name.startswith("psm_")}
+
+
 def running_clients(server: Server) -> list[Client]:
     """A long request, sharded, and two short ones, all of them decoding."""
     clients = [Client(server, prompt(length, length), MANY) for length in (LONG, 40, 700)]

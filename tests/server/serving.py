@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -67,6 +66,13 @@ def group_members(group: int) -> list[psutil.Process]:
             if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def is_resource_tracker(process: psutil.Process) -> bool:
+    """Whether it is Python's, which removes the names of shared memory when all that have registered some are gone."""
+    with contextlib.suppress(psutil.Error):
+        return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+    return False
 
 
 class Server:
@@ -161,12 +167,22 @@ class Server:
         except subprocess.TimeoutExpired:
             pass
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            for process in self.members():
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-            self.process.wait(KILL_LIMIT_S)
+            self.kill()
+
+    def kill(self, limit: float = KILL_LIMIT_S) -> None:
+        """SIGKILL to all members. Resource trackers have ``limit`` to end by themselves, after the others."""
+        end = time.monotonic() + limit
+        while (members := self.members()) and time.monotonic() < end:
+            _kill([process for process in members if not is_resource_tracker(process)])
+            time.sleep(0.05)
+        _kill(self.members())
+        self.process.wait(limit)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 @contextlib.contextmanager

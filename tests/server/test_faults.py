@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from .clients import Client, check_clients_ended, left_of, running_clients, shared_memory
-from .serving import FLAGS, RANKS, START_LIMIT_S, Server, serving, wait_for
+from .clients import Client, check_clients_ended, left_of, queues_of, running_clients, shared_memory
+from .serving import FLAGS, RANKS, START_LIMIT_S, Server, is_resource_tracker, serving, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -37,17 +37,25 @@ def failing(**what: Any) -> dict[str, str]:
 
 def ends_with_a_line(server: Server, clients: list[Client], since: float, limit: float = END_LIMIT_S) -> None:
     """The clients are told, the server ends by itself with exit code 1 and says so, and nothing is left of it."""
-    shared = shared_memory(server.members())
     check_clients_ended(clients, limit)
     assert all(client.told for client in clients), [(client.error, client.events[-1]) for client in clients]
     assert server.process.wait(max(1.0, limit - (time.monotonic() - since))) == 1
     assert "\nerror: nanocp: the engine has failed; the log above says why\n" in server.text()
-    nothing_left(server, shared)
+    nothing_left(server)
 
 
-def nothing_left(server: Server, shared: set[str]) -> None:
-    wait_for("no process is left", lambda: not server.members(), 20)
+def clients_of(server: Server) -> list[Client]:
+    """Clients of which all are decoding. The server's shared memory has no names then, which could be left of it."""
+    clients = running_clients(server)
+    shared = shared_memory(server.members())
+    assert len(queues_of(shared)) >= 1 + RANKS, "one to the workers, one from each: otherwise there is nothing to find"
     assert not left_of(shared)
+    return clients
+
+
+def nothing_left(server: Server) -> None:
+    """No process; shared memory without a name goes with them."""
+    wait_for("no process is left", lambda: not server.members(), 20)
 
 
 @pytest.fixture
@@ -63,25 +71,41 @@ def test_a_worker_is_killed(doomed: Server, rank: int) -> None:
     workers = doomed.workers()
     assert len(workers) == RANKS
     [victim] = [worker for worker in workers if f"DP{rank}" in worker.name()]
-    clients = running_clients(doomed)
-    shared = shared_memory(doomed.members())
-    assert left_of(shared), "otherwise there is nothing to find"
+    clients = clients_of(doomed)
     victim.kill()
     ends_with_a_line(doomed, clients, time.monotonic())
-    nothing_left(doomed, shared)
+
+
+def test_all_are_killed(doomed: Server) -> None:
+    """Nobody removes the names of their shared memory then: there must be none."""
+    clients = running_clients(doomed)
+    members = doomed.members()
+    shared = shared_memory(members)
+    assert len(queues_of(shared)) >= 1 + RANKS, "otherwise there is nothing to find"
+    [tracker] = filter(is_resource_tracker, members)
+    tracker.suspend()  # as good as killed, but it can tidy up after the test
+    try:
+        for process in members:
+            if process != tracker:
+                process.kill()
+        wait_for("nobody else is left", lambda: doomed.members() == [tracker], 20)
+        check_clients_ended(clients, 20)
+        assert not left_of(shared)
+    finally:
+        tracker.resume()
+    nothing_left(doomed)
 
 
 @pytest.mark.skipif(not ALL_CASES, reason="vLLM's own exit code: NANOCP_FAULT_ALL=1")
 def test_a_worker_is_killed_behind_several_api_servers(tiny_model: str, tmp_path: Path) -> None:
     """Then vLLM's launcher sees that the engine has died."""
     with serving(tiny_model, tmp_path / "serve.log", [*FLAGS, "--api-server-count=2"]) as server:
-        clients = running_clients(server)
-        shared = shared_memory(server.members())
+        clients = clients_of(server)
         server.workers()[0].kill()
         check_clients_ended(clients, END_LIMIT_S)
         assert server.process.wait(END_LIMIT_S) == 1
         assert "Engine core process EngineCore died unexpectedly" in server.text()
-        nothing_left(server, shared)
+        nothing_left(server)
 
 
 @pytest.mark.parametrize("rank", [FIRST, LAST] if ALL_CASES else [LAST])
@@ -90,11 +114,9 @@ def test_a_worker_is_stopped(tiny_model: str, tmp_path: Path, rank: int) -> None
     env = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(STEP_LIMIT_S)}
     with serving(tiny_model, tmp_path / "serve.log", env=env) as server:
         [victim] = [worker for worker in server.workers() if f"DP{rank}" in worker.name()]
-        clients = running_clients(server)
-        shared = shared_memory(server.members())
+        clients = clients_of(server)
         victim.suspend()
         ends_with_a_line(server, clients, time.monotonic())
-        nothing_left(server, shared)
 
 
 @pytest.mark.parametrize("rank", [FIRST, LAST] if ALL_CASES else [LAST])
@@ -103,12 +125,10 @@ def test_a_worker_raises_in_a_step(tiny_model: str, tmp_path: Path, rank: int) -
     armed = tmp_path / "armed"
     env = failing(where="step", worker=rank, armed=str(armed))
     with serving(tiny_model, tmp_path / "serve.log", env=env) as server:
-        clients = running_clients(server)
-        shared = shared_memory(server.members())
+        clients = clients_of(server)
         armed.touch()
         ends_with_a_line(server, clients, time.monotonic())
         assert f"Worker failed with error '{HOOK_FAILURE}" in server.text()
-        nothing_left(server, shared)
 
 
 @pytest.mark.parametrize(
@@ -118,10 +138,10 @@ def test_a_worker_raises_in_a_step(tiny_model: str, tmp_path: Path, rank: int) -
 def test_a_worker_fails_to_start(tiny_model: str, tmp_path: Path, where: str, rank: int) -> None:
     """The others wait for it to join, or to load: the start ends with exit code 1, and the log has the reason."""
     with serving(tiny_model, tmp_path / "serve.log", env=failing(where=where, worker=rank), wait=False) as server:
-        shared: set[str] = set()
+        named: set[str] = set()
         end = time.monotonic() + START_LIMIT_S
         while server.process.poll() is None and time.monotonic() < end:
-            shared |= shared_memory(server.members())
+            named |= left_of(shared_memory(server.members()))
             time.sleep(0.5)
         try:
             assert server.process.wait(1) == 1
@@ -129,7 +149,9 @@ def test_a_worker_fails_to_start(tiny_model: str, tmp_path: Path, where: str, ra
             raise AssertionError(f"it still starts:\n{server.tail()}") from None
         assert f"RuntimeError: {HOOK_FAILURE}" in server.text()
         assert "Engine core initialization failed" in server.text()
-        nothing_left(server, shared)
+        nothing_left(server)
+        assert queues_of(named), "names are there until all workers are connected, otherwise there is nothing to find"
+        assert not left_of(named)
 
 
 def test_the_server_is_told_to_stop(doomed: Server) -> None:
@@ -138,11 +160,8 @@ def test_the_server_is_told_to_stop(doomed: Server) -> None:
     vLLM 0.32 kills the engine right after telling it to abort its requests. Where a step takes longer than that, no
     client hears of it, and the server waits for them to close their connections: stock vLLM with 24 layers, too.
     """
-    clients = running_clients(doomed)
-    members = doomed.members()
-    shared = shared_memory(members)
-    assert left_of(shared), "otherwise there is nothing to find"
-    engine = [process.pid for process in members if process.name().startswith("VLLM")]
+    clients = clients_of(doomed)
+    engine = [process.pid for process in doomed.members() if process.name().startswith("VLLM")]
     assert len(engine) == 1 + RANKS
     doomed.process.terminate()
     wait_for("the engine has ended", lambda: not {p.pid for p in doomed.members()} & {*engine}, 20)
@@ -150,4 +169,4 @@ def test_the_server_is_told_to_stop(doomed: Server) -> None:
         client.leave()
     assert doomed.process.wait(20) == 0
     check_clients_ended(clients, 20)
-    nothing_left(doomed, shared)
+    nothing_left(doomed)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One cluster for all tests here; engines are slow to start and shared, too.
 
-Those that start raylets run with ``NANOCP_RAY_TESTS=1`` only: two cores need ten minutes for them.
+Of those that start raylets, only what is marked ``every_run`` runs without ``NANOCP_RAY_TESTS=1``: two cores need ten
+minutes for all.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ from vllm_nanocp.environment import variable
 
 from .nodes import GIVE_UP, Nodes, two_nodes
 
+CLUSTERS = {"nodes", "own_nodes"}
 
-@pytest.fixture(scope="session")
-def _asked_for() -> None:
-    if os.environ.get("NANOCP_RAY_TESTS") != "1":
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    starts = CLUSTERS & set(getattr(item, "fixturenames", ()))
+    if starts and os.environ.get("NANOCP_RAY_TESTS") != "1" and item.get_closest_marker("every_run") is None:
         pytest.skip("starts a Ray cluster: NANOCP_RAY_TESTS=1")
 
 
 @pytest.fixture(scope="session")
-def nodes(_asked_for: None) -> Iterator[Nodes]:
+def nodes() -> Iterator[Nodes]:
     with two_nodes() as found:
         yield found
 
 
 @pytest.fixture
-def own_nodes(_asked_for: None, request: pytest.FixtureRequest) -> Iterator[Nodes]:
+def own_nodes(request: pytest.FixtureRequest) -> Iterator[Nodes]:
     """A cluster whose head a test may kill. The parameter: seconds after which Ray's processes give up on that."""
     with variable(GIVE_UP, str(request.param)), two_nodes() as found:
         yield found

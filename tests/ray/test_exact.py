@@ -36,6 +36,7 @@ def compare(stock: Engine, ours: Engine, lengths: list[int]) -> None:
     ours.check_nothing_left()
 
 
+@pytest.mark.every_run
 def test_three_ranks(nodes: Nodes, engines: Callable[..., Engine]) -> None:
     """Two on the engine's node, one on the other."""
     stock, ours = engines("stock"), engines("three")

@@ -193,12 +193,26 @@ def reference_attend(query: torch.Tensor, kv: KV, visits: Visits, _: torch.dtype
         visits.outputs[piece] = torch.einsum("hk,khd->hd", scores.softmax(-1), v).float()
 
 
+def reference_pack_visits(rows: torch.Tensor, layout: RowLayout, visits: Visits) -> None:
+    """Likewise: ``test_decode_pieces.py`` has the kernel."""
+    layout.outputs(rows).zero_()
+    layout.lses(rows).fill_(float("-inf"))
+    for place in range(len(rows)):
+        first, count = (int(x[visits.num_rows + place]) for x in (visits.first, visits.count))
+        if count:
+            lse = visits.lses[first : first + count].double()
+            outputs = visits.outputs[first : first + count].double()
+            layout.outputs(rows)[place] = (lse.softmax(0).unsqueeze(-1) * outputs).sum(0).float()
+            layout.lses(rows)[place] = lse.logsumexp(0).float()
+
+
 def use_references() -> None:
     """In this process, which has no GPU."""
     flash_attn.flash_attn_varlen_func = reference_flash  # type: ignore[attr-defined]
     flash_pieces.make_schedule = reference_schedule  # type: ignore[assignment]
     flash_pieces.attend_pieces = reference_pieces
     flash_backend.attend = reference_attend
+    flash_backend.pack = reference_pack_visits
     flash_backend.pack_pieces = reference_pack  # type: ignore[assignment]
     flash_backend.merge_rows = reference_merge
 

@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
     from vllm_nanocp.attention.context import context
-    from vllm_nanocp.attention.decode_pieces import KV, attend, pack
+    from vllm_nanocp.attention.decode_pieces import attend, pack
     from vllm_nanocp.attention.partial_rows import RowLayout, merge_rows
     from vllm_nanocp.exchange import CollectiveExchange
 
@@ -160,8 +160,7 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
     answers = layout.empty(len(visiting), it.device)
 
     def attend_all(i: int) -> None:
-        kv = KV(*it.caches[i].transpose(1, 2).split(128, dim=-1), impl.scale)
-        attend(visiting, kv, rows.visits, query.dtype)
+        attend(visiting, impl._kv(layer, query, it.caches[i]), rows.visits, query.dtype)
 
     stages: dict[str, Callable[[int], Any]] = {
         "stock": forward(stock),

@@ -124,7 +124,7 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
         values["moves"] = False
     if values["moves"] is not False and fixed is not None:
         raise NanoCPConfigError(f"nanocp: moves: homes cannot move with {fixed} {_FIXED_HOMES[fixed]!r}; leave it out")
-    default = [min(c, max(1, MAX_PLACES // ranks)) for c in NanoCPConfig.graph_capacities]
+    default = [min(c, _most_visits(ranks)) for c in NanoCPConfig.graph_capacities]
     values["graph_capacities"] = _capacities(raw.get("graph_capacities", default), ranks)
     if values.get("exchange") == "routed" and not values["graph_capacities"]:
         raise NanoCPConfigError(
@@ -152,6 +152,11 @@ def _moves(value: Any) -> bool | dict[str, Any]:
     return dict(value)
 
 
+def _most_visits(ranks: int) -> int:
+    """The largest capacity there are places for."""
+    return max(1, MAX_PLACES // ranks)
+
+
 def _capacities(value: Any, ranks: int) -> tuple[int, ...]:
     numbers = [n for n in value if type(n) is int and n > 0] if isinstance(value, list | tuple) else []
     if not isinstance(value, list | tuple) or numbers != list(value) or numbers != sorted(set(numbers)):
@@ -159,10 +164,10 @@ def _capacities(value: Any, ranks: int) -> tuple[int, ...]:
             f"nanocp: graph_capacities must be a list of ascending positive integers, got {value!r}; "
             "use [16], or [] for no graphs of sharded steps"
         )
-    if numbers and numbers[-1] * ranks > max(MAX_PLACES, ranks):
+    if numbers and numbers[-1] > _most_visits(ranks):
         raise NanoCPConfigError(
             f"nanocp: graph_capacities has {numbers[-1]}, and {numbers[-1]} visits from each of {ranks} ranks are more "
-            f"than there may be places for ({MAX_PLACES}); use at most {MAX_PLACES // ranks}"
+            f"than there may be places for ({MAX_PLACES}); use at most {_most_visits(ranks)}"
         )
     return tuple(numbers)
 

@@ -14,7 +14,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.server.clients import check_clients_ended, left_of, queues_of, running_clients, shared_memory
-from tests.server.serving import FLAGS, START_LIMIT_S, Server, wait_for
+from tests.server.serving import FLAGS, START_LIMIT_S, Server, serving, wait_for
 
 from .nodes import Nodes
 
@@ -32,21 +32,15 @@ SOON, LATE = 10, 30
 @pytest.fixture
 def doomed(tiny_model: str, nodes: Nodes, tmp_path: Path) -> Iterator[Server]:
     """A server with three ranks on two nodes."""
-    server = Server(tiny_model, tmp_path / "serve.log", ON_RAY)
-    try:
+    with serving(tiny_model, tmp_path / "serve.log", ON_RAY) as server:
         yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture
 def headless(tiny_model: str, own_nodes: Nodes, tmp_path: Path) -> Iterator[Server]:
     """The same in a cluster of one test's own."""
-    server = Server(tiny_model, tmp_path / "serve.log", ON_RAY)
-    try:
+    with serving(tiny_model, tmp_path / "serve.log", ON_RAY) as server:
         yield server
-    finally:
-        server.close()
 
 
 def check_clean_end(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm.v1.attention.backends import flash_attn
 
 from tests.unit.attention_steps import Kernel, Shape
 from vllm_nanocp.attention import decode_pieces, flash_backend, flash_pieces
+from vllm_nanocp.attention.cut import cut
 from vllm_nanocp.attention.decode_pieces import KV, Visits
 from vllm_nanocp.attention.flash_backend import NanoCPFlashAttentionImpl, NanoCPFlashAttentionMetadataBuilder
 from vllm_nanocp.attention.flash_pieces import ShardLaunch
@@ -176,6 +178,18 @@ def reference_merge(
             picked = rows[[row for row in chosen if row >= 0]]
             weights = layout.lses(picked).double().softmax(0).unsqueeze(-1)
             output[token] = (weights * layout.outputs(picked).double()).sum(0).to(output.dtype)
+
+
+def lay_out(visits: Visits, lengths: Sequence[int]) -> int:
+    """Cut rows of these lengths, those of the batch and the places, for tables that are on any device.
+
+    Returns:
+        How many pieces there are.
+    """
+    pieces, count, starts = map(torch.from_numpy, cut(lengths, len(visits.starts) - 1))
+    visits.pieces[: len(pieces)] = pieces
+    visits.count[:], visits.starts[:], visits.first[:] = count, starts, count.cumsum(0) - count
+    return len(pieces)
 
 
 def reference_attend(query: torch.Tensor, kv: KV, visits: Visits, _: torch.dtype) -> None:

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.unit.attention_steps import Shape, full_attention
-from tests.unit.flash_steps import make_routes
-from vllm_nanocp.attention.cut import cut
+from tests.unit.flash_steps import lay_out, make_routes
 from vllm_nanocp.attention.decode_pieces import KV, Visits
 from vllm_nanocp.exchange.routes import MAX_LAYERS, Batch, Route
 
@@ -87,10 +86,7 @@ def make_visits(step: int, rank: int, counts: list[list[int]], device: torch.dev
     used = [place % CAPACITY < counts[place // CAPACITY][rank] for place in range(size * CAPACITY)]
     held = [n if use else 0 for n, use in zip(lengths(step, rank, size), used, strict=True)]
     # Of the second, pieces are made for more tokens than there are.
-    pieces, *rest = cut([0] * (ROWS - 2) + [PLAIN[0], PLAIN[1] + 300] + held, len(visits.starts) - 1)
-    visits.pieces[: len(pieces)] = torch.from_numpy(pieces)
-    visits.count[:], visits.starts[:] = map(torch.from_numpy, rest)
-    visits.first[:] = visits.count.cumsum(0) - visits.count
+    lay_out(visits, [0] * (ROWS - 2) + [PLAIN[0], PLAIN[1] + 300] + held)
     for place in range(len(used)):
         visits.block_table[place] = torch.tensor(blocks(step, place))
     return visits

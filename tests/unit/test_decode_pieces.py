@@ -6,12 +6,11 @@ from __future__ import annotations
 import itertools
 
 import hypothesis.strategies as st
-import numpy as np
 import torch
 from hypothesis import given, settings
 
 from tests.unit.attention_steps import Shape, full_attention
-from tests.unit.flash_steps import reference_attend
+from tests.unit.flash_steps import lay_out, reference_attend
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.cut import TILE, cut
 from vllm_nanocp.attention.decode_pieces import KV, Visits, attend, pack
@@ -71,11 +70,7 @@ def compare(shape: Shape) -> None:
     )
     free = torch.randperm(num_blocks - 1, generator=generator) + 1
     cache[0] = float("nan")
-    rows = [0] * NUM_ROWS + lengths
-    pieces, counts, starts = cut(rows, len(visits.starts) - 1)
-    visits.pieces[: len(pieces)] = torch.from_numpy(pieces)
-    visits.count[:], visits.starts[:] = torch.from_numpy(counts), torch.from_numpy(starts)
-    visits.first[:] = torch.from_numpy(np.cumsum(counts) - counts)
+    used = lay_out(visits, [0] * NUM_ROWS + lengths)
     expected = {}
     for place, length in enumerate(lengths):
         mine, free = free[: -(-length // size)], free[-(-length // size) :]
@@ -99,7 +94,6 @@ def compare(shape: Shape) -> None:
     lses, outputs = visits.lses.clone(), visits.outputs.clone()
     if DEVICE.type == "cpu":
         reference_attend(query, kv, visits, shape.dtype)
-        used = len(pieces)
         torch.testing.assert_close(lses[:used], visits.lses[:used], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(outputs[:used], visits.outputs[:used], rtol=2e-2, atol=1e-2)
     for place, length in enumerate(lengths):

@@ -206,6 +206,17 @@ def attend(query: torch.Tensor, kv: KV, visits: Visits, dtype: torch.dtype) -> N
     _attend_kernel[((len(visits.starts) - 1) * kv.keys.shape[2],)](query, **arguments)
 
 
+@triton.jit
+def put_row(  # type: ignore[no-untyped-def]
+    row, head, num_heads, outs_ptr, lses_ptr, first, pieces, HEAD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Merge the pieces of one head into a row, where ``RowLayout`` has that head."""
+    acc, lse = merge_pieces(outs_ptr, lses_ptr, first * num_heads + head, num_heads, pieces, HEAD, WIDE)
+    d = tl.arange(0, WIDE)
+    tl.store(row + head * HEAD + d, acc, mask=d < HEAD)
+    tl.store(row + num_heads * HEAD + head, lse)
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "row_size"])
 def _pack_kernel(  # type: ignore[no-untyped-def]
     rows_ptr, outs_ptr, lses_ptr, first_ptr, count_ptr, num_rows, num_heads, row_size,
@@ -213,11 +224,8 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     place, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     pieces, first = tl.load(count_ptr + num_rows + place), tl.load(first_ptr + num_rows + place)
-    acc, lse = merge_pieces(outs_ptr, lses_ptr, first * num_heads + head, num_heads, pieces, HEAD, WIDE)
     row = rows_ptr + place.to(tl.int64) * row_size
-    d = tl.arange(0, WIDE)
-    tl.store(row + head * HEAD + d, acc, mask=d < HEAD)
-    tl.store(row + num_heads * HEAD + head, lse)
+    put_row(row, head, num_heads, outs_ptr, lses_ptr, first, pieces, HEAD, WIDE)
 
 
 def pack(rows: torch.Tensor, layout: RowLayout, visits: Visits) -> None:

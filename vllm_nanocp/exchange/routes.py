@@ -32,8 +32,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..attention.decode_pieces import KV, Visits, attend_piece, kernel_arguments, put_piece
-from ..attention.partial_rows import RowLayout, add_piece, merge_pieces
+from ..attention.decode_pieces import KV, Visits, attend_piece, kernel_arguments, put_piece, put_row
+from ..attention.partial_rows import RowLayout, add_piece
 
 # Layers that a step's epochs have room for.
 MAX_LAYERS = 4096
@@ -235,12 +235,9 @@ def _answer(  # type: ignore[no-untyped-def]
         while tl.atomic_add(done, 0, sem="acquire", scope="gpu") < pieces:
             pass
         heads = KV_HEADS * GROUP
-        acc, lse = merge_pieces(outs_ptr, lses_ptr, first * heads + head, heads, pieces, HEAD, WIDE)
         base, there = tl.load(pointers_ptr + home), (me * capacity + slot).to(tl.int64)
         row = (base + rows_at + there * row_size * 4).to(tl.pointer_type(tl.float32))
-        d = tl.arange(0, WIDE)
-        tl.store(row + head * HEAD + d, acc, mask=d < HEAD)
-        tl.store(row + heads * HEAD + head, lse)
+        put_row(row, head, heads, outs_ptr, lses_ptr, first, pieces, HEAD, WIDE)
         _signal(base + answered_at + (there * heads + head) * 8, epoch)
         # The last of the heads that wait for the same pieces leaves the count as it was.
         if tl.atomic_add(done, 1, sem="relaxed", scope="gpu") == pieces + GROUP - 1:

@@ -38,8 +38,7 @@ class NanoCPGPUWorker(OneRank, Worker):
 
     def _choose_exchange(self, layout: RowLayout, dtype: torch.dtype) -> None:
         """Set up the routed exchange if it is wanted and can be had. A collective of the ranks."""
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
-        shapes = {(i.num_heads, i.head_size) for layer in layers if (i := getattr(layer, "impl", None)) is not None}
+        shapes = {(layer.impl.num_heads, layer.impl.head_size) for layer in self.attention_layers().values()}
         if not self.nanocp.graph_capacities:
             problem = "graph_capacities is empty"
         elif shapes != {(layout.num_heads, layout.head_size)}:
@@ -75,8 +74,7 @@ class NanoCPGPUWorker(OneRank, Worker):
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
         if self.nanocp.degree_limit > 1:
-            layers = self.vllm_config.compilation_config.static_forward_context.values()
-            layer = next(layer for layer in layers if getattr(layer, "impl", None) is not None)
+            layer = next(iter(self.attention_layers().values()))
             layer.impl.warm_up(layer, layer.kv_cache, self.model_config.dtype)
         return times
 

@@ -88,13 +88,18 @@ class OneRank(_Base):
         super().load_model(*args, **kwargs)
         if self.nanocp.degree_limit == 1:
             return
-        for name, layer in self.vllm_config.compilation_config.static_forward_context.items():
-            impl = getattr(layer, "impl", None)
-            if impl is not None and not getattr(impl, "serves_shards", False):
+        for name, layer in self.attention_layers().items():
+            impl = layer.impl
+            if not getattr(impl, "serves_shards", False):
                 raise NanoCPConfigError(
                     f"nanocp: the attention of {name} ({type(impl).__name__}) cannot serve shards; choose the default "
                     "attention backend, or use --nanocp-config '{\"max_degree\": 1}'"
                 )
+
+    def attention_layers(self) -> dict[str, Any]:
+        """vLLM's attention layers of the model, by name."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        return {name: layer for name, layer in layers.items() if getattr(layer, "impl", None) is not None}
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()

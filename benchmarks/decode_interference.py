@@ -12,12 +12,13 @@ Each system is started with the same flags and gets the same streams over the Op
     C          the same beside two requests of half as many, sent --stagger seconds apart
     capacity   one request of --capacity tokens: is it admitted, does it decode
     prefill    while the shorts decode, a prompt of --prefill tokens is computed
+    load       --load-requests of a conversation trace, --load-concurrency at once, all prompts computed
     trace      some steps of A and of B under torch's profiler; what they wait for and run on GPUs (step_trace.py)
 
-Only the long prompt of ``prefill`` is computed: the KV of others is taken as there (vLLM's DecodeBenchConnector for
-stock, the key ``decode_bench`` for the plugin), so that long contexts cost no prefill time. Figures are gaps between
-the chunks of a stream, in ms; the first 10 of each stream do not count, those of the shorts only while every long
-request decodes.
+Only the prompts of ``load`` and the long one of ``prefill`` are computed: the KV of others is taken as there (vLLM's
+DecodeBenchConnector for stock, the key ``decode_bench`` for the plugin), so that long contexts cost no prefill time.
+Figures are gaps between the chunks of a stream, in ms; the first 10 of each stream do not count, those of the shorts
+only while every long request decodes.
 FOLDER gets SYSTEM.json (after each scenario, so a run that is killed keeps what it has), logs, and report.json.
 
 On a machine without a GPU this is a smoke test: eager, and stock with one rank. Its figures mean nothing.
@@ -43,12 +44,13 @@ from typing import Any
 
 import serving
 import step_trace
+import trace_load
 from interference_report import SYSTEMS, failures, report
 from serving import Server, ServerError, write_json
-from streams import Stream, StreamError, make_streams, play, post
+from streams import Stream, StreamError, make_stream, play, post
 
-SCENARIOS = ("A", "B", "C", "capacity", "prefill", "trace")
-ONCE = ("capacity", "trace")  # repeats would say the same
+SCENARIOS = ("A", "B", "C", "capacity", "prefill", "load", "trace")
+ONCE = ("capacity", "load", "trace")  # repeats would say the same
 SKIP = 10  # gaps at the start of a stream, while others start
 BUNCHED_MS = 0.1  # no model steps so fast: client or API server was late, and read several tokens at once
 CAPACITY_TOKENS, PREFILL_OUTPUT, TRACED_STEPS = 50, 16, 10
@@ -77,6 +79,8 @@ def model_length(args: argparse.Namespace, system: str) -> int:
         needs.append(args.capacity + CAPACITY_TOKENS)
     if "prefill" in args.scenarios:
         needs.append(args.prefill + PREFILL_OUTPUT)
+    if "load" in args.scenarios:
+        needs.append(max(map(sum, trace_load.lengths(args.load_requests))))
     return max(needs) + 16
 
 
@@ -131,8 +135,8 @@ class Driver:
     def _streams(
         self, name: str, count: int, prompt: int, tokens: int, seed: str, ready_after: int = 1, compute: bool = False
     ) -> list[Stream]:
-        model = str(self.args.model)
-        return make_streams(name, count, prompt, tokens, model, self.vocab, seed, ready_after, compute)
+        rest = (prompt, tokens, str(self.args.model), self.vocab, seed, ready_after, compute)
+        return [make_stream(name, number, *rest) for number in range(count)]
 
     def _play(self, phases: list[list[Stream]], result: dict[str, Any], meanwhile: Any = None) -> None:
         """Play the phases; the raw streams are kept also if they fail."""
@@ -188,6 +192,18 @@ class Driver:
         result["short"] = within(shorts, (sent, first), SKIP, overlap=True)
         result["long"] = within(longs, (-math.inf, math.inf), 0)
 
+    def load(self, seed: str, result: dict[str, Any]) -> None:
+        args, model = self.args, str(self.args.model)
+        streams = [
+            make_stream("load", i, prompt, output, model, self.vocab, seed, compute=True)
+            for i, (prompt, output) in enumerate(trace_load.lengths(args.load_requests))
+        ]
+        before = trace_load.counters(self.url)
+        playing = trace_load.closed_loop(self.url, streams, args.load_concurrency, args.scenario_timeout)
+        result["load"] = trace_load.figures(streams, asyncio.run(playing))
+        after = trace_load.counters(self.url)
+        result["counters"] = {name: value - before.get(name, 0.0) for name, value in after.items()}
+
     def trace(self, seed: str, result: dict[str, Any]) -> None:
         """Under the profiler while the shorts decode, then while a long one does too."""
         args, folder = self.args, Path(serving.trace_folder(self.args, self.system))
@@ -216,6 +232,8 @@ class Driver:
                 self.capacity(seed, result)
             elif scenario == "prefill":
                 self.prefill(seed, result)
+            elif scenario == "load":
+                self.load(seed, result)
             else:
                 self.trace(seed, result)
         except StreamError as error:
@@ -309,6 +327,8 @@ def parse_args() -> argparse.Namespace:
     add("--tokens", type=int, default=150, help="output tokens of a short request")
     add("--capacity", type=int, default=2_000_000, help="prompt tokens of the capacity scenario")
     add("--prefill", type=int, default=65536, help="prompt tokens of the prefill scenario")
+    add("--load-requests", type=int, default=96)
+    add("--load-concurrency", type=int, default=56)
     add("--stagger", type=float, default=0.3, help="seconds between the two long requests of C")
     add("--repeats", type=int, default=1)
     add("--seed", type=int, default=0)

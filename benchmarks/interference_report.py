@@ -11,7 +11,7 @@ from typing import Any
 
 from serving import write_json
 
-SYSTEMS = ("stock", "collective", "routed")
+SYSTEMS = ("stock", "collective", "routed", "moves")
 
 
 def failures(record: dict[str, Any]) -> list[str]:
@@ -50,7 +50,7 @@ def compare(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def other_lines(name: str, record: dict[str, Any]) -> list[str]:
-    """What does not fit the table: capacity, trace, prefill, and failures."""
+    """What does not fit the table: capacity, trace, prefill, load, and failures."""
     lines = []
     for run in record["scenarios"].get("capacity", []):
         if "failed" not in run:
@@ -66,6 +66,9 @@ def other_lines(name: str, record: dict[str, Any]) -> list[str]:
                 f"prefill, {name}: {record['settings']['prefill']} tokens: first token after {run['long']['ttft']} ms; "
                 f"shorts' gaps before p50 {before['p50']} ms, meanwhile p50 {short['p50']} p99 {short['p99']} ms"
             )
+    for run in record["scenarios"].get("load", []):
+        if "failed" not in run:
+            lines.append(f"load, {name}: {json.dumps(run['load'] | run['counters'])}")
     for scenario in ("A", "B", "C"):
         shorts = [run["short"] for run in record["scenarios"].get(scenario, []) if "short" in run]
         if any(short["bunched"] > short["gaps"] / 20 for short in shorts):

@@ -111,7 +111,9 @@ def system_flags(args: argparse.Namespace, system: str, gpu: bool, bench: bool) 
             connector = CONNECTOR | {"kv_connector_extra_config": {"fill_mean": args.fill}}
             flags += ["--kv-transfer-config", json.dumps(connector)]
         return flags
-    config: dict[str, Any] = {"exchange": system, "segment_size": args.segment_size}
+    moves = system == "moves"
+    exchange = ("routed" if gpu else "collective") if moves else system
+    config: dict[str, Any] = {"exchange": exchange, "segment_size": args.segment_size, "moves": moves}
     if bench:
         config["decode_bench"] = True
     return [*flags, "--nanocp", "--nanocp-config", json.dumps(config)]

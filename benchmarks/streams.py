@@ -91,9 +91,9 @@ class Stream:
         }
 
 
-def make_streams(
+def make_stream(
     name: str,
-    count: int,
+    number: int,
     prompt: int,
     tokens: int,
     model: str,
@@ -101,21 +101,18 @@ def make_streams(
     seed: str,
     ready_after: int = 1,
     compute: bool = False,
-) -> list[Stream]:
-    """Streams with the same prompts for the same seed, made into bytes before any clock runs.
+) -> Stream:
+    """A stream with the same prompt for the same seed and number, made into bytes before any clock runs.
 
-    With ``compute`` their prompts are computed even where others' are taken as there.
+    With ``compute`` its prompt is computed even where others' are taken as there.
     """
     low, high = min(300, vocab // 2), min(150000, vocab - 1)
-    streams = []
-    for i in range(count):
-        ids = random.Random(f"{seed} {name} {i}").choices(range(low, high + 1), k=prompt)
-        body = dict(model=model, prompt=ids, max_tokens=tokens, temperature=0, ignore_eos=True, stream=True)
-        body["stream_options"] = {"include_usage": True}
-        if compute:
-            body["vllm_xargs"] = {"compute_prompt": 1}
-        streams.append(Stream(name, json.dumps(body).encode(), tokens, ready_after))
-    return streams
+    ids = random.Random(f"{seed} {name} {number}").choices(range(low, high + 1), k=prompt)
+    body = dict(model=model, prompt=ids, max_tokens=tokens, temperature=0, ignore_eos=True, stream=True)
+    body["stream_options"] = {"include_usage": True}
+    if compute:
+        body["vllm_xargs"] = {"compute_prompt": 1}
+    return Stream(name, json.dumps(body).encode(), tokens, ready_after)
 
 
 async def post(url: str, body: dict[str, Any]) -> None:

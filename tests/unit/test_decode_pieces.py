@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from tests.unit.attention_steps import Shape, full_attention
 from tests.unit.flash_steps import lay_out, reference_attend
 from tests.unit.processes import run_ranks
-from vllm_nanocp.attention.cut import TILE, cut
+from vllm_nanocp.attention.cut import ROW_COST, TILE, cut
 from vllm_nanocp.attention.decode_pieces import KV, Visits, attend, pack
 from vllm_nanocp.attention.partial_rows import RowLayout
 
@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @given(st.lists(st.integers(0, 3_000_000), min_size=1, max_size=64).filter(any), st.integers(1, 200))
 def test_cut(lengths: list[int], programs: int) -> None:
     """Every token in one piece, a row's in order; no more pieces than there is room for; and every program has as much
-    as the others, but for one tile."""
+    as the others, but for one tile and, at either end, what a row costs besides its tokens."""
     pieces, counts, starts = cut(lengths, programs)
     assert len(pieces) == counts.sum() == starts[-1] <= len(lengths) + programs
     at = 0
@@ -34,9 +34,9 @@ def test_cut(lengths: list[int], programs: int) -> None:
         bounds = [*mine[:, 1].tolist(), length]
         assert bounds[0] == 0 and mine[:, 2].tolist() == bounds[1:] and bounds == sorted({*bounds, 0})
         assert all(begin % TILE == 0 for begin in bounds[:-1])
-    tiles = -(-(pieces[:, 2] - pieces[:, 1]) // TILE)
-    work = [int(tiles[a:b].sum()) for a, b in itertools.pairwise(starts)]
-    assert sum(work) == tiles.sum() and max(work) - min(work) <= 1
+    costs = -(-(pieces[:, 2] - pieces[:, 1]) // TILE) + ROW_COST * (pieces[:, 1] == 0)
+    work = [int(costs[a:b].sum()) for a, b in itertools.pairwise(starts)]
+    assert sum(work) == costs.sum() and max(work) - min(work) <= 1 + 2 * ROW_COST
 
 
 NUM_ROWS = 3  # of a batch, which this attention leaves alone

@@ -9,6 +9,8 @@ import numpy as np
 
 # Pieces begin at multiples of so many tokens.
 TILE = 128
+# What a row costs besides its tokens, in tiles: its query, its tables, its result.
+ROW_COST = 1
 
 
 def cut(lengths: Sequence[int] | np.ndarray, programs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -25,10 +27,15 @@ def cut(lengths: Sequence[int] | np.ndarray, programs: int) -> tuple[np.ndarray,
         [programs + 1]: program i has pieces ``starts[i]`` to ``starts[i + 1]`` - 1.
     """
     tokens = np.asarray(lengths, dtype=np.int64)
-    ends = np.cumsum(-(-tokens // TILE))
+    costs = np.where(tokens > 0, -(-tokens // TILE) + ROW_COST, 0)
+    ends = np.cumsum(costs)
     bounds = np.arange(programs + 1) * ends[-1] // programs
+    # A bound within what a row costs besides is one in front of the row.
+    fronts = np.append(ends - costs, ends[-1])[np.searchsorted(ends, bounds, side="right")]
+    bounds = np.where(bounds - fronts <= ROW_COST, fronts, bounds)
     points = np.unique(np.concatenate([bounds, ends]))
     rows = np.searchsorted(ends, points[:-1], side="right")
-    begin, end = ((at - (ends[rows] - -(-tokens[rows] // TILE))) * TILE for at in (points[:-1], points[1:]))
+    first = (ends - costs + ROW_COST)[rows]
+    begin, end = (np.maximum(at - first, 0) * TILE for at in (points[:-1], points[1:]))
     counts = np.bincount(rows, minlength=len(tokens))
     return np.stack([rows, begin, np.minimum(end, tokens[rows])], axis=1), counts, np.searchsorted(points, bounds)

@@ -9,7 +9,7 @@ programs do one of four things:
 
 1. send: a query is written to its holder's buffer, then its flag;
 2. attend: to a piece of a row's KV, for a visit once its query is in. Rows of the batch that visit nobody are among
-   these; the last program of such a row writes its result;
+   these; the last program of such a row, if it has more than one, merges and writes its result;
 3. answer: when all pieces of a visit have their result, these are merged and written to the home's buffer, head by
    head, then the flags;
 4. collect: a result waits for the rows that it is made of, and is merged from them.
@@ -206,7 +206,7 @@ def _merge_row(  # type: ignore[no-untyped-def]
     outs_ptr, lses_ptr, output_ptr, output_stride, row, first, pieces, kv_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The result of a row of the batch, of all query heads of a KV head."""
+    """Merge a row of the batch from its pieces, all query heads of a KV head."""
     i, d = tl.arange(0, ROWS), tl.arange(0, WIDE)
     mine = (i < GROUP)[:, None] & (d < HEAD)[None, :]
     most = tl.full([ROWS], float("-inf"), tl.float32)
@@ -218,8 +218,18 @@ def _merge_row(  # type: ignore[no-untyped-def]
         o = tl.load(outs_ptr + at[:, None] * HEAD + d[None, :], mask=mine, other=0.0)
         most, total, acc = add_piece(o, lse, most, total, acc)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    _put_result(acc, output_ptr, output_stride, row, kv_head, GROUP, ROWS, HEAD, WIDE)
+
+
+@triton.jit
+def _put_result(  # type: ignore[no-untyped-def]
+    acc, output_ptr, output_stride, row, kv_head,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The result of a row of the batch, of all query heads of a KV head."""
+    i, d = tl.arange(0, ROWS), tl.arange(0, WIDE)
     to = output_ptr + row * output_stride + (kv_head * GROUP + i)[:, None] * HEAD + d[None, :]
-    tl.store(to, acc.to(output_ptr.dtype.element_ty), mask=mine)
+    tl.store(to, acc.to(output_ptr.dtype.element_ty), mask=(i < GROUP)[:, None] & (d < HEAD)[None, :])
 
 
 @triton.jit
@@ -310,17 +320,20 @@ def _layer_kernel(  # type: ignore[no-untyped-def]
                 keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale,
                 block_stride, token_stride, head_stride, GROUP, ROWS, BLOCK, HEAD, WIDE, TYPE, TILE, STAGES,
             )  # fmt: skip
-            put_piece(acc, lse, outs_ptr, lses_ptr, piece, kv_head, KV_HEADS, GROUP, ROWS, HEAD, WIDE)
-            tl.debug_barrier()
-            done = done_ptr + row * KV_HEADS + kv_head
-            before = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu")
             pieces = tl.load(count_ptr + row)
-            if (row < num_rows) & (before == pieces - 1):
-                tl.store(done, 0)
-                _merge_row(
-                    outs_ptr, lses_ptr, output_ptr, output_stride, row, tl.load(first_ptr + row), pieces, kv_head,
-                    KV_HEADS, GROUP, ROWS, HEAD, WIDE,
-                )  # fmt: skip
+            if (row < num_rows) & (pieces == 1):
+                _put_result(acc, output_ptr, output_stride, row, kv_head, GROUP, ROWS, HEAD, WIDE)
+            else:
+                put_piece(acc, lse, outs_ptr, lses_ptr, piece, kv_head, KV_HEADS, GROUP, ROWS, HEAD, WIDE)
+                tl.debug_barrier()
+                done = done_ptr + row * KV_HEADS + kv_head
+                before = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu")
+                if (row < num_rows) & (before == pieces - 1):
+                    tl.store(done, 0)
+                    _merge_row(
+                        outs_ptr, lses_ptr, output_ptr, output_stride, row, tl.load(first_ptr + row), pieces, kv_head,
+                        KV_HEADS, GROUP, ROWS, HEAD, WIDE,
+                    )  # fmt: skip
     else:
         heads = KV_HEADS * GROUP
         number, head = behind // heads, behind % heads

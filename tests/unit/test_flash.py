@@ -5,6 +5,7 @@ float64, as tables of a step's own size and as the fixed ones of captured graphs
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.unit.flash_steps import flash_kernel, reference_pieces, reference_sch
 from tests.unit.processes import run_ranks
 from tests.unit.route_steps import stress
 from vllm_nanocp.attention import flash_pieces
+from vllm_nanocp.attention.flash_tables import CapturedTables
 from vllm_nanocp.attention.partial_rows import RowLayout, merge_rows, pack_pieces
 from vllm_nanocp.errors import NanoCPConfigError
 
@@ -46,6 +48,18 @@ def test_tables_of_a_step_s_size() -> None:
         counts = result["exact"][0]
         for kind in ("plain decode", "plain prefill", "sharded decode", "sharded prefill", "guests"):
             assert counts.get(kind, 0) >= 5, f"{kind}: {counts}"
+
+
+@pytest.mark.parametrize("max_tokens", [7, 64])
+@pytest.mark.parametrize("num_kv_heads", [1, 4, 16])
+def test_fixed_tables_are_where_the_kernels_expect_them(max_tokens: int, num_kv_heads: int) -> None:
+    """At multiples of 16 bytes, as those that the kernels were warmed up with; and none reaches into the next."""
+    tables = CapturedTables(5, 3, max_tokens, 9, 16, RowLayout(16, 64), num_kv_heads, torch.device("cpu"))
+    route, visits = tables._route, tables._visits
+    found = [*vars(route).values(), visits.pieces, visits.starts, visits.first, visits.count]
+    assert all(table.data_ptr() % 16 == 0 for table in found)
+    spans = sorted((table.data_ptr(), table.data_ptr() + table.nbytes) for table in found)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 def test_tables_of_fixed_size() -> None:

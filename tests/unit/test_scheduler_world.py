@@ -416,3 +416,19 @@ def test_worlds(
     assert counts["moves"] > 25 and counts["spills"] > 25 and counts["preemptions"] > 0, counts
     assert counts["aborts"] and counts["resets"] and counts["pauses"], counts
     assert (counts["generators"] > 0) == (version == 1), counts
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_burst_spreads(vllm_config: Any, moves: bool) -> None:
+    """Requests that come at once behind one that runs, so that none of them reads any KV when the next is placed."""
+    sizes = dict(seed=0, ranks=2, block_size=16, blocks=400, max_reqs=24, budget=512, segment=4096, degree=2)
+    shape = Shape(**sizes, moves=moves, caching=False, priorities=False, chunk=0, reserve=0)  # type: ignore[arg-type]
+    scheduler = shape.scheduler(vllm_config, False)
+    for number in range(16):
+        prompt = [10 + number] * 300
+        scheduler.add_request(Request(f"r{number}", prompt, SamplingParams(max_tokens=50), None))
+        if number == 0:
+            scheduler.schedule()
+            assert sum(len(rank.running) for rank in scheduler.ranks) == 1
+    scheduler.schedule()
+    assert [len(rank.requests) for rank in scheduler.ranks] == [8, 8]

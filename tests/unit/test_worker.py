@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_nanocp.plan import IDLE, Batch, StepPlan
 from vllm_nanocp.sched.output import NanoCPSchedulerOutput, generators_in, merge
+from vllm_nanocp.worker.gpu_worker import NanoCPGPUWorker
 from vllm_nanocp.worker.worker import OneRank
 
 
@@ -68,3 +70,16 @@ def test_generators_are_reported_once(rank: _Rank) -> None:
     rank.execute_model(step(["gone"]))
     rank.execute_model(step([]))
     assert generators_in(rank.sample_tokens(None)) == {}  # type: ignore[arg-type]
+
+
+def test_kernels_are_warmed_up_before_vllm_watches_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``--observability-config.jit_monitor_mode error`` it would end the start."""
+    calls: list[Any] = []
+    impl = SimpleNamespace(warm_up=lambda layer, *args: calls.append(args))
+    worker: Any = object.__new__(NanoCPGPUWorker)
+    worker.nanocp = SimpleNamespace(degree_limit=2, decode_bench=False)
+    worker.model_config = SimpleNamespace(dtype="dtype")
+    worker.attention_layers = lambda: {"layer": SimpleNamespace(impl=impl, kv_cache="cache")}
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: calls.append("vllm") or "times")
+    assert worker.compile_or_warm_up_model() == "times"
+    assert calls == [("cache", "dtype"), "vllm"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from .cut import cut
 from .decode_pieces import Visits
 from .flash_pieces import ShardLaunch, pieces_that_fit
 from .partial_rows import RowLayout
+
+_Numbers = TypeVar("_Numbers", torch.Tensor, np.ndarray)
 
 
 @dataclass
@@ -151,6 +154,16 @@ def _picks(visits: list[list[slice]], queries: list[int], num_sent: int) -> np.n
     return picks
 
 
+def _split(numbers: _Numbers, sizes: Sequence[int]) -> list[_Numbers]:
+    """Views of 8-byte numbers one after another, each from a multiple of 16 bytes on: for other addresses Triton would
+    compile a kernel of its own, which nobody has warmed up."""
+    at, views = 0, []
+    for size in sizes:
+        views.append(numbers[at : at + size])
+        at += size + size % 2
+    return views
+
+
 class CapturedTables:
     """Tables at fixed addresses for steps with at most ``capacity`` visits between any two ranks, one query each.
 
@@ -190,8 +203,8 @@ class CapturedTables:
         self._programs = len(self._visits.starts) - 1
         pieces = (self._visits.pieces.numel(), self._programs + 1, rows, rows)
         self._sizes = (places, capacity * width, capacity, capacity, *pieces, num_ranks, num_ranks, 1)
-        self._ints = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
-        views = self._ints.split(self._sizes)
+        self._ints = torch.zeros(sum(size + size % 2 for size in self._sizes), dtype=torch.int64, device=device)
+        views = _split(self._ints, self._sizes)
         send, pick, tokens, self._visiting, cut_at = views[:5]
         self._visits.pieces = cut_at.view(-1, 3)
         self._visits.starts, self._visits.first, self._visits.count = views[5:8]
@@ -213,7 +226,7 @@ class CapturedTables:
             As ``exact_tables``; the same tensors each time.
         """
         host = np.zeros(len(self._ints), dtype=np.int64)
-        parts = np.split(host, np.cumsum(self._sizes)[:-1])
+        parts = _split(host, self._sizes)
         send, pick, tokens, visiting, cut_at, cut_starts, first, count, sent, received, epoch = parts
         pick[:], tokens[:], visiting[:] = -1, -1, self.max_tokens
         sent[:], received[:], epoch[:] = step.send_counts, step.recv_counts, step.serial * MAX_LAYERS

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .scheduler import NanoCPScheduler
 
 _computed = attrgetter("num_computed_tokens")
+_tokens = attrgetter("num_tokens")
 _importance = attrgetter("priority", "arrival_time")  # less is more
 
 
@@ -124,9 +125,22 @@ class Mover:
         if not self.moves:
             return loads
         return [
-            replace(load, read_blocks=work.kv_tokens // scheduler.block_size)
-            for load, work in zip(loads, self.work(), strict=True)
+            replace(load, read_blocks=tokens // scheduler.block_size)
+            for load, tokens in zip(loads, self._to_read(), strict=True)
         ]
+
+    def _to_read(self) -> list[int]:
+        """KV tokens that each rank will read in a step once all it was given decode: of a burst, those placed first
+        must count for the next ones, before any of them runs."""
+        ranks = self.scheduler.ranks
+        read = [sum(map(_tokens, rank.requests.values())) for rank in ranks]
+        for sharded in self.scheduler.sharded.values():
+            member = sharded.member
+            if member.request_id in ranks[sharded.rank].requests:
+                read[sharded.rank] -= member.num_tokens
+            for rank, tokens in enumerate(sharded.shard_map.tokens_by_rank(len(ranks), sharded.request.num_tokens)):
+                read[rank] += tokens
+        return read
 
     def work(self) -> list[StepLoad]:
         """What the ranks' running requests read and compute in a step."""

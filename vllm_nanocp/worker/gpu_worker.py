@@ -72,11 +72,11 @@ class NanoCPGPUWorker(OneRank, Worker):
         return problem
 
     def compile_or_warm_up_model(self) -> Any:
-        times = super().compile_or_warm_up_model()
+        # First, for at its end vLLM begins to report kernels that are compiled, or to refuse them.
         if self.nanocp.degree_limit > 1:
             layer = next(iter(self.attention_layers().values()))
             layer.impl.warm_up(layer, layer.kv_cache, self.model_config.dtype)
-        return times
+        return super().compile_or_warm_up_model()
 
     def register_attention(self) -> None:
         register_backend(

@@ -135,9 +135,12 @@ class Mover:
         ranks = self.scheduler.ranks
         read = [sum(map(_tokens, rank.requests.values())) for rank in ranks]
         for sharded in self.scheduler.sharded.values():
-            member = sharded.member
-            if member.request_id in ranks[sharded.rank].requests:
-                read[sharded.rank] -= member.num_tokens
+            if sharded.at_home:
+                read[sharded.rank] -= sharded.local_start
+                for rank, (_, tokens) in sharded.open_shards.items():
+                    read[rank] += tokens
+                continue
+            read[sharded.rank] -= sharded.member.num_tokens
             for rank, tokens in enumerate(sharded.shard_map.tokens_by_rank(len(ranks), sharded.request.num_tokens)):
                 read[rank] += tokens
         return read

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .scheduler import NanoCPScheduler
 
 _computed = attrgetter("num_computed_tokens")
-_tokens = attrgetter("num_tokens")
 _importance = attrgetter("priority", "arrival_time")  # less is more
 
 
@@ -133,7 +132,7 @@ class Mover:
         """KV tokens that each rank will read in a step once all it was given decode: of a burst, those placed first
         must count for the next ones, before any of them runs."""
         ranks = self.scheduler.ranks
-        read = [sum(map(_tokens, rank.requests.values())) for rank in ranks]
+        read = [rank.num_tokens for rank in ranks]
         for sharded in self.scheduler.sharded.values():
             if sharded.at_home:
                 read[sharded.rank] -= sharded.local_start

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     _Base = Scheduler
 else:
     _Base = object
+
+_tokens = attrgetter("num_tokens")
 
 
 class RankDoors(_Base):
@@ -255,6 +259,12 @@ class RankDoors(_Base):
             max(0, -(-max(r.num_tokens, r.num_computed_tokens + 1) // block_size) - len(held[r.request_id]))
             for r in self.running
         )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all that run here, wait, or are about to leave."""
+        leaving = (self.requests[request_id] for request_id in self._leaving)
+        return sum(map(_tokens, chain(self.running, self.waiting, self.kv_holding_waiting, leaving)))
 
     def load(self, block_size: int, ahead: int = 0) -> RankLoad:
         """What placement needs to know. Requests that wait without blocks count as if they had them.

@@ -35,6 +35,8 @@ class NanoCPConfig:
         moves: whether decoding requests change their home, to even out the ranks' loads and where a rank's blocks run
             out, and when: fields of ``placement.moves.MoveConfig``. Only with ``balanced`` and more than one rank a
             request. None: on where they were verified, which ``engine_config.make`` knows.
+        parallel_prefill: whether the ranks of a long prompt take its chunks in turn and compute as many in one step.
+            None: on where it was verified, as for ``moves``.
         exchange: how queries and partial results travel: ``collective`` over torch.distributed; ``routed``, GPUs write
             into each other's memory. ``auto`` takes the best one that was verified.
         graph_capacities: CUDA graphs of sharded decode steps are captured for so many visits between any two ranks,
@@ -48,6 +50,7 @@ class NanoCPConfig:
     max_degree: int | None = None
     placement: str = "balanced"
     moves: bool | dict[str, Any] | None = None
+    parallel_prefill: bool | None = None
     exchange: str = "auto"
     graph_capacities: tuple[int, ...] = (16,)
     decode_bench: bool = False
@@ -124,6 +127,13 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
         values["moves"] = False
     if values["moves"] is not False and fixed is not None:
         raise NanoCPConfigError(f"nanocp: moves: homes cannot move with {fixed} {_FIXED_HOMES[fixed]!r}; leave it out")
+    if raw.get("parallel_prefill") is not None:
+        if not isinstance(raw["parallel_prefill"], bool):
+            raise NanoCPConfigError(
+                f"nanocp: parallel_prefill must be true or false, got {raw['parallel_prefill']!r}; leave it out for "
+                "the default"
+            )
+        values["parallel_prefill"] = raw["parallel_prefill"]
     default = [min(c, _most_visits(ranks)) for c in NanoCPConfig.graph_capacities]
     values["graph_capacities"] = _capacities(raw.get("graph_capacities", default), ranks)
     if values.get("exchange") == "routed" and not values["graph_capacities"]:

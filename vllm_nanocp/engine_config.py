@@ -232,6 +232,8 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     if config.moves is None:
         # On GPUs their tokens are right (tests/gpu/test_moves.py), but what they cost and win was not measured.
         config = replace(config, moves=current_platform.is_cpu())
+    if config.parallel_prefill is None:
+        config = replace(config, parallel_prefill=current_platform.is_cpu())
     engine_args.additional_config = {**engine_args.additional_config, nanocp_config.KEY: config.to_dict()}
     engine_args.data_parallel_size = 1
     engine_args.scheduler_cls = SCHEDULER

@@ -31,11 +31,10 @@ def describe(scheduler: NanoCPScheduler) -> dict[str, Any]:
         "moves": scheduler.mover.num_moves,
         "spills": scheduler.mover.num_spills,
         "sharded_steps": scheduler.num_sharded_steps,
+        "parallel_parts": scheduler.members.num_parallel_parts,
         "steps": scheduler.num_steps,
         "sharded": {
-            request_id: sharded.shard_map.tokens_by_rank(
-                len(scheduler.ranks), min(sharded.request.num_computed_tokens, sharded.request.num_tokens)
-            )
+            request_id: sharded.shard_map.tokens_by_rank(len(scheduler.ranks), sharded.num_computed_tokens)
             for request_id, sharded in scheduler.sharded.items()
         },
         "finished": dict(scheduler.finished_shares),

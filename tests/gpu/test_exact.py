@@ -33,12 +33,14 @@ def common() -> dict[str, Any]:
     return dict(dtype="bfloat16", block_size=16, num_gpu_blocks_override=8192, **memory)
 
 
-@pytest.fixture(scope="module", params=os.environ.get("NANOCP_RUNNERS", "v2,v1,graphs,collective,fp8").split(","))
+@pytest.fixture(
+    scope="module", params=os.environ.get("NANOCP_RUNNERS", "v2,v1,graphs,parallel,collective,fp8").split(",")
+)
 def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[str, Engine, Engine]]:
     """Stock and nanocp, run the same way: compiled code rounds otherwise than eager code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0" if request.param == "v1" else "1")
-        graphs = request.param in ("graphs", "collective")
+        graphs = request.param in ("graphs", "parallel", "collective")
         args = common() | dict(enforce_eager=not graphs)
         if graphs:
             args |= dict(compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32]})
@@ -48,7 +50,8 @@ def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[str, E
         if graphs:  # vLLM's own check of its workers' steps
             patch.setenv("VLLM_GPU_SYNC_CHECK", "error")
         exchange = "collective" if request.param == "collective" else "auto"
-        nanocp = Engine(model, 2, {"segment_size": 600, "exchange": exchange}, **args)
+        config = {"segment_size": 600, "exchange": exchange, "parallel_prefill": request.param == "parallel"}
+        nanocp = Engine(model, 2, config, **args)
     yield request.param, stock, nanocp
     stock.close()
     nanocp.close()
@@ -78,6 +81,7 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     before = nanocp.status()["sharded_steps"]
     ours, ours_alone = nanocp.ask(asks), [nanocp.ask([ask])[0] for ask in asks]
     assert nanocp.status()["sharded_steps"] > before
+    assert mode != "parallel" or nanocp.status()["parallel_parts"] > 100
     found = {
         "stock alone - together": partings(alone, together),
         "nanocp together - stock together": partings(ours, together),
@@ -89,7 +93,9 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     counters = nanocp.call(nanocp.llm.collective_rpc("nanocp_counters"))
     print(f"{mode}: {counters}")
     for worker in counters:  # of 24 steps that decode, most hold no prefill beside it
-        assert (worker["captured_steps"] > worker["sharded_steps"] / 4) == (mode in ("graphs", "collective"))
+        assert (worker["captured_steps"] > worker["sharded_steps"] / 4) == (
+            mode in ("graphs", "parallel", "collective")
+        )
         assert (worker["routed_steps"] > worker["sharded_steps"] / 4) == (mode != "collective")
     allowed = found["stock alone - together"]
     for name in list(found)[1:]:

@@ -8,6 +8,7 @@ must be there, each position once. So whatever goes wrong on the way is found in
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -319,6 +320,7 @@ class Device:
         self.shards: list[dict[str, list[int]]] = [{} for _ in range(ranks)]
         self._opened: set[str] = set()
         self.num_rows = self.num_arrivals = self.num_generators = 0
+        self.num_together = 0  # rows of a request of which another rank computes a part in the same step
 
     def wipe(self) -> None:
         """What was computed so far must not be read again."""
@@ -394,6 +396,8 @@ class Device:
         if len(rows) != len(plan.rows):
             fail(f"a request has several rows: {plan.rows}")
         self.num_rows += len(rows)
+        scheduled = Counter(base(req_id) for part in parts for req_id in part.num_scheduled_tokens)
+        self.num_together += sum(scheduled[base(row.req_id)] > 1 for row in plan.rows)
         for runner, part in zip(self.runners, parts, strict=True):
             for req_id, count in part.num_scheduled_tokens.items():
                 row = rows.pop((runner.rank, req_id), None)

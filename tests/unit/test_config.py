@@ -235,6 +235,16 @@ def test_moves() -> None:
     assert parse(config.to_dict(), 1) == config
 
 
+def test_parallel_prefill() -> None:
+    assert parse({}, 2).parallel_prefill is None and parse({"parallel_prefill": None}, 2).parallel_prefill is None
+    for value in (True, False):
+        config = parse({"parallel_prefill": value}, 2)
+        assert config.parallel_prefill is value and parse(config.to_dict(), 1) == config
+    for wrong in (1, "yes", {}):
+        with pytest.raises(NanoCPConfigError, match="nanocp: parallel_prefill must be true or false"):
+            parse({"parallel_prefill": wrong}, 2)
+
+
 def test_the_routed_exchange_needs_places() -> None:
     assert parse({"exchange": "routed"}, 2).exchange == "routed"
     with pytest.raises(NanoCPConfigError, match="graph_capacities"):

@@ -164,9 +164,9 @@ class Case:
     home: int | None
     headroom_blocks: int
 
-    def place(self) -> ShardMap | None:
+    def place(self, **more: Any) -> ShardMap | None:
         options: dict[str, Any] = {name: getattr(self, name) for name in list(self.__dataclass_fields__)[3:]}
-        return place(self.num_tokens, self.block_size, self.loads, **options)
+        return place(self.num_tokens, self.block_size, self.loads, **options, **more)
 
     @property
     def need(self) -> int:
@@ -308,6 +308,29 @@ def test_place_loses_nothing_and_keeps_to_capacity(case: Case) -> None:
 @given(cases())
 def test_place_gives_up_only_when_it_cannot_fit(case: Case) -> None:
     check_gives_up_rightly(case)
+
+
+@given(cases(), st.integers(1, 6))
+def test_stripes_are_the_same_shares_in_turns(case: Case, stripe: int) -> None:
+    """The home's last; and none gets ahead of another that has blocks to come by more than a stripe."""
+    whole, striped = case.place(), case.place(stripe_blocks=stripe)
+    assert (whole is None) == (striped is None)
+    if whole is None or striped is None:
+        return
+    tokens = case.num_tokens
+    share = [cdiv(n, case.block_size) for n in striped.tokens_by_rank(len(case.loads), tokens)]
+    assert share == [cdiv(n, case.block_size) for n in whole.tokens_by_rank(len(case.loads), tokens)]
+    assert striped.home == whole.home and striped.num_blocks == whole.num_blocks
+    left = list(share)
+    left[striped.home] -= striped.runs[-1].num_blocks
+    done = [0] * len(share)
+    for run in striped.runs[:-1]:
+        done[run.rank] += run.num_blocks
+        left[run.rank] -= run.num_blocks
+        assert all(done[run.rank] - done[q] <= stripe for q in range(len(share)) if q != run.rank and left[q])
+    order = [run.rank for run in striped.runs[: striped.degree]]
+    if striped.degree == len(striped.runs):  # one run each: ascending, round to the home
+        assert order == sorted(order, key=lambda r: (r <= striped.home, r))
 
 
 @given(cases(policy="balanced"))

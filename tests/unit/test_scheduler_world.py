@@ -99,6 +99,7 @@ class Shape:
     priorities: bool
     chunk: int
     reserve: int
+    parallel: bool = False
 
     @classmethod
     def draw(cls, rng: random.Random, seed: int) -> Shape:
@@ -117,6 +118,7 @@ class Shape:
             priorities=rng.random() < 0.2,
             chunk=rng.choice([0, 0, 40]),
             reserve=rng.choice([0, 0, 4]),
+            parallel=rng.random() < 0.7,
         )
 
     def config(self, vllm_config: Any, asynchronous: bool) -> Any:
@@ -132,6 +134,7 @@ class Shape:
         cache.enable_prefix_caching = self.caching
         moves = self.moves | {"reserve_blocks": self.reserve} if isinstance(self.moves, dict) else self.moves
         settings = dict(ranks=self.ranks, segment_size=self.segment, max_degree=self.degree, moves=moves)
+        settings["parallel_prefill"] = self.parallel
         config.additional_config = {"nanocp": settings}
         config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
         return config
@@ -279,6 +282,7 @@ class World:
             spills=scheduler.mover.num_spills,
             preemptions=scheduler.num_preemptions,
             rows=device.num_rows,
+            together=device.num_together,
             arrivals=device.num_arrivals,
             generators=device.num_generators,
         )
@@ -414,6 +418,7 @@ def test_worlds(
             raise AssertionError(f"world {seed}, step {world.now}, {world.shape}: {error!r}") from error
     print(dict(counts))
     assert counts["moves"] > 25 and counts["spills"] > 25 and counts["preemptions"] > 0, counts
+    assert counts["together"] > 25, counts
     assert counts["aborts"] and counts["resets"] and counts["pauses"], counts
     assert (counts["generators"] > 0) == (version == 1), counts
 
@@ -432,3 +437,20 @@ def test_a_burst_spreads(vllm_config: Any, moves: bool) -> None:
             assert sum(len(rank.running) for rank in scheduler.ranks) == 1
     scheduler.schedule()
     assert [len(rank.requests) for rank in scheduler.ranks] == [8, 8]
+
+
+@pytest.mark.parametrize(("parallel", "steps"), [(False, 13), (True, 8)])
+def test_ranks_compute_a_prompt_together(vllm_config: Any, parallel: bool, steps: int) -> None:
+    """1,792 tokens with budgets of 128: 14 chunks, of which the last of one run and the first of the other share a
+    step; or 16 smaller ones, two a step."""
+    sizes = dict(seed=0, ranks=2, block_size=16, blocks=200, max_reqs=8, budget=128, segment=1024, degree=2)
+    rest = dict(moves=False, caching=False, priorities=False, chunk=0, reserve=0, parallel=parallel)
+    scheduler = Shape(**sizes, **rest).scheduler(vllm_config, False)  # type: ignore[arg-type]
+    request = Request("r", [10] * (16 * 112), SamplingParams(max_tokens=50), None)
+    scheduler.add_request(request)
+    while request.num_computed_tokens < request.num_tokens:
+        scheduler.schedule()
+    assert scheduler.num_steps == steps
+    assert scheduler.sharded["r"].shard_map.tokens_by_rank(2, request.num_tokens) == [896, 896]
+    scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+    assert scheduler.free_blocks() == [200, 200]

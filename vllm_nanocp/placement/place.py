@@ -5,15 +5,16 @@ After NanoCP (arXiv 2605.21100) and its published engine: the degree starts at t
 segment size and grows only for room; ranks are taken by batch, then by room; poor ranks are swapped for rich
 ones; blocks are poured into the participants so that the fullest stays as low as possible (water filling); the
 home is the participant with the smallest batch. A request's share on a rank is one run of consecutive blocks, the
-home's the last, so that a prefill chunk is never cut at a border that balance does not need.
+home's the last, so that a prefill chunk is never cut at a border that balance does not need; or, so that the ranks
+compute a prompt together, one run for each chunk, the ranks in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .shard_map import Run, ShardMap
+from .shard_map import Run, ShardMap, join
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def place(
     home: int | None = None,
     headroom_blocks: int = 1,
     kv_weight: float | None = None,
+    stripe_blocks: int | None = None,
 ) -> ShardMap | None:
     """Place a request, or say that there is no room now.
 
@@ -157,6 +159,7 @@ def place(
         kv_weight: how much a rank's KV counts, against its batch, in the choice of ranks: between 0 and 1. None:
             the batch, and KV only between equals. Home moves even out batches later but never KV, so with them KV
             should count most.
+        stripe_blocks: most blocks of a run, of which a rank then has several; None: one run a rank.
 
     Returns:
         Its shard map; None when the ranks cannot take the request now. A request of one segment waits for room on
@@ -177,7 +180,7 @@ def place(
     for d in range(degree, (limit if may_grow else degree) + 1):
         chosen = _participants(order, d, need, headroom_blocks, room, home, swap=policy == "balanced")
         if chosen is not None:
-            return _pour(need, block_size, loads, room, chosen, home, headroom_blocks, policy)
+            return _pour(need, block_size, loads, room, chosen, home, headroom_blocks, policy, stripe_blocks)
     return None
 
 
@@ -190,6 +193,7 @@ def _pour(
     home: int | None,
     headroom: int,
     policy: str,
+    stripe: int | None,
 ) -> ShardMap:
     if home is None:
         able = [r for r in chosen if room[r] > headroom]
@@ -198,13 +202,25 @@ def _pour(
     space = [room[r] - headroom if r == home else room[r] for r in chosen]
     least = [1 if r == home else 0 for r in chosen]
     shares = dict(zip(chosen, water_fill(need, used, space, least), strict=True))
+    return ShardMap(block_size, join(_runs(shares, home, max(shares.values()) if stripe is None else stripe)))
+
+
+def _runs(shares: Mapping[int, int], home: int, stripe: int) -> list[Run]:
+    """Ranks in turn, ascending from the one behind the home and round to it, with so many blocks at most each time; the
+    last run is the home's."""
+    order = sorted(shares, key=lambda r: (r <= home, r))
+    left = dict(shares)
+    last = left[home] % stripe or stripe
+    left[home] -= last
     runs: list[Run] = []
     at = 0
-    for rank in [*sorted(r for r in chosen if r != home), home]:
-        if shares[rank]:
-            runs.append(Run(rank, at, at + shares[rank]))
-            at += shares[rank]
-    return ShardMap(block_size, tuple(runs))
+    while any(left.values()):
+        for rank in order:
+            if blocks := min(stripe, left[rank]):
+                runs.append(Run(rank, at, at + blocks))
+                left[rank] -= blocks
+                at += blocks
+    return [*runs, Run(home, at, at + last)]
 
 
 def queue_at(

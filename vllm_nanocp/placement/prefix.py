@@ -7,22 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .place import RankLoad, cdiv, place
-from .shard_map import Run, ShardMap
+from .shard_map import Run, ShardMap, join
 
 # A short request follows its prefix to a rank with at most this many more requests than the emptiest.
 BATCH_SLACK = 4
 # The same for KV, as a fraction of the ranks' mean; used where KV is weighed.
 KV_SLACK = 0.05
-
-
-def join(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """The same blocks on the same ranks, neighbours on one rank made one run."""
-    joined: list[Run] = []
-    for run in runs:
-        if joined and joined[-1].rank == run.rank:
-            run = replace(joined.pop(), end_block=run.end_block)
-        joined.append(run)
-    return tuple(joined)
 
 
 def _light(loads: Sequence[RankLoad], rank: int, blocks: int) -> bool:
@@ -66,6 +56,7 @@ def place_after_prefix(
     home: int | None = None,
     headroom_blocks: int = 1,
     kv_weight: float | None = None,
+    stripe_blocks: int | None = None,
 ) -> ShardMap | None:
     """Place a request around its cached prefix; None when that is not possible or not worth it.
 
@@ -78,7 +69,7 @@ def place_after_prefix(
     Args:
         prefix: where the request's first blocks are cached, from block 0 on; not all of its blocks.
         num_tokens: tokens the request has now.
-        block_size, loads, segment_size, max_degree, home, headroom_blocks, kv_weight: as for ``place``.
+        block_size, loads, segment_size, max_degree, home, headroom_blocks, kv_weight, stripe_blocks: as for ``place``.
     """
     need = cdiv(num_tokens, block_size)
     if kv_weight is not None and not all(_light(loads, run.rank, run.num_blocks) for run in prefix):
@@ -100,6 +91,7 @@ def place_after_prefix(
         home=home,
         headroom_blocks=headroom_blocks,
         kv_weight=kv_weight,
+        stripe_blocks=stripe_blocks,
     )
     if rest is None:
         return None

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,16 @@ class Run:
     @property
     def num_blocks(self) -> int:
         return self.end_block - self.first_block
+
+
+def join(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """The same blocks on the same ranks, neighbours on one rank made one run."""
+    joined: list[Run] = []
+    for run in runs:
+        if joined and joined[-1].rank == run.rank:
+            run = replace(joined.pop(), end_block=run.end_block)
+        joined.append(run)
+    return tuple(joined)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ class Members:
         # Shards that rows of the step at hand may still visit; closed with the next plan.
         self._outdated: list[str] = []
         self._serial = 0
+        # Requests of which the step at hand computes a part; and parts beside another one of the same request.
+        self._computing: set[str] = set()
+        self.num_parallel_parts = 0
 
     def owner_of(self, member_id: str) -> str:
         """The request that a member works for; the id itself if it is no member's."""
@@ -69,27 +72,35 @@ class Members:
     def begin_step(self) -> None:
         self.plan.closed.extend(self._outdated)
         self._outdated.clear()
+        self._computing.clear()
 
-    def advance(self, parts: Sequence[SchedulerOutput]) -> None:
-        """Write a step's rows; park members that reached the end of their run and let the next ones enter.
+    def advance(self, rank: int, part: SchedulerOutput) -> None:
+        """Write the rows of a rank; park members that reached the end of their run and let the next ones enter. Where
+        the rank of the next one has yet to be scheduled, it computes in the same step.
 
         Args:
-            parts: what each rank's scheduler has scheduled.
+            rank: which was scheduled.
+            part: what its scheduler has scheduled.
         """
         for sharded in list(self.sharded.values()):
-            num_queries = parts[sharded.rank].num_scheduled_tokens.get(sharded.member.request_id, 0)
+            if sharded.rank != rank:
+                continue
+            num_queries = part.num_scheduled_tokens.get(sharded.member.request_id, 0)
             if num_queries:
                 if not sharded.started and self.log_stats:
                     sharded.request.record_event(EngineCoreEventType.SCHEDULED)
                 sharded.started = True
+                request_id = sharded.request.request_id
+                self.num_parallel_parts += request_id in self._computing
+                self._computing.add(request_id)
                 row = sharded.row(num_queries)
                 if row is not None:
                     self.plan.rows.append(row)
             if sharded.run_done:
+                self.ranks[rank].park(sharded.member, sharded.run.first_block)
+                sharded.park()
                 self._publish(sharded)
-                self.ranks[sharded.rank].park(sharded.member)
-                sharded.active += 1
-                self._enter(sharded)
+                self._enter(sharded, sharded.local_start)
 
     def take_plan(self) -> StepPlan:
         """The plan of the step at hand, complete but for what depends on the ranks' batches."""
@@ -118,44 +129,46 @@ class Members:
         sharded = ShardedRequest.create(request, shard_map, self._serial)
         self.sharded[request.request_id] = sharded
         known = local = 0  # blocks from the start on whose KV is there; those of them at the home
+        starts: list[int] = []  # where each member begins to compute
         for member, run in zip(sharded.members, shard_map.runs, strict=True):
             rank = self.ranks[run.rank]
             cached = rank.cached_run(hashes[: run.end_block], run.first_block) if known == run.first_block else 0
-            rank.adopt_cached(member, run.first_block, cached)
-            member.num_computed_tokens = (run.first_block + cached) * self.block_size
-            # Its blocks are settled: the rank's scheduler must not look for them in the prefix cache again.
-            member.skip_reading_prefix_cache |= member is not request
+            rank.adopt_cached(member.request_id, hashes[run.first_block : run.first_block + cached])
+            starts.append((run.first_block + cached) * self.block_size)
             self._owner[member.request_id] = request.request_id
             known += cached
             local += cached * (run.rank == shard_map.home)
             if self.taken_as_computed(request):
-                member.num_computed_tokens = min(run.end_block * self.block_size, request.num_tokens - 1)
+                starts[-1] = min(run.end_block * self.block_size, request.num_tokens - 1)
         for member, run in zip(sharded.members, shard_map.runs, strict=True):
-            self.ranks[run.rank].allocate(member, run.end_block)
+            self.ranks[run.rank].allocate(member.request_id, run.num_blocks)
         hits = known * self.block_size
         if not request.skip_reading_prefix_cache:
             self.ranks[shard_map.home].record_prefix_hits(request, hits)
         if request.prefill_stats is not None and request.num_preemptions == 0:
             request.prefill_stats.set(request.num_prompt_tokens, hits, 0)
-        while sharded.run_done:
-            self._publish(sharded)
+        while sharded.ends_by(starts[sharded.active]):
             sharded.active += 1
-        self._enter(sharded)
+            self._publish(sharded)
+        self._enter(sharded, starts[sharded.active])
         return hits, local * self.block_size
 
     def _publish(self, sharded: ShardedRequest) -> None:
-        """Tell the workers, with the next plan, of the run that the active member has finished.
+        """Tell the workers, with the plan of the step at hand, of the run before the active member's, which is done.
 
         All finished runs at a rank are one shard, so that a row visits a rank once.
         """
-        rank, shard = sharded.rank, sharded.member.request_id
+        rank, shard = sharded.shard_map.runs[sharded.active - 1].rank, sharded.members[sharded.active - 1].request_id
         blocks = sharded.blocks_at(rank, self.ranks[rank].shard_blocks)
         self.plan.opened.setdefault(rank, []).append((shard, blocks))
         if rank in sharded.open_shards:
             self._outdated.append(sharded.open_shards[rank][0])
         sharded.open_shards[rank] = shard, len(blocks) * self.block_size
 
-    def _enter(self, sharded: ShardedRequest) -> None:
+    def _enter(self, sharded: ShardedRequest, num_computed_tokens: int) -> None:
+        """Let the active member compute, from this token of the request on."""
+        sharded.wake(num_computed_tokens)
+        self.ranks[sharded.rank].unfold(sharded.member.request_id, sharded.run.first_block)
         if sharded.at_home:
             self.rank_of[sharded.request.request_id] = sharded.rank
         self.ranks[sharded.rank].enter(sharded.member)
@@ -195,12 +208,10 @@ class Members:
             sharded = ShardedRequest(request, ShardMap(self.block_size, (run,)), [request], started=True)
             self.sharded[request_id] = sharded
             self._owner[request_id] = request_id
-        member = sharded.move_home(target, f"{request_id}#{self._serial}.m")
-        self._owner[member.request_id] = request_id
-        self.ranks[source].hand_over(request, member)
-        sharded.active -= 1
+        keeper = sharded.move_home(target, f"{request_id}#{self._serial}.m")
+        self._owner[keeper.request_id] = request_id
+        self.ranks[source].hand_over(request, keeper, sharded.shard_map.runs[-2].first_block)
         self._publish(sharded)
-        sharded.active += 1
         self.rank_of[request_id] = target
         self.ranks[target].arrive(request, sharded.shard_map.runs[-1].first_block)
 

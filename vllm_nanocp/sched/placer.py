@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm.config import SchedulerConfig
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
@@ -19,6 +20,14 @@ from .sharded import can_shard
 KV_WEIGHT = 0.8
 
 
+def stripe_blocks(config: SchedulerConfig, block_size: int) -> int:
+    """Blocks of a prompt that a rank computes in one step, beside as many decoding requests as there may be."""
+    tokens = max(config.max_num_batched_tokens - config.max_num_seqs, config.max_num_batched_tokens // 2)
+    if config.long_prefill_token_threshold > 0:
+        tokens = min(tokens, config.long_prefill_token_threshold)
+    return max(1, tokens // block_size)
+
+
 class Placer:
     """From requests and schedulers to the plain numbers that placement takes.
 
@@ -29,6 +38,7 @@ class Placer:
         max_model_len: tokens.
         find_prefixes: whether cached prefixes can be found by the blocks of one KV cache group.
         loads: what there is to know of each rank's load.
+        stripe_blocks: see ``place``.
     """
 
     def __init__(
@@ -39,6 +49,7 @@ class Placer:
         max_model_len: int,
         find_prefixes: bool,
         loads: Callable[[], list[RankLoad]],
+        stripe_blocks: int | None,
     ) -> None:
         self.ranks = ranks
         self.config = config
@@ -46,6 +57,7 @@ class Placer:
         self.max_model_len = max_model_len
         self.find_prefixes = find_prefixes
         self._loads = loads
+        self._stripe_blocks = stripe_blocks
         self._moves = config.move_config
 
     def place(self, request: Request, home: int | None, turn: int) -> ShardMap | None:
@@ -70,6 +82,7 @@ class Placer:
             max_degree=degree_limit,
             home=home,
             headroom_blocks=max(0, min(1, growth)),
+            stripe_blocks=self._stripe_blocks,
         )
         policy = self.config.placement
         fresh = place(request.num_tokens, self.block_size, loads, policy=policy, turn=turn, kv_weight=weight, **rules)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
     from vllm.v1.core.sched.output import SchedulerOutput
 
+    from .sharded import Keeper
+
     _Base = Scheduler
 else:
     _Base = object
@@ -103,32 +105,42 @@ class RankDoors(_Base):
             end += 1
         return end - first_block
 
-    def adopt_cached(self, member: Request, first_block: int, num_blocks: int) -> None:
-        """Begin a shard with blocks of this rank's prefix cache; null blocks stand for those before ``first_block``.
+    def adopt_cached(self, member_id: str, hashes: Sequence[BlockHash]) -> None:
+        """Begin a shard with blocks of this rank's prefix cache.
 
         Args:
-            member: the request as this rank's scheduler will know it; it must hold no blocks here.
-            first_block: the shard's first.
-            num_blocks: blocks from there on that ``cached_run`` has found; may be 0.
+            member_id: of the request as this rank's scheduler will know it; it must hold no blocks here.
+            hashes: of blocks that ``cached_run`` has found; may be none.
         """
-        manager, request_id = self._manager, member.request_id
-        assert not manager.req_to_blocks.get(request_id)
+        manager = self._manager
+        assert not manager.req_to_blocks.get(member_id)
         blocks = []
-        for block_hash in member.block_hashes[first_block : first_block + num_blocks]:
+        for block_hash in hashes:
             (block,) = self.block_pool.get_cached_block(block_hash, [0])  # type: ignore[misc]
             blocks.append(block)
         self.block_pool.touch(blocks)
-        manager.req_to_blocks[request_id] = [self.block_pool.null_block] * first_block + blocks
-        manager.num_cached_block[request_id] = first_block + num_blocks
+        manager.req_to_blocks[member_id] = blocks
+        manager.num_cached_block[member_id] = len(blocks)
 
-    def allocate(self, member: Request, end_block: int) -> None:
-        """Complete a shard that ``adopt_cached`` began, up to block ``end_block`` - 1.
+    def allocate(self, member_id: str, num_blocks: int) -> None:
+        """Complete a shard that ``adopt_cached`` began, to so many blocks.
 
         Raises:
             ValueError: the rank has not enough free blocks. Placement has counted them, so this is a bug.
         """
-        end_token = end_block * self._manager.block_size
-        self._manager.allocate_new_blocks(member.request_id, end_token, end_token)
+        num_tokens = num_blocks * self._manager.block_size
+        self._manager.allocate_new_blocks(member_id, num_tokens, num_tokens)
+
+    def unfold(self, member_id: str, first_block: int) -> None:
+        """Before its member computes: let vLLM's null block stand for each block before a shard's first."""
+        manager = self._manager
+        blocks = manager.req_to_blocks[member_id]
+        manager.req_to_blocks[member_id] = [self.block_pool.null_block] * first_block + blocks
+        manager.num_cached_block[member_id] += first_block
+
+    def _fold(self, member_id: str, first_block: int) -> None:
+        """Only the shard's own blocks are kept: a long request has as many members as chunks."""
+        del self._manager.req_to_blocks[member_id][:first_block]
 
     def record_prefix_hits(self, request: Request, num_tokens: int) -> None:
         """Count a prefix-cache lookup in this rank's statistics, as vLLM's scheduler does for its own."""
@@ -148,13 +160,13 @@ class RankDoors(_Base):
         """All blocks that requests can use: without the null block."""
         return self.block_pool.num_gpu_blocks - 1
 
-    def shard_blocks(self, member: Request, first_block: int) -> list[int]:
-        """Block ids of a shard, in order."""
-        return [block.block_id for block in self._manager.req_to_blocks[member.request_id][first_block:]]
+    def shard_blocks(self, keeper: Keeper) -> list[int]:
+        """Block ids of a shard whose member does not compute, in order."""
+        return [block.block_id for block in self._manager.req_to_blocks[keeper.request_id]]
 
-    def close_shard(self, member: Request) -> None:
+    def close_shard(self, member: Request | Keeper) -> None:
         """Give a shard's blocks back. The member must not be in the scheduler's queues."""
-        self.kv_cache_manager.free(member)
+        self.kv_cache_manager.coordinator.free(member.request_id)
 
     def holds(self, member: Request) -> bool:
         return bool(self._manager.req_to_blocks.get(member.request_id))
@@ -196,12 +208,13 @@ class RankDoors(_Base):
         self._coming.remove(request_id)
         self.max_num_active_reqs += 1
 
-    def hand_over(self, request: Request, member: Request) -> None:
-        """Let another member keep the blocks of a request that has left; the model runner forgets the request."""
+    def hand_over(self, request: Request, keeper: Keeper, first_block: int) -> None:
+        """Let a keeper have the shard of a request that has left; the model runner forgets the request."""
         self.kv_cache_manager.cache_blocks(request, request.num_computed_tokens)
         manager = self._manager
-        manager.req_to_blocks[member.request_id] = manager.req_to_blocks.pop(request.request_id)
-        manager.num_cached_block[member.request_id] = manager.num_cached_block.pop(request.request_id, 0)
+        manager.req_to_blocks[keeper.request_id] = manager.req_to_blocks.pop(request.request_id)
+        manager.num_cached_block[keeper.request_id] = manager.num_cached_block.pop(request.request_id, 0)
+        self._fold(keeper.request_id, first_block)
         self._strangers.discard(request.request_id)
         self._left(request)
         self._forget(request)
@@ -210,13 +223,15 @@ class RankDoors(_Base):
         """Go on with a request that has computed all before ``first_block`` elsewhere; before all others, for it has
         waited for a step."""
         self.expect_no_more(request.request_id)
-        self.adopt_cached(request, first_block, 0)
+        self.adopt_cached(request.request_id, [])
+        self.unfold(request.request_id, first_block)
         self.requests[request.request_id] = request
         self._strangers.add(request.request_id)
         self.running.insert(0, request)
 
-    def park(self, member: Request) -> None:
+    def park(self, member: Request, first_block: int) -> None:
         """Take a member out of the scheduler and of the model runner; its shard stays."""
+        self._fold(member.request_id, first_block)
         self.running.remove(member)
         self._forget(member)
 

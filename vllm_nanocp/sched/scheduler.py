@@ -37,7 +37,7 @@ from ..placement.moves import MoveConfig
 from .members import Members
 from .mover import Mover
 from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, describe, generators_in, merge
-from .placer import Placer
+from .placer import Placer, stripe_blocks
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .reporting import engine_stats
 
@@ -102,7 +102,13 @@ class NanoCPScheduler(SchedulerInterface):
             generators=not vllm_config.use_v2_model_runner,  # V2 samples by seed and position
         )
         self.placer = Placer(
-            self.ranks, self.config, block_size, vllm_config.model_config.max_model_len, one_group, self.mover.loads
+            self.ranks,
+            self.config,
+            block_size,
+            vllm_config.model_config.max_model_len,
+            one_group,
+            self.mover.loads,
+            stripe_blocks(vllm_config.scheduler_config, block_size) if self.config.parallel_prefill else None,
         )
         policy = SchedulingPolicy(vllm_config.scheduler_config.policy)
         self.by_priority = policy == SchedulingPolicy.PRIORITY
@@ -178,8 +184,7 @@ class NanoCPScheduler(SchedulerInterface):
             self.waiting.remove_request(self.unplaced.pop(request_id))
         sharded = self.sharded.get(request_id)
         if sharded is not None:
-            computed = min(sharded.request.num_computed_tokens, sharded.request.num_tokens)
-            held = sharded.shard_map.tokens_by_rank(len(self.ranks), computed)
+            held = sharded.shard_map.tokens_by_rank(len(self.ranks), sharded.num_computed_tokens)
             logger.info("nanocp: request %s finished: KV tokens per rank %s", request_id, held)
             self.finished_shares[request_id] = held
             if len(self.finished_shares) > _REMEMBERED:
@@ -253,16 +258,17 @@ class NanoCPScheduler(SchedulerInterface):
         self.mover.step()
         self._admit()
         now = time.monotonic()
-        parts = []
-        for index, rank in enumerate(self.ranks):
+        scheduled: dict[int, SchedulerOutput] = {}
+        for index in self._order():
             if self._preempted:  # there is room now, for what the next rank would preempt
                 self.mover.spill(index)
-            parts.append(rank.schedule(throttle_prefills))
+            scheduled[index] = self.ranks[index].schedule(throttle_prefills)
+            if self.sharded:
+                self.members.advance(index, scheduled[index])
+        parts = [scheduled[index] for index in range(len(self.ranks))]
         self.mover.last_work = work = self.mover.work()
         if self._preempted:
             self._settle()
-        if self.sharded:
-            self.members.advance(parts)
         plan = self.members.take_plan()
         self.num_steps += 1
         plan.serial = self.num_steps
@@ -274,6 +280,12 @@ class NanoCPScheduler(SchedulerInterface):
         output = merge(parts, plan)
         output.work, output.scheduled = work, now
         return output
+
+    def _order(self) -> list[int]:
+        """Ranks as they are to be scheduled: as the runs of the first prompt that several of them compute follow each
+        other, from the one that is computed now."""
+        first = next((sharded.rank for sharded in self.sharded.values() if not sharded.at_home), 0)
+        return [*range(first, len(self.ranks)), *range(first)]
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> NanoCPGrammarOutput | None:  # type: ignore[override]
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)

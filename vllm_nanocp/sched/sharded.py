@@ -33,16 +33,22 @@ def can_shard(request: Request | EngineCoreRequest) -> bool:
     )
 
 
+@dataclass(eq=False, slots=True)
+class Keeper:
+    """A member that keeps blocks, its own by this id, and does not compute: not yet, or no more."""
+
+    request_id: str
+
+
 def make_member(request: Request, member_id: str, block_size: int, end_block: int) -> Request:
-    """A request that computes, for another, KV up to block ``end_block`` - 1, and samples nothing useful. With 0 it
-    only keeps blocks.
+    """A request that computes, for another, KV up to block ``end_block`` - 1, and samples nothing useful.
 
     It ends where its run ends, so that vLLM's scheduler stops there by itself; the token that the model runner
     samples then belongs to nobody and is dropped, because the member has left by the time it comes.
     """
     member = Request(
         request_id=member_id,
-        prompt_token_ids=list(request.all_token_ids[: max(1, end_block * block_size)]),
+        prompt_token_ids=list(request.all_token_ids[: end_block * block_size]),
         sampling_params=SamplingParams(temperature=0.0, max_tokens=1),
         pooling_params=None,
         client_index=request.client_index,
@@ -52,7 +58,8 @@ def make_member(request: Request, member_id: str, block_size: int, end_block: in
         priority=request.priority,
     )
     member.block_hashes = request.block_hashes[:end_block]
-    member.skip_reading_prefix_cache = request.skip_reading_prefix_cache
+    # Its blocks are settled: the rank's scheduler must not look for them in the prefix cache again.
+    member.skip_reading_prefix_cache = True
     member.prefill_stats = None
     return member
 
@@ -64,7 +71,7 @@ class ShardedRequest:
     Attributes:
         request: the request itself; it is the home's member.
         shard_map: where its blocks are.
-        members: one a run; the last is ``request``.
+        members: one a run; the last is ``request``. Others are requests only while they compute.
         active: index of the member that computes now. Members before it are parked, later ones have not entered.
         started: whether any member was scheduled.
         open_shards: for each rank that holds finished runs, the id by which the workers know their blocks, all of
@@ -73,7 +80,7 @@ class ShardedRequest:
 
     request: Request
     shard_map: ShardMap
-    members: list[Request]
+    members: list[Request | Keeper]
     active: int = 0
     started: bool = False
     open_shards: dict[int, tuple[str, int]] = field(default_factory=dict)
@@ -81,21 +88,43 @@ class ShardedRequest:
     @classmethod
     def create(cls, request: Request, shard_map: ShardMap, serial: int) -> ShardedRequest:
         """Members for each run. ``serial`` makes their ids unique among all a request ever had."""
-        members = [
-            make_member(request, f"{request.request_id}#{serial}.{i}", shard_map.block_size, run.end_block)
-            for i, run in enumerate(shard_map.runs[:-1])
-        ]
-        return cls(request, shard_map, [*members, request])
+        keepers = [Keeper(f"{request.request_id}#{serial}.{i}") for i in range(len(shard_map.runs) - 1)]
+        return cls(request, shard_map, [*keepers, request])
 
     @property
     def member(self) -> Request:
         """The member that computes now."""
-        return self.members[self.active]
+        member = self.members[self.active]
+        assert isinstance(member, Request)
+        return member
+
+    def wake(self, num_computed_tokens: int) -> None:
+        """Let the active member compute, from this token of the request on."""
+        keeper = self.members[self.active]
+        if isinstance(keeper, Keeper):
+            member = make_member(self.request, keeper.request_id, self.shard_map.block_size, self.run.end_block)
+            self.members[self.active] = member
+        self.member.num_computed_tokens = num_computed_tokens
+
+    def park(self) -> None:
+        """The active member has computed its run; the next one is to."""
+        self.members[self.active] = Keeper(self.member.request_id)
+        self.active += 1
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens from the request's first on whose KV is there, or is in a step that was scheduled."""
+        return min(self.member.num_computed_tokens, self.request.num_tokens)
+
+    @property
+    def run(self) -> Run:
+        """The run that is computed now."""
+        return self.shard_map.runs[self.active]
 
     @property
     def rank(self) -> int:
         """The rank that computes now."""
-        return self.shard_map.runs[self.active].rank
+        return self.run.rank
 
     @property
     def at_home(self) -> bool:
@@ -104,7 +133,11 @@ class ShardedRequest:
     @property
     def run_done(self) -> bool:
         """Whether the member has computed (or has scheduled) all of its run. The home never has."""
-        return not self.at_home and self.member.num_computed_tokens >= self.shard_map.end_token(
+        return self.ends_by(self.member.num_computed_tokens)
+
+    def ends_by(self, num_computed_tokens: int) -> bool:
+        """Whether the active member's run is done with so many tokens of the request. The home's never is."""
+        return not self.at_home and num_computed_tokens >= self.shard_map.end_token(
             self.active, self.request.num_tokens
         )
 
@@ -113,7 +146,7 @@ class ShardedRequest:
         """Position of the first token of the run that is computed now."""
         return self.shard_map.first_token(self.active)
 
-    def move_home(self, rank: int, member_id: str) -> Request:
+    def move_home(self, rank: int, member_id: str) -> Keeper:
         """The home has filled its last block, and the request goes on at another rank.
 
         Args:
@@ -127,23 +160,24 @@ class ShardedRequest:
         end_block = computed // block_size
         *runs, last = self.shard_map.runs
         runs += [replace(last, end_block=end_block), Run(rank, end_block, end_block + 1)]
-        member = make_member(self.request, member_id, block_size, 0)
+        member = Keeper(member_id)
         self.members[-1:] = [member, self.request]
         self.shard_map = ShardMap(block_size, tuple(runs))
         self.active += 1
         return member
 
-    def blocks_at(self, rank: int, held: Callable[[Request, int], list[int]]) -> list[int]:
+    def blocks_at(self, rank: int, held: Callable[[Keeper], list[int]]) -> list[int]:
         """Block ids of all finished runs at a rank, in order.
 
         Args:
             rank: which.
-            held: (member, first block) -> ids of the blocks it holds there.
+            held: the blocks that a keeper has there.
         """
         blocks: list[int] = []
-        for member, run in zip(self.members[: self.active + 1], self.shard_map.runs, strict=False):
+        for keeper, run in zip(self.members[: self.active], self.shard_map.runs, strict=False):
             if run.rank == rank:
-                blocks += held(member, run.first_block)[: run.num_blocks]
+                assert isinstance(keeper, Keeper)
+                blocks += held(keeper)[: run.num_blocks]
         return blocks
 
     def row(self, num_queries: int) -> PlanRow | None:
@@ -151,8 +185,7 @@ class ShardedRequest:
         if not self.open_shards:
             return None
         first_query = self.member.num_computed_tokens - num_queries
-        first_block = self.shard_map.runs[self.active].first_block
-        block_size = self.shard_map.block_size
+        first_block, block_size = self.run.first_block, self.shard_map.block_size
         return PlanRow(
             req_id=self.member.request_id,
             home=self.rank,

@@ -439,10 +439,9 @@ def test_a_burst_spreads(vllm_config: Any, moves: bool) -> None:
     assert [len(rank.requests) for rank in scheduler.ranks] == [8, 8]
 
 
-@pytest.mark.parametrize(("parallel", "steps"), [(False, 13), (True, 8)])
+@pytest.mark.parametrize(("parallel", "steps"), [(False, 14), (True, 8)])
 def test_ranks_compute_a_prompt_together(vllm_config: Any, parallel: bool, steps: int) -> None:
-    """1,792 tokens with budgets of 128: 14 chunks, of which the last of one run and the first of the other share a
-    step; or 16 smaller ones, two a step."""
+    """1,792 tokens with budgets of 128: 14 chunks; or 16 smaller ones, two a step."""
     sizes = dict(seed=0, ranks=2, block_size=16, blocks=200, max_reqs=8, budget=128, segment=1024, degree=2)
     rest = dict(moves=False, caching=False, priorities=False, chunk=0, reserve=0, parallel=parallel)
     scheduler = Shape(**sizes, **rest).scheduler(vllm_config, False)  # type: ignore[arg-type]

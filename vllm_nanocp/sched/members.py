@@ -74,9 +74,15 @@ class Members:
         self._outdated.clear()
         self._computing.clear()
 
+    def order(self) -> list[int]:
+        """Ranks as they are to be scheduled where they compute together: as the runs of the first prompt follow each
+        other, from the one that is computed now."""
+        first = next((sharded.rank for sharded in self.sharded.values() if not sharded.at_home), 0)
+        return [*range(first, len(self.ranks)), *range(first)]
+
     def advance(self, rank: int, part: SchedulerOutput) -> None:
-        """Write the rows of a rank; park members that reached the end of their run and let the next ones enter. Where
-        the rank of the next one has yet to be scheduled, it computes in the same step.
+        """Write the rows of a rank; park members that reached the end of their run and let the next ones enter. One
+        whose rank has yet to be scheduled computes in the same step.
 
         Args:
             rank: which was scheduled.

@@ -259,13 +259,16 @@ class NanoCPScheduler(SchedulerInterface):
         self._admit()
         now = time.monotonic()
         scheduled: dict[int, SchedulerOutput] = {}
-        for index in self._order():
+        together = self.config.parallel_prefill
+        for index in self.members.order() if together else range(len(self.ranks)):
             if self._preempted:  # there is room now, for what the next rank would preempt
                 self.mover.spill(index)
             scheduled[index] = self.ranks[index].schedule(throttle_prefills)
-            if self.sharded:
+            if together:
                 self.members.advance(index, scheduled[index])
         parts = [scheduled[index] for index in range(len(self.ranks))]
+        for index, part in enumerate(parts if not together else ()):  # who enters now is scheduled with the next step
+            self.members.advance(index, part)
         self.mover.last_work = work = self.mover.work()
         if self._preempted:
             self._settle()
@@ -280,12 +283,6 @@ class NanoCPScheduler(SchedulerInterface):
         output = merge(parts, plan)
         output.work, output.scheduled = work, now
         return output
-
-    def _order(self) -> list[int]:
-        """Ranks as they are to be scheduled: as the runs of the first prompt that several of them compute follow each
-        other, from the one that is computed now."""
-        first = next((sharded.rank for sharded in self.sharded.values() if not sharded.at_home), 0)
-        return [*range(first, len(self.ranks)), *range(first)]
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> NanoCPGrammarOutput | None:  # type: ignore[override]
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)

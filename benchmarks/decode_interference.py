@@ -47,7 +47,7 @@ import step_trace
 import trace_load
 from interference_report import SYSTEMS, failures, report
 from serving import Server, ServerError, write_json
-from streams import Stream, StreamError, make_stream, play, post
+from streams import Stream, StreamError, make_stream, percentile, play, post
 
 SCENARIOS = ("A", "B", "C", "capacity", "prefill", "load", "trace")
 ONCE = ("capacity", "load", "trace")  # repeats would say the same
@@ -89,14 +89,14 @@ def summary(gaps: Sequence[float], streams: Sequence[Stream], of: int | None = N
     values = sorted(1e3 * gap for gap in gaps)
     firsts = [1e3 * (stream.times[0] - stream.sent) for stream in streams if stream.times]
 
-    def percentile(q: float) -> float | None:
-        return round(values[min(len(values) - 1, int(q * len(values)))], 3) if values else None
+    def at(q: float) -> float | None:
+        return round(percentile(values, q), 3) if values else None
 
     return {
         "streams": len(streams),
-        "p50": percentile(0.5),
-        "p90": percentile(0.9),
-        "p99": percentile(0.99),
+        "p50": at(0.5),
+        "p90": at(0.9),
+        "p99": at(0.99),
         "mean": round(statistics.fmean(values), 3) if values else None,
         "ttft": round(statistics.median(firsts), 1) if firsts else None,
         "gaps": len(values),

@@ -107,10 +107,8 @@ class Layer:
         )
 
     def builder(self) -> Any:
-        made = self.steps.make_builder(self.shape, self.device)
+        made = self.steps.make_builder(self.shape, self.device, max_reqs=256)
         made.cache_config.num_gpu_blocks = self.caches.shape[1]
-        most = made.vllm_config.scheduler_config.max_num_seqs = made.max_cudagraph_size = 256
-        made.scheduler_metadata = torch.zeros(1 + 16 * most, dtype=torch.int32, device=self.device)
         return made
 
     def sharded_step(self) -> Any:

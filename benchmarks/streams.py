@@ -115,6 +115,11 @@ def make_stream(
     return Stream(name, json.dumps(body).encode(), tokens, ready_after)
 
 
+def percentile(ordered: Sequence[float], q: float) -> float:
+    """Of numbers in ascending order, the one that a fraction ``q`` of them is below."""
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
 async def post(url: str, body: dict[str, Any]) -> None:
     """POST, for what answers with nothing; raises ``StreamError`` when refused."""
     async with aiohttp.ClientSession() as session, session.post(url, json=body) as answer:

@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
-from streams import Stream, StreamError
+from streams import Stream, StreamError, percentile
 
 LENGTHS = Path(__file__).resolve().parents[1] / "tests" / "data" / "conversation_lengths.json"
 COUNTERS = ("vllm:num_preemptions", "vllm:nanocp_moves", "vllm:nanocp_spills", "vllm:nanocp_prevented_preemptions")
@@ -70,7 +70,7 @@ def figures(streams: Sequence[Stream], seconds: float) -> dict[str, Any]:
 
     def percentiles(values: list[float]) -> dict[str, float]:
         values.sort()
-        at = {f"p{q}": values[min(len(values) - 1, len(values) * q // 100)] for q in (50, 90, 99)}
+        at = {f"p{q}": percentile(values, q / 100) for q in (50, 90, 99)}
         return {name: round(value, 3) for name, value in (at | {"mean": statistics.fmean(values)}).items()}
 
     gaps = [[1e3 * (end - start) for start, end in stream.gaps(0)] for stream in streams]

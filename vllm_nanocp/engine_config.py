@@ -229,11 +229,10 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
             refuse("exchange 'routed' on CPU", "it is made of GPU kernels", "use 'auto' or 'collective'")
     else:
         refuse(f"the platform {current_platform.device_name}", "there is no attention path for it", "use CUDA or CPU")
-    if config.moves is None:
-        # On GPUs their tokens are right (tests/gpu/test_moves.py), but what they cost and win was not measured.
-        config = replace(config, moves=current_platform.is_cpu())
-    if config.parallel_prefill is None:
-        config = replace(config, parallel_prefill=current_platform.is_cpu())
+    # On GPUs tokens are right with moves (tests/gpu/test_moves.py), but nothing was won; the other has not run there.
+    verified = current_platform.is_cpu()
+    unset: dict[str, Any] = {k: verified for k in ("moves", "parallel_prefill") if getattr(config, k) is None}
+    config = replace(config, **unset)
     engine_args.additional_config = {**engine_args.additional_config, nanocp_config.KEY: config.to_dict()}
     engine_args.data_parallel_size = 1
     engine_args.scheduler_cls = SCHEDULER

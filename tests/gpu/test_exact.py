@@ -24,6 +24,7 @@ pytestmark = [
 TIE = 0.05
 # This model's logits are 8 to 16 in size, where neighbouring bfloat16 numbers are this far apart.
 STEP = 0.0625
+GRAPHS = ("graphs", "parallel", "collective")  # the modes with graphs
 LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 
 
@@ -40,7 +41,7 @@ def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[str, E
     """Stock and nanocp, run the same way: compiled code rounds otherwise than eager code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0" if request.param == "v1" else "1")
-        graphs = request.param in ("graphs", "parallel", "collective")
+        graphs = request.param in GRAPHS
         args = common() | dict(enforce_eager=not graphs)
         if graphs:
             args |= dict(compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32]})
@@ -93,9 +94,7 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     counters = nanocp.call(nanocp.llm.collective_rpc("nanocp_counters"))
     print(f"{mode}: {counters}")
     for worker in counters:  # of 24 steps that decode, most hold no prefill beside it
-        assert (worker["captured_steps"] > worker["sharded_steps"] / 4) == (
-            mode in ("graphs", "parallel", "collective")
-        )
+        assert (worker["captured_steps"] > worker["sharded_steps"] / 4) == (mode in GRAPHS)
         assert (worker["routed_steps"] > worker["sharded_steps"] / 4) == (mode != "collective")
     allowed = found["stock alone - together"]
     for name in list(found)[1:]:

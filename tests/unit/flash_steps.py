@@ -33,7 +33,7 @@ if not torch.cuda.is_available():
     decode_pieces.TYPES[torch.bfloat16] = triton.language.float32  # the interpreter multiplies bfloat16 wrongly
 
 
-def make_builder(shape: Shape, device: torch.device) -> NanoCPFlashAttentionMetadataBuilder:
+def make_builder(shape: Shape, device: torch.device, max_reqs: int = MAX_REQS) -> NanoCPFlashAttentionMetadataBuilder:
     """A metadata builder without the engine's configuration."""
     cuda = device.type == "cuda"
     values: dict[str, Any] = {
@@ -44,14 +44,14 @@ def make_builder(shape: Shape, device: torch.device) -> NanoCPFlashAttentionMeta
         "kv_cache_dtype": shape.dtype,
         "model_config": SimpleNamespace(dtype=shape.dtype),
         "cache_config": SimpleNamespace(num_gpu_blocks=80, cache_dtype="auto"),
-        "vllm_config": SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MAX_REQS)),
+        "vllm_config": SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=max_reqs)),
         "device": device,
         "aot_schedule": cuda,
         "aot_sliding_window": (-1, -1),
         "use_full_cuda_graph": cuda,
-        "max_cudagraph_size": MAX_REQS,
+        "max_cudagraph_size": max_reqs,
         "max_num_splits": 32 if cuda else 0,
-        "scheduler_metadata": torch.zeros(1 + 16 * MAX_REQS, dtype=torch.int32, device=device),
+        "scheduler_metadata": torch.zeros(1 + 16 * max_reqs, dtype=torch.int32, device=device),
         "dcp_world_size": 1,
         "rswa_window": None,
         "mm_prefix_query_ranges_np": None,

@@ -4,7 +4,7 @@ told of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -80,16 +80,16 @@ class Members:
         first = next((sharded.rank for sharded in self.sharded.values() if not sharded.at_home), 0)
         return [*range(first, len(self.ranks)), *range(first)]
 
-    def advance(self, rank: int, part: SchedulerOutput) -> None:
-        """Write the rows of a rank; park members that reached the end of their run and let the next ones enter. One
+    def advance(self, parts: Mapping[int, SchedulerOutput]) -> None:
+        """Write the rows of some ranks; park members that reached the end of their run and let the next ones enter. One
         whose rank has yet to be scheduled computes in the same step.
 
         Args:
-            rank: which was scheduled.
-            part: what its scheduler has scheduled.
+            parts: by rank, what its scheduler has scheduled.
         """
         for sharded in list(self.sharded.values()):
-            if sharded.rank != rank:
+            part = parts.get(sharded.rank)
+            if part is None:
                 continue
             num_queries = part.num_scheduled_tokens.get(sharded.member.request_id, 0)
             if num_queries:
@@ -103,7 +103,7 @@ class Members:
                 if row is not None:
                     self.plan.rows.append(row)
             if sharded.run_done:
-                self.ranks[rank].park(sharded.member, sharded.run.first_block)
+                self.ranks[sharded.rank].park(sharded.member, sharded.run.first_block)
                 sharded.park()
                 self._publish(sharded)
                 self._enter(sharded, sharded.local_start)

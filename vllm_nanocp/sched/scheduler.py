@@ -265,10 +265,10 @@ class NanoCPScheduler(SchedulerInterface):
                 self.mover.spill(index)
             scheduled[index] = self.ranks[index].schedule(throttle_prefills)
             if together:
-                self.members.advance(index, scheduled[index])
+                self.members.advance({index: scheduled[index]})
+        if not together:  # who enters now is scheduled with the next step
+            self.members.advance(scheduled)
         parts = [scheduled[index] for index in range(len(self.ranks))]
-        for index, part in enumerate(parts if not together else ()):  # who enters now is scheduled with the next step
-            self.members.advance(index, part)
         self.mover.last_work = work = self.mover.work()
         if self._preempted:
             self._settle()

@@ -61,8 +61,7 @@ def install() -> None:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
         vllm_config = self.vllm_config
-        additional = vllm_config.additional_config
-        if isinstance(additional, dict) and nanocp_config.KEY in additional:
+        if nanocp_config.wanted(vllm_config.additional_config):
             config = nanocp_config.of(vllm_config)
             cache = vllm_config.cache_config
             blocks = (cache.num_gpu_blocks or 1) - 1  # vLLM keeps one as its null block

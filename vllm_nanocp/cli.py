@@ -65,14 +65,15 @@ def fold(args: argparse.Namespace) -> None:
     if settings is not None and not given:
         raise NanoCPConfigError("nanocp: --nanocp-config has no effect without --nanocp; add --nanocp or leave it out")
     additional = getattr(args, "additional_config", None)
-    raw = settings if given else additional.get(nanocp_config.KEY) if isinstance(additional, dict) else None
-    if given and isinstance(additional, dict) and nanocp_config.KEY in additional:
+    if given and nanocp_config.wanted(additional):
         raise NanoCPConfigError(
             'nanocp: settings come from --nanocp-config and from --additional-config {"nanocp": ...}; give only one'
         )
-    if given and raw is None:
-        raw = {}
-    if raw is None:
+    if given:
+        raw = {} if settings is None else settings
+    elif nanocp_config.wanted(additional):
+        raw = additional[nanocp_config.KEY]
+    else:
         return
     _require_supported()
     from .engine_config import check_flags
@@ -126,8 +127,7 @@ def install() -> None:
 
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        additional = self.additional_config
-        if not isinstance(additional, dict) or nanocp_config.KEY not in additional:
+        if not nanocp_config.wanted(self.additional_config):
             return create(self, *args, **kwargs)
         _require_supported()
         from .engine_config import make

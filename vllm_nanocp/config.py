@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import os
+from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import NanoCPConfigError
 from .placement.moves import MoveConfig
@@ -191,6 +192,20 @@ def _decode_bench(value: Any) -> bool:
             f"{DECODE_BENCH}=1 in a benchmark"
         )
     return value
+
+
+class Additional(UserDict[str, Any]):
+    """``additional_config`` of an engine. vLLM takes a dict's whole content into the name of its compile cache, so that
+    with every other ``segment_size`` it would compile the model again; compiled code depends on no setting."""
+
+    def compute_hash(self) -> str:
+        """Of what compiled code depends on."""
+        return KEY
+
+
+def wanted(additional: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether this ``additional_config`` asks for nanocp."""
+    return isinstance(additional, Mapping) and KEY in additional
 
 
 def of(vllm_config: Any) -> NanoCPConfig:

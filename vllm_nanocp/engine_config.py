@@ -240,6 +240,8 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     engine_args.distributed_executor_backend = EXECUTORS.get(backend, backend)
     engine_args.worker_cls = worker
     vllm_config = create()
+    if len(vllm_config.additional_config) == 1:  # what others have put there vLLM looks for in a dict only
+        vllm_config.additional_config = nanocp_config.Additional(vllm_config.additional_config)
     check_model(vllm_config, config)
     check_graphs(vllm_config, config)
     admission.install()

@@ -406,7 +406,7 @@ print("RESULT", json.dumps({
     "executor": str(parallel.distributed_executor_backend),
     "executor class": str(Executor.get_class(config)),
     "sizes": [parallel.data_parallel_size, parallel.world_size, parallel.enable_expert_parallel],
-    "additional": config.additional_config,
+    "additional": dict(config.additional_config),
     "attention": {name.name: name.get_path() for name in AttentionBackendEnum if name.name.startswith("CPU")},
     "functions": [
         [function.__module__, function.__qualname__, function.__code__.co_filename.rsplit("site-packages")[-1]]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from vllm_nanocp.compat import unsupported_reason
-from vllm_nanocp.config import DECODE_BENCH, EXCHANGES, MAX_PLACES, PLACEMENTS, NanoCPConfig, parse
+from vllm_nanocp.config import DECODE_BENCH, EXCHANGES, MAX_PLACES, PLACEMENTS, NanoCPConfig, of, parse
 from vllm_nanocp.errors import NanoCPConfigError
 from vllm_nanocp.placement.moves import MoveConfig
 
@@ -255,3 +256,27 @@ def test_capacities_that_the_ranks_do_not_allow_are_not_taken_by_default() -> No
     many = parse({}, 100)
     assert many.graph_capacities == (MAX_PLACES // 100,) and parse(many.to_dict(), 1) == many
     assert parse({}, 2 * MAX_PLACES).graph_capacities == (1,)
+
+
+def test_settings_do_not_change_where_compiled_code_is_kept(tiny_model: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    import vllm_nanocp.plugin
+
+    vllm_nanocp.plugin.register()
+
+    def create(segment_size: int, **other: Any) -> Any:
+        additional = {"nanocp": {"ranks": 2, "segment_size": segment_size}, **other}
+        return EngineArgs(
+            model=tiny_model, enable_expert_parallel=True, enforce_eager=True, additional_config=additional
+        ).create_engine_config()
+
+    def copies(config: Any) -> list[Any]:
+        """As in workers, and as vLLM makes one for a model inside of another."""
+        return [config, pickle.loads(pickle.dumps(config)), config.with_hf_config(config.model_config.hf_config)]
+
+    for one, two in zip(copies(create(512)), copies(create(1024)), strict=True):
+        assert (of(one).segment_size, of(two).segment_size) == (512, 1024)
+        assert one.compute_hash() == two.compute_hash()
+    other = create(512, other=1)
+    assert isinstance(other.additional_config, dict) and other.compute_hash() != create(1024, other=1).compute_hash()

@@ -32,8 +32,7 @@ def install() -> None:
     @functools.wraps(init)
     def init_and_add(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         init(self, vllm_config, *args, **kwargs)
-        additional = vllm_config.additional_config
-        if isinstance(additional, dict) and nanocp_config.KEY in additional:
+        if nanocp_config.wanted(vllm_config.additional_config):
             from .prometheus import NanoCPStatLogger
 
             self.stat_loggers.append(NanoCPStatLogger(vllm_config, self.engine_indexes))

@@ -116,6 +116,7 @@ def system_flags(args: argparse.Namespace, system: str, gpu: bool, bench: bool) 
     config: dict[str, Any] = {"exchange": exchange, "segment_size": args.segment_size, "moves": moves}
     if bench:
         config["decode_bench"] = True
+    config |= args.settings
     return [*flags, "--nanocp", "--nanocp-config", json.dumps(config)]
 
 
@@ -139,7 +140,8 @@ def serve_command(args: argparse.Namespace, system: str, gpu: bool, bench: bool,
         flags.append(f"--profiler-config={json.dumps(profiler | {'torch_profiler_with_stack': False})}")
     if gpu:
         flags.append(f"--gpu-memory-utilization={args.gpu_memory_utilization}")
-        flags.append(f"-cc.cudagraph_capture_sizes=[{args.capture_sizes}]")
+        if args.capture_sizes != "default":
+            flags.append(f"-cc.cudagraph_capture_sizes=[{args.capture_sizes}]")
     else:
         flags.append("--enforce-eager")
     place = ["--host", "127.0.0.1", f"--port={port}"]

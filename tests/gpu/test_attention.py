@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels and the exchange on two GPUs: whole attention steps against float64, and against the error that stock
-attention itself makes on the same input; with tables of a step's size, with fixed ones, and replayed from a graph."""
+"""The kernels and the exchange on two GPUs and on four: whole attention steps against float64, and against the error
+that stock attention itself makes on the same input; with tables of a step's size, with fixed ones, and replayed from a
+graph."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from tests.unit.flash_steps import flash_kernel
 from tests.unit.processes import run_ranks
 from tests.unit.route_steps import stress
 
-from . import TWO_GPUS
+from . import FOUR_GPUS, TWO_GPUS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,6 +36,7 @@ SHAPES = [
     Shape(8, 2, 256, BF16, 16),
     Shape(6, 2, 64, torch.float16, 32),
 ]
+RANKS = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=FOUR_GPUS)])
 RELATIVE = 1e-2
 OF_STOCK = 1.2
 
@@ -123,19 +125,21 @@ MODES = {
 }
 
 
+@RANKS
 @pytest.mark.parametrize("mode", MODES)
-def test_error(mode: str) -> None:
+def test_error(mode: str, ranks: int) -> None:
     capacity, graph, routed = MODES[mode]
     groups = {
         f"{s.num_heads}x{s.num_kv_heads}x{s.head_size}": [(s, seed, seed % 9 != 8) for seed in range(500, 512)]
         for s in SHAPES
     }
     kernel = functools.partial(cuda_kernel, capacity, graph, routed)
-    results = run_ranks(2, run_scenarios, groups, kernel, seconds=240, backend="nccl")
+    results = run_ranks(ranks, run_scenarios, groups, kernel, seconds=240, backend="nccl")
     for name in groups:
         totals = {key: sum(result[name][0].get(key, 0.0) for result in results) for key in ("norm", "ours", "stock")}
         ours, stock = (math.sqrt(totals[key] / totals["norm"]) for key in ("ours", "stock"))
-        print(json.dumps({"mode": mode, "heads": name, "relative_error": ours, "stock": stock, "ratio": ours / stock}))
+        case = {"mode": mode, "ranks": ranks, "heads": name}
+        print(json.dumps(case | {"relative_error": ours, "stock": stock, "ratio": ours / stock}))
         assert ours < RELATIVE, name
         assert ours <= OF_STOCK * stock, name
         sharded = sum(result[name][0].get("sharded decode", 0) for result in results)
@@ -160,9 +164,10 @@ def test_merge_is_flashinfer_s() -> None:
     torch.testing.assert_close(output[tokens], theirs, rtol=2e-3, atol=2e-3)
 
 
-def test_random_routes() -> None:
+@RANKS
+def test_random_routes(ranks: int) -> None:
     """The routed exchange, 10,000 steps over the same memory; a rank that is late in some of them."""
     # Under compute-sanitizer a few hundred take as long.
     steps = int(os.environ.get("NANOCP_ROUTE_STEPS", "10000"))
-    compared = run_ranks(2, stress, steps, "cuda", None, 0.002, seconds=240, backend="nccl")
+    compared = run_ranks(ranks, stress, steps, "cuda", None, 0.002, seconds=240, backend="nccl")
     assert sum(compared) > steps

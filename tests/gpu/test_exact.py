@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """On two GPUs, bfloat16: greedy tokens against stock vLLM on one. Eager with both model runners; V2 with graphs,
-over both exchanges."""
+over both exchanges. On four GPUs: as many ranks, and two ranks of two workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.engine.harness import Answer, Ask, Engine, prompt
 
-from . import TWO_GPUS
+from . import FOUR_GPUS, TWO_GPUS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +24,9 @@ pytestmark = [
 TIE = 0.05
 # This model's logits are 8 to 16 in size, where neighbouring bfloat16 numbers are this far apart.
 STEP = 0.0625
-GRAPHS = ("graphs", "parallel", "collective")  # the modes with graphs
+GRAPHS = ("graphs", "parallel", "collective", "four", "tensor parallel")  # the modes with graphs
+MODES = ("v2", "v1", "fp8", *GRAPHS)
+ON_FOUR = ("four", "tensor parallel")
 LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 
 
@@ -34,9 +36,12 @@ def common() -> dict[str, Any]:
     return dict(dtype="bfloat16", block_size=16, num_gpu_blocks_override=8192, **memory)
 
 
-@pytest.fixture(
-    scope="module", params=os.environ.get("NANOCP_RUNNERS", "v2,v1,graphs,parallel,collective,fp8").split(",")
-)
+def mode_params() -> list[Any]:
+    chosen = os.environ["NANOCP_RUNNERS"].split(",") if "NANOCP_RUNNERS" in os.environ else MODES
+    return [pytest.param(mode, marks=FOUR_GPUS if mode in ON_FOUR else ()) for mode in chosen]
+
+
+@pytest.fixture(scope="module", params=mode_params())
 def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[str, Engine, Engine]]:
     """Stock and nanocp, run the same way: compiled code rounds otherwise than eager code."""
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +49,12 @@ def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[str, E
         graphs = request.param in GRAPHS
         args = common() | dict(enforce_eager=not graphs)
         if graphs:
-            args |= dict(compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32]})
+            sizes = [1, 2, 4, 8, 16, 24, 32]
+            # Without the pass, which has FlashInfer compile its all-reduce for minutes.
+            passes = {"fuse_allreduce_rms": False} if request.param == "tensor parallel" else {}
+            args |= dict(compilation_config={"cudagraph_capture_sizes": sizes, "pass_config": passes})
+        if request.param == "tensor parallel":
+            args |= dict(tensor_parallel_size=2)
         if request.param == "fp8":
             args |= dict(kv_cache_dtype="fp8")
         stock = Engine(model, 1, **args)
@@ -52,7 +62,7 @@ def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[str, E
             patch.setenv("VLLM_GPU_SYNC_CHECK", "error")
         exchange = "collective" if request.param == "collective" else "auto"
         config = {"segment_size": 600, "exchange": exchange, "parallel_prefill": request.param == "parallel"}
-        nanocp = Engine(model, 2, config, **args)
+        nanocp = Engine(model, 4 if request.param == "four" else 2, config, **args)
     yield request.param, stock, nanocp
     stock.close()
     nanocp.close()

@@ -28,9 +28,9 @@ def test_clean(tool: str) -> None:
     out of bounds."""
     env = os.environ | {"NANOCP_ROUTE_STEPS": "30", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     check = [SANITIZER, "--target-processes", "all", "--error-exitcode", "9", "--tool", *tool.split()]
-    test = ["-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "random_routes"]
+    test = ["-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [*check, sys.executable, *test, str(Path(__file__).with_name("test_attention.py"))],
+        [*check, sys.executable, *test, f"{Path(__file__).with_name('test_attention.py')}::test_random_routes[2]"],
         env=env,
         capture_output=True,
         text=True,

@@ -53,7 +53,7 @@ SCENARIOS = ("A", "B", "C", "capacity", "prefill", "load", "trace")
 ONCE = ("capacity", "load", "trace")  # repeats would say the same
 SKIP = 10  # gaps at the start of a stream, while others start
 BUNCHED_MS = 0.1  # no model steps so fast: client or API server was late, and read several tokens at once
-CAPACITY_TOKENS, PREFILL_OUTPUT, TRACED_STEPS = 50, 16, 10
+CAPACITY_TOKENS, PREFILL_OUTPUT, TRACED_STEPS = 500, 16, 10
 Window = tuple[float, float]
 
 

@@ -156,7 +156,7 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
         return lambda i: cls.forward(impl, layer, query, key, key, it.caches[i], metadata, output)
 
     rows, layout = sharded.sharded, RowLayout(32, 128)
-    visiting = exchange.dispatch(query.index_select(0, rows.send), None, None)
+    visiting = exchange.dispatch(query.index_select(0, rows.send), None, None)()
     answers = layout.empty(len(visiting), it.device)
 
     def attend_all(i: int) -> None:
@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
         "sharded": forward(sharded, type(impl)),
         "plain rows": forward(sharded),
         "gather": lambda i: query.index_select(0, rows.send),
-        "dispatch": lambda i: exchange.dispatch(visiting, None, None),
+        "dispatch": lambda i: exchange.dispatch(visiting, None, None)(),
         "attend": attend_all,
         "pack": lambda i: pack(answers, layout, rows.visits),
         "combine": lambda i: exchange.combine(answers, None, None, rows.partials),

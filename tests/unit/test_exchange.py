@@ -41,7 +41,7 @@ def _round_trips(rank: int, size: int, dtype: torch.dtype) -> None:
         queries = torch.cat([_rows(step, rank, to, send[to], _SIZE, dtype) for to in range(size)])
         if step % 2:  # strided, as a slice of a fused projection is
             queries = torch.stack([queries, queries + 1], dim=-1)[..., 0]
-        visiting = exchange.dispatch(queries, send, recv)
+        visiting = exchange.dispatch(queries, send, recv)()
         expected = torch.cat([_rows(step, source, rank, recv[source], _SIZE, dtype) for source in range(size)])
         assert visiting.dtype == dtype and torch.equal(visiting, expected), f"step {step}: dispatch"
         storages.append(visiting.untyped_storage().data_ptr())

@@ -173,13 +173,17 @@ class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
             )
         exchange, step = context.exchange, rows.step
         assert exchange is not None
-        visiting = exchange.dispatch(query.index_select(0, rows.send_tokens), step.send_counts, step.recv_counts)
-        answers = self._serve(rows, visiting, kv_cache)
+        arrive = exchange.dispatch(query.index_select(0, rows.send_tokens), step.send_counts, step.recv_counts)
+        # What needs no other rank comes first: in ``combine`` each waits for all.
         if rows.plain is not None:
             self._plain(layer, query, key, value, kv_cache, rows, output)
+        held = [self._held(row, query, key, value, kv_cache) for row in rows.local]
+        answers = self._serve(rows, arrive(), kv_cache)
         partials = exchange.combine(answers, step.recv_counts, step.send_counts)
-        for row in rows.local:
-            self._finish(row, query, key, value, kv_cache, partials, output)
+        for row, parts in zip(rows.local, held, strict=True):
+            parts += [(partials[visit, :, :-1], partials[visit, :, -1]) for visit in row.visits]
+            outputs, lses = zip(*parts, strict=True)
+            output[row.tokens] = merge_partials(torch.stack(outputs), torch.stack(lses)).to(output.dtype)
         return output
 
     def _serve(self, rows: ShardedRows, visiting: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
@@ -207,24 +211,14 @@ class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
         super().forward(layer, query.index_select(0, rows.plain_tokens), key, value, kv_cache, rows.plain, some)
         output.index_copy_(0, rows.plain_tokens, some)
 
-    def _finish(
-        self,
-        row: LocalRow,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        partials: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        """Attend to what is held here, merge with what came back, write the row's output."""
+    def _held(
+        self, row: LocalRow, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Partial results, outputs and log-sum-exps, of a row over what is held here."""
         queries = query[row.tokens]
-        parts = [(partials[visit, :, :-1], partials[visit, :, -1]) for visit in row.visits]
         if len(queries) == 1:  # its own key is the last one held here
-            parts.append(attend(queries, *gather_shard(kv_cache, row.blocks, row.past + 1), self.scale))
-        else:
-            if row.past:
-                parts.append(attend(queries, *gather_shard(kv_cache, row.blocks, row.past), self.scale))
-            parts.append(attend_causal(queries, key[row.tokens], value[row.tokens], self.scale))
-        outputs, lses = zip(*parts, strict=True)
-        output[row.tokens] = merge_partials(torch.stack(outputs), torch.stack(lses)).to(output.dtype)
+            return [attend(queries, *gather_shard(kv_cache, row.blocks, row.past + 1), self.scale)]
+        parts = [attend_causal(queries, key[row.tokens], value[row.tokens], self.scale)]
+        if row.past:
+            parts.append(attend(queries, *gather_shard(kv_cache, row.blocks, row.past), self.scale))
+        return parts

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -145,15 +146,19 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         args = (layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if rows is None:
             return super().forward(*args)
+        if rows.routed is None:
+            assert context.exchange is not None
+            arrive = context.exchange.dispatch(query.index_select(0, rows.send), rows.send_counts, rows.recv_counts)
+            if rows.plain:
+                super().forward(*args)
+            self._visit(layer, query, kv_cache, rows, arrive, output)
+            return output
         if rows.plain:
             super().forward(*args)
-        if rows.routed is None:
-            self._visit(layer, query, kv_cache, rows, output)
-        else:
-            assert rows.visits is not None
-            routes, route = rows.routed
-            batch = Batch(query, output, attn_metadata.block_table, attn_metadata.seq_lens)
-            routes.attend(batch, self._kv(layer, query, kv_cache), rows.visits, route, self._number)
+        assert rows.visits is not None
+        routes, route = rows.routed
+        batch = Batch(query, output, attn_metadata.block_table, attn_metadata.seq_lens)
+        routes.attend(batch, self._kv(layer, query, kv_cache), rows.visits, route, self._number)
         return output
 
     @functools.cached_property
@@ -167,27 +172,29 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         rows: ShardedRows,
+        arrive: Callable[[], torch.Tensor],
         output: torch.Tensor,
     ) -> None:
-        """The sharded rows of a step: dispatch, attend, combine, merge."""
+        """The sharded rows of a step, whose queries are on their way: own rows, guests, combine, merge. What a rank can
+        do without the others it does first, since in ``combine`` each waits for all."""
         exchange, layout = context.exchange, RowLayout(self.num_heads, self.head_size)
         assert exchange is not None
-        visiting = exchange.dispatch(query.index_select(0, rows.send), rows.send_counts, rows.recv_counts)
+        sent = rows.partials[: len(rows.send)]
+        if rows.own is not None:
+            assert rows.tokens is not None
+            mine = rows.partials[len(sent) :]
+            self._attend(layer, query.index_select(0, rows.tokens), kv_cache, rows.own, layout, mine)
+        visiting = arrive()
         answers = layout.empty(len(visiting), output.device)
         if rows.visits is not None:
             attend(visiting, self._kv(layer, query, kv_cache), rows.visits, output.dtype)
             pack(answers, layout, rows.visits)
         elif rows.guests is not None:
             self._attend(layer, visiting, kv_cache, rows.guests, layout, answers)
-        sent = rows.partials[: len(rows.send)]
         exchange.combine(answers, rows.recv_counts, rows.send_counts, sent)
-        if rows.pick is None:
-            return
-        assert rows.tokens is not None
-        if rows.own is not None:
-            mine = rows.partials[len(sent) :]
-            self._attend(layer, query.index_select(0, rows.tokens), kv_cache, rows.own, layout, mine)
-        merge_rows(rows.partials, layout, rows.pick, rows.tokens, output)
+        if rows.pick is not None:
+            assert rows.tokens is not None
+            merge_rows(rows.partials, layout, rows.pick, rows.tokens, output)
 
     def _attend(
         self,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -20,8 +20,8 @@ class Exchange(Protocol):
     the same calls can be captured in a graph and replayed for any step.
     """
 
-    def dispatch(self, queries: torch.Tensor, send_counts: Counts, recv_counts: Counts) -> torch.Tensor:
-        """Send queries to the holders of the shards they visit.
+    def dispatch(self, queries: torch.Tensor, send_counts: Counts, recv_counts: Counts) -> Callable[[], torch.Tensor]:
+        """Begin to send queries to the holders of the shards they visit.
 
         Args:
             queries: [rows to send, num_heads, head_size].
@@ -29,7 +29,8 @@ class Exchange(Protocol):
             recv_counts: rows from each rank.
 
         Returns:
-            [rows to receive, num_heads, head_size], valid until the next call.
+            To be called before the next call here: waits for what comes, [rows to receive, num_heads, head_size], valid
+            until that next call. Until then this rank may do what needs none of it.
         """
         ...
 

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +35,10 @@ class CollectiveExchange:
             self._buffers[like.dtype] = buffer
         return buffer[:size].view(shape)
 
-    def _all_to_all(self, rows: torch.Tensor, send: Counts, recv: Counts, out: torch.Tensor | None) -> torch.Tensor:
+    def _all_to_all(
+        self, rows: torch.Tensor, send: Counts, recv: Counts, out: torch.Tensor | None, ahead: bool = False
+    ) -> tuple[torch.Tensor, Any]:
+        """What was received; with ``ahead``, what will be once the second is waited for."""
         self.calls += 1
         if out is None:
             shape = (len(rows) if recv is None else sum(recv), *rows.shape[1:])
@@ -42,15 +48,21 @@ class CollectiveExchange:
         source, target = rows.contiguous(), out
         if rows.dtype.itemsize == 1:
             source, target = source.view(torch.uint8), target.view(torch.uint8)
-        dist.all_to_all_single(
-            target, source, None if recv is None else list(recv), None if send is None else list(send), self.group
-        )
-        return out
+        received, sent = (None if counts is None else list(counts) for counts in (recv, send))
+        return out, dist.all_to_all_single(target, source, received, sent, self.group, ahead)
 
-    def dispatch(self, queries: torch.Tensor, send_counts: Counts, recv_counts: Counts) -> torch.Tensor:
-        return self._all_to_all(queries, send_counts, recv_counts, None)
+    def dispatch(self, queries: torch.Tensor, send_counts: Counts, recv_counts: Counts) -> Callable[[], torch.Tensor]:
+        # Meanwhile there is much to do beside a chunk of a prompt, and nothing in a captured step of decodes.
+        ahead = recv_counts is not None
+        return functools.partial(_wait, *self._all_to_all(queries, send_counts, recv_counts, None, ahead))
 
     def combine(
         self, partials: torch.Tensor, send_counts: Counts, recv_counts: Counts, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return self._all_to_all(partials, send_counts, recv_counts, out)
+        return self._all_to_all(partials, send_counts, recv_counts, out)[0]
+
+
+def _wait(rows: torch.Tensor, work: Any) -> torch.Tensor:
+    if work is not None:
+        work.wait()
+    return rows

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.unit.attention_steps import Kernel, Shape, run_scenarios
-from tests.unit.flash_steps import flash_kernel
+from tests.unit.flash_steps import flash_kernel, make_builder, make_impl, make_layer
 from tests.unit.processes import run_ranks
 from tests.unit.route_steps import stress
 
@@ -162,6 +163,60 @@ def test_merge_is_flashinfer_s() -> None:
     lses = layout.lses(rows)[pick] * 1.4426950408889634
     theirs, _ = flashinfer.merge_states(layout.outputs(rows)[pick].half().contiguous(), lses.contiguous())
     torch.testing.assert_close(output[tokens], theirs, rtol=2e-3, atol=2e-3)
+
+
+def fullest_step(rank: int, size: int, tokens: int) -> tuple[int, int]:
+    """Every rank's chunk of so many tokens visits all others: bytes that a layer took, and what is reserved."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from vllm_nanocp.attention.context import Guest, OwnRow, ShardedStep, context
+    from vllm_nanocp.attention.flash_tables import most_memory
+    from vllm_nanocp.attention.partial_rows import RowLayout
+    from vllm_nanocp.exchange import CollectiveExchange
+
+    shape, device = Shape(32, 4, 128, BF16, 16), torch.device("cuda", rank)
+    builder, impl, layer = make_builder(shape, device), make_impl(shape), make_layer(device)
+    others = [r for r in range(size) if r != rank]
+    cache = torch.zeros((tokens // 16, 4, 16, 256), dtype=BF16, device=device)
+    query, output = (torch.zeros((tokens, 32, 128), dtype=BF16, device=device) for _ in "qo")
+    starts = torch.tensor([0, tokens], dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=starts[1:].to(device),
+        num_reqs=1,
+        num_actual_tokens=tokens,
+        max_query_len=tokens,
+        max_seq_len=tokens,
+        block_table_tensor=torch.arange(tokens // 16, dtype=torch.int32, device=device)[None],
+        slot_mapping=torch.zeros(tokens, dtype=torch.int64, device=device),
+    )
+    counts = [0 if r == rank else tokens for r in range(size)]
+    step = ShardedStep(rank, send_counts=counts, recv_counts=list(counts))
+    step.own = [OwnRow(lambda: 0, tokens, 0, 0, [(r, 0) for r in others])]
+    held = torch.arange(64, device=device)
+    step.guests = [Guest(home, 0, tokens, str(home), held, 1024) for home in others]
+    context.exchange = CollectiveExchange(dist.group.WORLD)
+    peak = 0
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        context.step = step
+        metadata = builder.build(0, common)
+        context.step = None
+        impl.forward(layer, query, query, query, cache, metadata, output)
+        torch.cuda.synchronize()
+        peak = max(peak, torch.cuda.max_memory_allocated() - before)
+    return peak, most_memory(size, tokens, RowLayout(32, 128), 32 * 128 * 2)
+
+
+@RANKS
+def test_memory(ranks: int) -> None:
+    """What the fullest step takes is what was reserved for it, and most of that."""
+    for peak, reserved in run_ranks(ranks, fullest_step, 8192, seconds=100, backend="nccl"):
+        print(f"{ranks} ranks: {peak / 2**20:.0f} MiB of {reserved / 2**20:.0f}")
+        assert 0.6 * reserved < peak <= reserved
 
 
 @RANKS

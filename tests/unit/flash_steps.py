@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends import flash_attn
 
 from tests.unit.attention_steps import Kernel, Shape
-from vllm_nanocp.attention import decode_pieces, flash_backend, flash_pieces
+from vllm_nanocp.attention import decode_pieces, flash_backend, flash_pieces, flash_tables
 from vllm_nanocp.attention.cut import cut
 from vllm_nanocp.attention.decode_pieces import KV, Visits
 from vllm_nanocp.attention.flash_backend import NanoCPFlashAttentionImpl, NanoCPFlashAttentionMetadataBuilder
@@ -149,7 +149,9 @@ def reference_flash(
 ) -> torch.Tensor:
     """``flash_attn_varlen_func`` over paged KV, for plain rows. What it writes for no keys is NaN."""
     rows = range(len(seqused_k))
-    launch = ShardLaunch(cu_seqlens_q, seqused_k, block_table, 0, 0, causal, 4, pieces=torch.ones_like(seqused_k))
+    launch = ShardLaunch(
+        len(q), cu_seqlens_q, seqused_k, block_table, 0, 0, causal, 4, pieces=torch.ones_like(seqused_k)
+    )
     outputs, _ = reference_pieces(q, k, v, launch, softmax_scale, None)
     starts = cu_seqlens_q.tolist()
     for row in rows:
@@ -267,6 +269,7 @@ def flash_kernel(
         shared: an empty folder for its memory, on CPU.
     """
     where = torch.device(device)
+    flash_tables.queries_at_once = lambda *_: 7  # type: ignore[assignment]  # so that chunks take several launches
     if where.type == "cpu":
         use_references()
     # One builder for all scenarios of a shape: what one step leaves in its tables must not show in the next.

@@ -125,11 +125,14 @@ class AttentionContext:
     exchange: set once the process groups exist.
     routes: of the routed exchange, by capacity; empty without it.
     step: None in a step without sharded rows, which then is stock vLLM.
+    reserve: bytes that a layer takes up for a moment while vLLM measures how much memory a step needs, for its dummy
+        step visits no shard.
     """
 
     exchange: Exchange | None = None
     routes: dict[int, Routes] = field(default_factory=dict)
     step: ShardedStep | None = None
+    reserve: int = 0
 
 
 context = AttentionContext()

@@ -72,9 +72,8 @@ class NanoCPFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             rows, common.seq_lens = self._captured_tables(step, common).fill(step, common)
         else:
             rows, common.seq_lens = exact_tables(step, common, self.block_size, self._layout, self.num_heads_kv)
-        for launch in (rows.guests, rows.own):
-            if launch is not None:
-                self._schedule(launch)
+        for launch in (*rows.guests, *rows.own):
+            self._schedule(launch)
         stock = super().build(0, common, fast_build)
         values = {f.name: getattr(stock, f.name) for f in fields(FlashAttentionMetadata)}
         return ShardedFlashAttentionMetadata(**values, sharded=rows)
@@ -143,6 +142,8 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows: ShardedRows | None = getattr(attn_metadata, "sharded", None)
+        if attn_metadata is None and context.reserve:
+            torch.empty(context.reserve, dtype=torch.uint8, device=query.device)
         args = (layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if rows is None:
             return super().forward(*args)
@@ -180,7 +181,7 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         exchange, layout = context.exchange, RowLayout(self.num_heads, self.head_size)
         assert exchange is not None
         sent = rows.partials[: len(rows.send)]
-        if rows.own is not None:
+        if rows.own:
             assert rows.tokens is not None
             mine = rows.partials[len(sent) :]
             self._attend(layer, query.index_select(0, rows.tokens), kv_cache, rows.own, layout, mine)
@@ -189,7 +190,7 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         if rows.visits is not None:
             attend(visiting, self._kv(layer, query, kv_cache), rows.visits, output.dtype)
             pack(answers, layout, rows.visits)
-        elif rows.guests is not None:
+        else:
             self._attend(layer, visiting, kv_cache, rows.guests, layout, answers)
         exchange.combine(answers, rows.recv_counts, rows.send_counts, sent)
         if rows.pick is not None:
@@ -201,14 +202,18 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         layer: Any,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        launch: ShardLaunch,
+        launches: list[ShardLaunch],
         layout: RowLayout,
         into: torch.Tensor,
     ) -> None:
         """Partial results of queries over shards held here, as rows."""
-        outputs, lses = self._pieces(layer, query, kv_cache, launch)
-        assert launch.pieces is not None
-        pack_pieces(into, layout, outputs, lses, launch.pieces, launch.launch_row)
+        at = 0
+        for launch in launches:
+            part = slice(at, at + launch.num_queries)
+            outputs, lses = self._pieces(layer, query[part], kv_cache, launch)
+            assert launch.pieces is not None
+            pack_pieces(into[part], layout, outputs, lses, launch.pieces, launch.launch_row)
+            at = part.stop
 
     def _pieces(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, launch: ShardLaunch

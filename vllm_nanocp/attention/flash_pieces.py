@@ -22,8 +22,8 @@ from .partial_rows import RowLayout, pack_pieces
 MIN_PIECES = 2
 # Enough pieces of one row's KV, over its KV heads, for all processors of a Hopper GPU (132).
 BUSY = 128
-# Bytes of float32 results that a launch outside of graphs may take.
-_ROOM = 1 << 27
+# Bytes of float32 results that a launch outside of graphs may take: with few queries, and with as many as it may have.
+_ROOM, _MOST = 1 << 27, 1 << 28
 
 
 @dataclass
@@ -31,6 +31,7 @@ class ShardLaunch:
     """One launch of attention over shards, with float32 results and log-sum-exps.
 
     Attributes:
+        num_queries: of all rows.
         query_starts: int32 [num_rows + 1].
         lengths: int32 [num_rows], KV tokens each row sees; 0 for an unused one.
         block_table: int32 [num_rows, most blocks].
@@ -42,6 +43,7 @@ class ShardLaunch:
         pieces: int32 [num_rows], a view of ``schedule``: how many pieces each row is cut into.
     """
 
+    num_queries: int
     query_starts: torch.Tensor
     lengths: torch.Tensor
     block_table: torch.Tensor
@@ -58,6 +60,11 @@ def pieces_that_fit(num_queries: int, num_heads: int, head_size: int, num_kv_hea
     """Most pieces for a launch: all that can be of use for few queries, two for many."""
     wanted = max(32, BUSY // num_kv_heads)
     return max(MIN_PIECES, min(wanted, _ROOM // (4 * num_queries * num_heads * head_size)))
+
+
+def queries_at_once(num_heads: int, head_size: int) -> int:
+    """Most queries of a launch outside of graphs."""
+    return max(1, _MOST // (4 * MIN_PIECES * num_heads * head_size))
 
 
 def make_schedule(
@@ -134,6 +141,7 @@ def self_check(num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.d
     query = torch.randn((2, num_heads, head_size), dtype=dtype, device=device, generator=generator)
     table = torch.randperm(63, device=device, generator=generator).to(torch.int32)[:44].expand(2, 44).contiguous() + 1
     launch = ShardLaunch(
+        num_queries=2,
         query_starts=torch.tensor([0, 1, 2], dtype=torch.int32, device=device),
         lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
         block_table=table,

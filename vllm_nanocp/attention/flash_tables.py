@@ -21,7 +21,7 @@ from ..exchange.routes import MAX_LAYERS, Route, Routes
 from .context import Guest, ShardedStep, context
 from .cut import cut
 from .decode_pieces import Visits
-from .flash_pieces import ShardLaunch, pieces_that_fit
+from .flash_pieces import MIN_PIECES, ShardLaunch, pieces_that_fit, queries_at_once
 from .partial_rows import RowLayout
 
 _Numbers = TypeVar("_Numbers", torch.Tensor, np.ndarray)
@@ -35,9 +35,9 @@ class ShardedRows:
         plain: whether rows of the batch that visit nobody are left to stock attention.
         send: int64, indices in the batch of the queries to dispatch, in the exchange's order.
         send_counts, recv_counts: see ``Exchange``.
-        guests: the received queries; None when nobody visits, and with ``visits``.
-        own: queries of this rank that visit others, over what is held here; None when there are none, or when they
-            visit their own rank like anyone else.
+        guests: the received queries, in order; none when nobody visits, and with ``visits``.
+        own: queries of this rank that visit others, over what is held here, in order; none when there are none, or when
+            they visit their own rank like anyone else.
         partials: room for the rows that come back, and behind them those of ``own``.
         tokens: int64 [num_results], the indices in the batch of the queries that visit; -1 for an unused one.
         pick: int64 [num_results, num_partials], see ``merge_rows``; None without such queries.
@@ -50,8 +50,8 @@ class ShardedRows:
     send: torch.Tensor
     send_counts: Counts
     recv_counts: Counts
-    guests: ShardLaunch | None
-    own: ShardLaunch | None
+    guests: list[ShardLaunch]
+    own: list[ShardLaunch]
     partials: torch.Tensor
     tokens: torch.Tensor | None
     pick: torch.Tensor | None
@@ -59,27 +59,46 @@ class ShardedRows:
     routed: tuple[Routes, Route] | None = None
 
 
-def _launch(
-    queries: Sequence[int],
-    lengths: Sequence[int],
-    blocks: Sequence[torch.Tensor],
-    causal: bool,
-    layout: RowLayout,
-    num_kv_heads: int,
-    device: torch.device,
-) -> ShardLaunch | None:
+@dataclass
+class _Row:
+    """Some queries and what they see: the first ``length`` tokens of these blocks, of which, where a launch is causal,
+    the last ones are their own."""
+
+    queries: int
+    length: int
+    blocks: torch.Tensor
+
+
+def _groups(rows: list[_Row], most: int, causal: bool) -> list[list[_Row]]:
+    """The same queries in the same order, in groups of at most ``most``."""
+    groups: list[list[_Row]] = []
+    room = 0
+    for row in rows:
+        at = 0
+        while at < row.queries:
+            if not room:
+                groups.append([])
+                room = most
+            taken = min(room, row.queries - at)
+            at += taken
+            room -= taken
+            groups[-1].append(_Row(taken, row.length - (row.queries - at) * causal, row.blocks))
+    return groups
+
+
+def _launch(rows: list[_Row], causal: bool, layout: RowLayout, num_kv_heads: int, device: torch.device) -> ShardLaunch:
     """A launch for rows of any number of queries."""
-    if not queries:
-        return None
-    table = torch.zeros((len(blocks), max(len(b) for b in blocks)), dtype=torch.int32, device=device)
-    for row, held in enumerate(blocks):
-        table[row, : len(held)] = held
+    queries, lengths = [row.queries for row in rows], [row.length for row in rows]
+    table = torch.zeros((len(rows), max(len(row.blocks) for row in rows)), dtype=torch.int32, device=device)
+    for i, row in enumerate(rows):
+        table[i, : len(row.blocks)] = row.blocks
     starts = np.zeros(len(queries) + 1, dtype=np.int32)
     np.cumsum(queries, out=starts[1:])
     launch_row = None
     if max(queries) > 1:
         launch_row = async_tensor_h2d(np.repeat(np.arange(len(queries)), queries), device)
     return ShardLaunch(
+        num_queries=int(starts[-1]),
         query_starts=async_tensor_h2d(starts, device),
         lengths=async_tensor_h2d(list(lengths), device, torch.int32),
         block_table=table,
@@ -89,6 +108,22 @@ def _launch(
         max_pieces=pieces_that_fit(int(starts[-1]), layout.num_heads, layout.head_size, num_kv_heads),
         launch_row=launch_row,
     )
+
+
+def most_memory(num_ranks: int, max_tokens: int, layout: RowLayout, query_bytes: int) -> int:
+    """Bytes that attention outside of graphs takes in a layer beside stock attention's, in the fullest step: all tokens
+    of every rank visit all other ranks.
+
+    Args:
+        num_ranks: N.
+        max_tokens: most tokens of a rank's batch.
+        layout: of partial results.
+        query_bytes: of one query.
+    """
+    # A copy of each query that is sent, for its own rank too, and its partial result; each that comes, and its answer.
+    rows = (2 * (num_ranks - 1) + 1) * max_tokens
+    launch = min(max_tokens, queries_at_once(layout.num_heads, layout.head_size))
+    return rows * (query_bytes + 4 * layout.size) + launch * (MIN_PIECES * 4 * layout.size + query_bytes)
 
 
 def exact_tables(
@@ -112,34 +147,30 @@ def exact_tables(
     firsts = [starts[row] for row in rows]
     send, visits = step.lay_out(firsts)
     seq_lens = common.seq_lens.clone()
-    blocks, lengths, queries = [], [], []
+    held, queries = [], [own.num_queries for own in step.own]
     for own, row in zip(step.own, rows, strict=True):
         length = own.local_tokens + own.num_queries
-        held = slice(own.first_block, own.first_block - (-length // block_size))
-        blocks.append(common.block_table_tensor[row, held])
-        lengths.append(length)
-        queries.append(own.num_queries)
+        blocks = slice(own.first_block, own.first_block - (-length // block_size))
+        held.append(_Row(own.num_queries, length, common.block_table_tensor[row, blocks]))
     tokens = pick = None
     if rows:
         seq_lens.index_fill_(0, async_tensor_h2d(rows, device, torch.int64), 0)
         batch = np.concatenate([np.arange(f, f + q) for f, q in zip(firsts, queries, strict=True)])
         tokens = async_tensor_h2d(batch, device)
         pick = async_tensor_h2d(_picks(visits, queries, step.num_sent), device)
-    guests = step.guests
+    most = queries_at_once(layout.num_heads, layout.head_size)
+    guests = [_Row(g.num_queries, g.length, g.blocks) for g in step.guests]
     return ShardedRows(
         plain=len(rows) < common.num_reqs,
         send=async_tensor_h2d(send, device),
         send_counts=step.send_counts,
         recv_counts=step.recv_counts,
-        guests=_launch(
-            [g.num_queries for g in guests], [g.length for g in guests], [g.blocks for g in guests],
-            False, layout, num_kv_heads, device,
-        ),
-        own=_launch(queries, lengths, blocks, True, layout, num_kv_heads, device),
+        guests=[_launch(rows, False, layout, num_kv_heads, device) for rows in _groups(guests, most, False)],
+        own=[_launch(rows, True, layout, num_kv_heads, device) for rows in _groups(held, most, True)],
         partials=layout.empty(step.num_sent + sum(queries), device),
         tokens=tokens,
         pick=pick,
-    ), seq_lens  # fmt: skip
+    ), seq_lens
 
 
 def _picks(visits: list[list[slice]], queries: list[int], num_sent: int) -> np.ndarray:
@@ -267,8 +298,8 @@ class CapturedTables:
             send=self._route.send,
             send_counts=None,
             recv_counts=None,
-            guests=None,
-            own=None,
+            guests=[],
+            own=[],
             partials=self._partials,
             tokens=self._route.tokens,
             pick=self._route.pick,

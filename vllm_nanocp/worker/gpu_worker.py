@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from ..attention import flash_pieces
 from ..attention.context import context
+from ..attention.flash_tables import most_memory
 from ..attention.partial_rows import RowLayout, warm_up
 from ..exchange.choose import choose
 from ..exchange.routes import Routes
@@ -70,6 +71,22 @@ class NanoCPGPUWorker(OneRank, Worker):
         if not problem:
             context.routes.update(routes)
         return problem
+
+    def determine_available_memory(self) -> int:
+        model = self.vllm_config.model_config
+        if self.nanocp.degree_limit > 1:
+            heads, head_size = model.get_num_attention_heads(self.parallel_config), model.get_head_size()
+            assert isinstance(model.dtype, torch.dtype)
+            context.reserve = most_memory(
+                self.nanocp.ranks,
+                self.vllm_config.scheduler_config.max_num_batched_tokens,
+                RowLayout(heads, head_size),
+                heads * head_size * model.dtype.itemsize,
+            )
+        try:
+            return super().determine_available_memory()
+        finally:
+            context.reserve = 0
 
     def compile_or_warm_up_model(self) -> Any:
         # First, for at its end vLLM begins to report kernels that are compiled, or to refuse them.

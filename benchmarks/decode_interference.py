@@ -334,7 +334,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--no-decode-bench", action="store_true", help="compute every prompt")
     add("--fill", type=float, default=0.015, help="KV of prompts that are not computed; 0: tokens take more experts")
-    add("--segment-size", type=int, default=65536, help="the plugin's segment_size")
+    add("--segment-size", type=int, default=16384, help="the plugin's segment_size")
     add("--settings", type=json.loads, default={}, help="more of the plugin's settings, a JSON object")
     add("--max-model-len", type=int, help="default: what the scenarios need")
     add("--stock-max-model-len", type=int, help="for stock, where one rank must hold it; -1: what fits")
@@ -351,6 +351,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.out is None) == (args.report is None):
         parser.error("give one of --out and --report")
+    if "prefill" in args.scenarios and args.prefill <= args.segment_size and args.systems != ["stock"]:
+        parser.error(
+            f"a prompt of --prefill {args.prefill} tokens is one shard with --segment-size {args.segment_size}"
+        )
     return args
 
 

@@ -22,8 +22,9 @@ from tests.unit.attention_steps import (
     slots,
 )
 from tests.unit.processes import run_ranks
+from vllm_nanocp.attention import cpu_partial
 from vllm_nanocp.attention.cpu_backend import NanoCPCPUAttentionMetadataBuilder
-from vllm_nanocp.attention.cpu_partial import attend, attend_causal, gather_shard
+from vllm_nanocp.attention.cpu_partial import attend, attend_causal, attend_shard, gather_shard
 from vllm_nanocp.attention.merge import merge_partials
 
 NAN, INF = float("nan"), float("inf")
@@ -103,16 +104,18 @@ def test_attend(shape: Shape) -> None:
         close(lse, expected_lse, shape)
 
 
+@pytest.mark.parametrize("piece", [1, cpu_partial._PIECE])
 @pytest.mark.parametrize("shape", [*SHAPES, *BFLOAT16], ids=shape_id)
-def test_attend_to_what_was_gathered(shape: Shape) -> None:
+def test_attend_to_a_shard(shape: Shape, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel reads memory as it lies: a shard of one block, which needs no copy to be one piece, too."""
+    monkeypatch.setattr(cpu_partial, "_PIECE", piece)  # 1: a piece is a block
     for length in (1, shape.block_size - 1, shape.block_size, 2 * shape.block_size, 3 * shape.block_size - 1):
         queries, keys, values = random_qkv(shape, 4, length, seed=length)
         blocks = (5, 2, 7)[: -(-length // shape.block_size)]
         cache = empty_cache(shape, 8)
         mapping = slots(shape, Shard(0, 0, blocks), 0, length)
         make_impl(shape).do_kv_cache_update(make_layer(shape), keys, values, cache, mapping)
-        out, lse = attend(queries, *gather_shard(cache, torch.tensor(blocks), length), shape.scale)
+        out, lse = attend_shard(queries, cache, torch.tensor(blocks), length, shape.scale)
         expected_out, expected_lse = reference(queries, keys, values, shape.scale)
         close(out, expected_out, shape)
         close(lse, expected_lse, shape)

@@ -35,6 +35,7 @@ def _counts(size: int, steps: int) -> list[list[list[int]]]:
 
 def _round_trips(rank: int, size: int, dtype: torch.dtype) -> None:
     exchange = CollectiveExchange(dist.group.WORLD)
+    exchange.warm_up(torch.device("cpu"))
     storages = []
     for step, counts in enumerate(_counts(size, 8)):
         send, recv = counts[rank], [counts[other][rank] for other in range(size)]

@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from .context import ShardedStep, context
-from .cpu_partial import attend, attend_causal, gather_shard
+from .cpu_partial import attend_causal, attend_shard
 from .merge import merge_partials
 
 
@@ -190,8 +190,8 @@ class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
         """Partial results of the visiting queries: [rows, num_heads, head_size + 1], output and log-sum-exp."""
         answers = torch.empty((*visiting.shape[:2], self.head_size + 1), dtype=torch.float32)
         for guest, part in zip(rows.step.guests, rows.guest_rows, strict=True):
-            keys, values = gather_shard(kv_cache, guest.blocks, guest.length)
-            answers[part, :, :-1], answers[part, :, -1] = attend(visiting[part], keys, values, self.scale)
+            output, lse = attend_shard(visiting[part], kv_cache, guest.blocks, guest.length, self.scale)
+            answers[part, :, :-1], answers[part, :, -1] = output, lse
         return answers
 
     def _plain(
@@ -217,8 +217,8 @@ class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
         """Partial results, outputs and log-sum-exps, of a row over what is held here."""
         queries = query[row.tokens]
         if len(queries) == 1:  # its own key is the last one held here
-            return [attend(queries, *gather_shard(kv_cache, row.blocks, row.past + 1), self.scale)]
+            return [attend_shard(queries, kv_cache, row.blocks, row.past + 1, self.scale)]
         parts = [attend_causal(queries, key[row.tokens], value[row.tokens], self.scale)]
         if row.past:
-            parts.append(attend(queries, *gather_shard(kv_cache, row.blocks, row.past), self.scale))
+            parts.append(attend_shard(queries, kv_cache, row.blocks, row.past, self.scale))
         return parts

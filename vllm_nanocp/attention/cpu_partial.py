@@ -9,6 +9,12 @@ from __future__ import annotations
 
 import torch
 
+from .merge import merge_partials
+
+# Bytes of KV that few queries attend to at a time: what is gathered stays in a core's cache, and a long shard takes
+# less than half as long. Many queries do more work with what they read, and the merges would cost them more.
+_PIECE, _FEW = 1 << 20, 16
+
 
 def gather_shard(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a shard's first ``length`` tokens.
@@ -64,6 +70,31 @@ def attend(
     out, lse = _flash(grouped.reshape(kv_heads, group * rows, head_size), keys, values, scale, causal=False)
     out = out.view(kv_heads, group, rows, head_size).permute(2, 0, 1, 3).reshape(rows, num_heads, head_size)
     return out, lse.view(kv_heads, group, rows).permute(2, 0, 1).reshape(rows, num_heads)
+
+
+def attend_shard(
+    queries: torch.Tensor, kv_cache: torch.Tensor, blocks: torch.Tensor, length: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every query sees every key of a shard.
+
+    Args:
+        queries: [rows, num_heads, head_size].
+        kv_cache, blocks, length: see ``gather_shard``.
+        scale: of the scores.
+
+    Returns:
+        As ``attend``.
+    """
+    _, kv_heads, block_size, twice = kv_cache.shape
+    step = max(1, _PIECE // (kv_heads * block_size * twice * kv_cache.element_size()))
+    if len(queries) > _FEW or length <= step * block_size:
+        return attend(queries, *gather_shard(kv_cache, blocks, length), scale)
+    parts = []
+    for first in range(0, -(-length // block_size), step):
+        left = min(step * block_size, length - first * block_size)
+        parts.append(attend(queries, *gather_shard(kv_cache, blocks[first : first + step], left), scale))
+    outputs, lses = (torch.stack(part) for part in zip(*parts, strict=True))
+    return merge_partials(outputs, lses), lses.logsumexp(dim=0)
 
 
 def attend_causal(

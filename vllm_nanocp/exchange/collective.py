@@ -26,6 +26,13 @@ class CollectiveExchange:
         self._buffers: dict[torch.dtype, torch.Tensor] = {}
         self.calls = 0
 
+    def warm_up(self, device: torch.device) -> None:
+        """Connect the ranks. NCCL would do it when they first exchange something, in the first step of a long request,
+        and take memory that vLLM has not counted. A collective."""
+        counts = [1] * self.group.size()
+        one = torch.zeros(len(counts), device=device)
+        dist.all_to_all_single(torch.empty_like(one), one, counts, counts, self.group)
+
     def _buffer(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """A tensor of this shape over storage that only grows."""
         size = math.prod(shape)

@@ -79,8 +79,10 @@ class OneRank(_Base):
         super().init_device()
         # The executor's message queues go by the rank in the world.
         self.rank = self.global_rank
-        context.exchange = CollectiveExchange(get_dp_group().device_group)
         assert self.device is not None
+        context.exchange = exchange = CollectiveExchange(get_dp_group().device_group)
+        if self.nanocp.degree_limit > 1:
+            exchange.warm_up(self.device)
         self.shards = ShardTable(self.parallel_config.data_parallel_rank, self.device)
         self.runner = (V2Runner if self.use_v2_model_runner else V1Runner)(self.model_runner)
 

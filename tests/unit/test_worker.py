@@ -7,9 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.worker.gpu_worker import Worker
 
+from tests.unit.attention_steps import Shape
+from tests.unit.flash_steps import make_impl
 from vllm_nanocp.plan import IDLE, Batch, StepPlan
 from vllm_nanocp.sched.output import NanoCPSchedulerOutput, generators_in, merge
 from vllm_nanocp.worker.gpu_worker import NanoCPGPUWorker
@@ -83,3 +86,42 @@ def test_kernels_are_warmed_up_before_vllm_watches_for_compilation(monkeypatch: 
     monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: calls.append("vllm") or "times")
     assert worker.compile_or_warm_up_model() == "times"
     assert calls == [("cache", "dtype"), "vllm"]
+
+
+def test_memory_of_a_sharded_step_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While vLLM measures, every layer of its dummy step takes it for a moment; afterwards, none."""
+    worker: Any = object.__new__(NanoCPGPUWorker)
+    model = SimpleNamespace(dtype=torch.bfloat16, get_head_size=lambda: 128, get_num_attention_heads=lambda _: 32)
+    scheduler = SimpleNamespace(max_num_batched_tokens=8192)
+    worker.vllm_config = SimpleNamespace(model_config=model, scheduler_config=scheduler)
+    worker.nanocp = SimpleNamespace(degree_limit=2, ranks=2)
+    worker.parallel_config = None
+    impl, output = make_impl(Shape(32, 4, 128, torch.bfloat16, 16)), torch.ones((4, 32, 128))
+    taken: list[int] = []
+    empty = torch.empty
+
+    def counted(size: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        taken.append(size)
+        return empty(0)
+
+    def dummy_step() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", counted)
+            impl.forward(None, output, output, output, None, None, output)  # type: ignore[arg-type]
+        assert not output.any()
+
+    def measure(_: Any) -> int:
+        dummy_step()
+        if len(taken) > 1:
+            raise RuntimeError("out of memory")
+        return 7
+
+    monkeypatch.setattr(Worker, "determine_available_memory", measure)
+    assert worker.determine_available_memory() == 7
+    # A copy of each query that goes, comes or stays, its float32 result; pieces of 8,192 queries and their rounded sum.
+    row, query = 4 * 32 * 129, 2 * 32 * 128
+    assert taken == [3 * 8192 * (row + query) + 8192 * (2 * row + query)]
+    with pytest.raises(RuntimeError):
+        worker.determine_available_memory()
+    dummy_step()
+    assert len(taken) == 2

@@ -11,8 +11,8 @@ import torch
 
 from .merge import merge_partials
 
-# Bytes of KV that few queries attend to at a time: what is gathered stays in a core's cache, and a long shard takes
-# less than half as long. Many queries do more work with what they read, and the merges would cost them more.
+# Bytes of KV that few queries attend to at a time: what is gathered then stays in a core's cache. Many queries do more
+# work with what they read, and the merges would cost them more.
 _PIECE, _FEW = 1 << 20, 16
 
 

@@ -20,13 +20,20 @@ from ..placement.cost import CostModel, StepLoad
 from ..placement.moves import Candidate, MoveConfig, drifted, plan_moves, spill_target
 from ..placement.place import RankLoad
 from ..plan import Arrival, Batch
-from .sharded import can_shard
+from .sharded import ShardedRequest, can_shard
 
 if TYPE_CHECKING:
     from .scheduler import NanoCPScheduler
 
 _computed = attrgetter("num_computed_tokens")
 _importance = attrgetter("priority", "arrival_time")  # less is more
+
+
+def _give_to_holders(read: list[int], sharded: ShardedRequest) -> None:
+    """KV tokens that ranks read for a request at its home, all of which was counted there, go to those that hold them."""
+    read[sharded.rank] -= sharded.local_start
+    for rank, (_, tokens) in sharded.open_shards.items():
+        read[rank] += tokens
 
 
 class Mover:
@@ -135,9 +142,7 @@ class Mover:
         read = [rank.num_tokens for rank in ranks]
         for sharded in self.scheduler.sharded.values():
             if sharded.at_home:
-                read[sharded.rank] -= sharded.local_start
-                for rank, (_, tokens) in sharded.open_shards.items():
-                    read[rank] += tokens
+                _give_to_holders(read, sharded)
                 continue
             read[sharded.rank] -= sharded.member.num_tokens
             for rank, tokens in enumerate(sharded.shard_map.tokens_by_rank(len(ranks), sharded.request.num_tokens)):
@@ -151,9 +156,8 @@ class Mover:
         guests = [0] * len(read)
         for request_id, sharded in scheduler.sharded.items():
             if sharded.member.status == RequestStatus.RUNNING and request_id not in self.leaving:
-                read[sharded.rank] -= sharded.local_start
-                for rank, (_, tokens) in sharded.open_shards.items():
-                    read[rank] += tokens
+                _give_to_holders(read, sharded)
+                for rank in sharded.open_shards:
                     guests[rank] += rank != sharded.rank
         exchange = any(guests)
         return [

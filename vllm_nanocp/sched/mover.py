@@ -30,7 +30,7 @@ _importance = attrgetter("priority", "arrival_time")  # less is more
 
 
 def _give_to_holders(read: list[int], sharded: ShardedRequest) -> None:
-    """KV tokens that ranks read for a request at its home, all of which was counted there, go to those that hold them."""
+    """KV tokens that a request at its home reads, all of which were counted there, go to the ranks that hold them."""
     read[sharded.rank] -= sharded.local_start
     for rank, (_, tokens) in sharded.open_shards.items():
         read[rank] += tokens

@@ -65,14 +65,14 @@ def fold(args: argparse.Namespace) -> None:
     if settings is not None and not given:
         raise NanoCPConfigError("nanocp: --nanocp-config has no effect without --nanocp; add --nanocp or leave it out")
     additional = getattr(args, "additional_config", None)
-    if given and nanocp_config.wanted(additional):
-        raise NanoCPConfigError(
-            'nanocp: settings come from --nanocp-config and from --additional-config {"nanocp": ...}; give only one'
-        )
-    if given:
-        raw = {} if settings is None else settings
-    elif nanocp_config.wanted(additional):
+    if nanocp_config.wanted(additional):
+        if given:
+            raise NanoCPConfigError(
+                'nanocp: settings come from --nanocp-config and from --additional-config {"nanocp": ...}; give only one'
+            )
         raw = additional[nanocp_config.KEY]
+    elif given:
+        raw = {} if settings is None else settings
     else:
         return
     _require_supported()

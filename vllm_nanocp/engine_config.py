@@ -229,7 +229,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
             refuse("exchange 'routed' on CPU", "it is made of GPU kernels", "use 'auto' or 'collective'")
     else:
         refuse(f"the platform {current_platform.device_name}", "there is no attention path for it", "use CUDA or CPU")
-    # On GPUs tokens are right with moves (tests/gpu/test_moves.py), but nothing was won; the other has not run there.
+    # On GPUs tokens are right with both (tests/gpu), but moves won nothing there, and the other was not timed.
     verified = current_platform.is_cpu()
     unset: dict[str, Any] = {k: verified for k in ("moves", "parallel_prefill") if getattr(config, k) is None}
     config = replace(config, **unset)

@@ -208,7 +208,7 @@ def fullest_step(rank: int, size: int, tokens: int) -> tuple[int, int]:
         impl.forward(layer, query, query, query, cache, metadata, output)
         torch.cuda.synchronize()
         peak = max(peak, torch.cuda.max_memory_allocated() - before)
-    return peak, most_memory(size, tokens, RowLayout(32, 128), 32 * 128 * 2)
+    return peak, most_memory(size, tokens, RowLayout(32, 128), 4, BF16)
 
 
 @RANKS

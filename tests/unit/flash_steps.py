@@ -236,7 +236,7 @@ def use_references() -> None:
 def make_routes(shape: Shape, num_ranks: int, rank: int, capacity: int, shared: str | None) -> Routes:
     """Over memory that all ranks write to: of the GPUs, or files in a folder that all processes map."""
     layout = RowLayout(shape.num_heads, shape.head_size)
-    query_bytes = shape.num_heads * shape.head_size * shape.dtype.itemsize
+    query_bytes = layout.query_bytes(shape.dtype)
     size = Routes.size(capacity, num_ranks, layout, query_bytes)
     if shared is None:
         import torch.distributed as dist

@@ -91,7 +91,8 @@ def test_kernels_are_warmed_up_before_vllm_watches_for_compilation(monkeypatch: 
 def test_memory_of_a_sharded_step_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     """While vLLM measures, every layer of its dummy step takes it for a moment; afterwards, none."""
     worker: Any = object.__new__(NanoCPGPUWorker)
-    model = SimpleNamespace(dtype=torch.bfloat16, get_head_size=lambda: 128, get_num_attention_heads=lambda _: 32)
+    heads = dict(get_head_size=lambda: 128, get_num_attention_heads=lambda _: 32, get_num_kv_heads=lambda _: 4)
+    model = SimpleNamespace(dtype=torch.bfloat16, **heads)
     scheduler = SimpleNamespace(max_num_batched_tokens=8192)
     worker.vllm_config = SimpleNamespace(model_config=model, scheduler_config=scheduler)
     worker.nanocp = SimpleNamespace(degree_limit=2, ranks=2)

@@ -147,20 +147,22 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         args = (layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if rows is None:
             return super().forward(*args)
-        if rows.routed is None:
-            assert context.exchange is not None
-            arrive = context.exchange.dispatch(query.index_select(0, rows.send), rows.send_counts, rows.recv_counts)
-            if rows.plain:
-                super().forward(*args)
-            self._visit(layer, query, kv_cache, rows, arrive, output)
-            return output
+        arrive = None if rows.routed is not None else self._dispatch(query, rows)
         if rows.plain:
             super().forward(*args)
-        assert rows.visits is not None
-        routes, route = rows.routed
-        batch = Batch(query, output, attn_metadata.block_table, attn_metadata.seq_lens)
-        routes.attend(batch, self._kv(layer, query, kv_cache), rows.visits, route, self._number)
+        if arrive is not None:
+            self._visit(layer, query, kv_cache, rows, arrive, output)
+        else:
+            assert rows.visits is not None and rows.routed is not None
+            routes, route = rows.routed
+            batch = Batch(query, output, attn_metadata.block_table, attn_metadata.seq_lens)
+            routes.attend(batch, self._kv(layer, query, kv_cache), rows.visits, route, self._number)
         return output
+
+    def _dispatch(self, query: torch.Tensor, rows: ShardedRows) -> Callable[[], torch.Tensor]:
+        """See ``Exchange.dispatch``."""
+        assert context.exchange is not None
+        return context.exchange.dispatch(query.index_select(0, rows.send), rows.send_counts, rows.recv_counts)
 
     @functools.cached_property
     def _number(self) -> int:

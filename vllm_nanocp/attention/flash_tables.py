@@ -21,7 +21,7 @@ from ..exchange.routes import MAX_LAYERS, Route, Routes
 from .context import Guest, ShardedStep, context
 from .cut import cut
 from .decode_pieces import Visits
-from .flash_pieces import MIN_PIECES, ShardLaunch, pieces_that_fit, queries_at_once
+from .flash_pieces import ShardLaunch, pieces_that_fit, queries_at_once
 from .partial_rows import RowLayout
 
 _Numbers = TypeVar("_Numbers", torch.Tensor, np.ndarray)
@@ -100,7 +100,7 @@ def _launch(rows: list[_Row], causal: bool, layout: RowLayout, num_kv_heads: int
     return ShardLaunch(
         num_queries=int(starts[-1]),
         query_starts=async_tensor_h2d(starts, device),
-        lengths=async_tensor_h2d(list(lengths), device, torch.int32),
+        lengths=async_tensor_h2d(lengths, device, torch.int32),
         block_table=table,
         max_queries=max(queries),
         max_length=max(lengths),
@@ -110,7 +110,7 @@ def _launch(rows: list[_Row], causal: bool, layout: RowLayout, num_kv_heads: int
     )
 
 
-def most_memory(num_ranks: int, max_tokens: int, layout: RowLayout, query_bytes: int) -> int:
+def most_memory(num_ranks: int, max_tokens: int, layout: RowLayout, num_kv_heads: int, dtype: torch.dtype) -> int:
     """Bytes that attention outside of graphs takes in a layer beside stock attention's, in the fullest step: all tokens
     of every rank visit all other ranks.
 
@@ -118,12 +118,15 @@ def most_memory(num_ranks: int, max_tokens: int, layout: RowLayout, query_bytes:
         num_ranks: N.
         max_tokens: most tokens of a rank's batch.
         layout: of partial results.
-        query_bytes: of one query.
+        num_kv_heads: of this worker.
+        dtype: of queries.
     """
+    query_bytes, heads, head_size = layout.query_bytes(dtype), layout.num_heads, layout.head_size
     # A copy of each query that is sent, for its own rank too, and its partial result; each that comes, and its answer.
     rows = (2 * (num_ranks - 1) + 1) * max_tokens
-    launch = min(max_tokens, queries_at_once(layout.num_heads, layout.head_size))
-    return rows * (query_bytes + 4 * layout.size) + launch * (MIN_PIECES * 4 * layout.size + query_bytes)
+    launch = min(max_tokens, queries_at_once(heads, head_size))
+    pieces = pieces_that_fit(launch, heads, head_size, num_kv_heads)
+    return rows * (query_bytes + 4 * layout.size) + launch * (pieces * 4 * layout.size + query_bytes)
 
 
 def exact_tables(
@@ -165,8 +168,8 @@ def exact_tables(
         send=async_tensor_h2d(send, device),
         send_counts=step.send_counts,
         recv_counts=step.recv_counts,
-        guests=[_launch(rows, False, layout, num_kv_heads, device) for rows in _groups(guests, most, False)],
-        own=[_launch(rows, True, layout, num_kv_heads, device) for rows in _groups(held, most, True)],
+        guests=[_launch(group, False, layout, num_kv_heads, device) for group in _groups(guests, most, False)],
+        own=[_launch(group, True, layout, num_kv_heads, device) for group in _groups(held, most, True)],
         partials=layout.empty(step.num_sent + sum(queries), device),
         tokens=tokens,
         pick=pick,

@@ -29,6 +29,10 @@ class RowLayout:
         # Rows begin at multiples of 16 bytes.
         self.size = -(-num_heads * (head_size + 1) // 4) * 4
 
+    def query_bytes(self, dtype: torch.dtype) -> int:
+        """Of one query of these heads."""
+        return self.num_heads * self.head_size * dtype.itemsize
+
     def empty(self, rows: int, device: torch.device) -> torch.Tensor:
         """[rows, size], float32, uninitialised."""
         return torch.empty((rows, self.size), dtype=torch.float32, device=device)

@@ -29,13 +29,18 @@ class NanoCPGPUWorker(OneRank, Worker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         if self.nanocp.degree_limit > 1:
-            model, parallel = self.vllm_config.model_config, self.parallel_config
-            assert self.device is not None and isinstance(model.dtype, torch.dtype)
-            heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
-            flash_pieces.self_check(heads, kv_heads, model.get_head_size(), model.dtype, self.device)
-            layout = RowLayout(heads, model.get_head_size())
-            warm_up(layout, model.dtype, self.device)
-            self._choose_exchange(layout, model.dtype)
+            layout, kv_heads, dtype = self._attention_shape()
+            assert self.device is not None
+            flash_pieces.self_check(layout.num_heads, kv_heads, layout.head_size, dtype, self.device)
+            warm_up(layout, dtype, self.device)
+            self._choose_exchange(layout, dtype)
+
+    def _attention_shape(self) -> tuple[RowLayout, int, torch.dtype]:
+        """This worker's query heads, its KV heads, and the type of both."""
+        model, parallel = self.vllm_config.model_config, self.parallel_config
+        assert isinstance(model.dtype, torch.dtype)
+        layout = RowLayout(model.get_num_attention_heads(parallel), model.get_head_size())
+        return layout, model.get_num_kv_heads(parallel), model.dtype
 
     def _choose_exchange(self, layout: RowLayout, dtype: torch.dtype) -> None:
         """Set up the routed exchange if it is wanted and can be had. A collective of the ranks."""
@@ -56,7 +61,7 @@ class NanoCPGPUWorker(OneRank, Worker):
         """Memory of the routed exchange, for each capacity. Returns why there is none, the same on all ranks."""
         assert self.device is not None
         group, ranks, routes = get_dp_group(), self.nanocp.ranks, {}
-        query_bytes = layout.num_heads * layout.head_size * dtype.itemsize
+        query_bytes = layout.query_bytes(dtype)
         problem = reachable(self.device, group.cpu_group)
         if problem:
             return problem
@@ -73,16 +78,9 @@ class NanoCPGPUWorker(OneRank, Worker):
         return problem
 
     def determine_available_memory(self) -> int:
-        model = self.vllm_config.model_config
         if self.nanocp.degree_limit > 1:
-            heads, head_size = model.get_num_attention_heads(self.parallel_config), model.get_head_size()
-            assert isinstance(model.dtype, torch.dtype)
-            context.reserve = most_memory(
-                self.nanocp.ranks,
-                self.vllm_config.scheduler_config.max_num_batched_tokens,
-                RowLayout(heads, head_size),
-                heads * head_size * model.dtype.itemsize,
-            )
+            tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+            context.reserve = most_memory(self.nanocp.ranks, tokens, *self._attention_shape())
         try:
             return super().determine_available_memory()
         finally:

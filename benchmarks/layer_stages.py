@@ -127,7 +127,7 @@ class Layer:
             for i in range(self.rows):
                 # Each its own blocks: bytes read twice would stay in the GPU's cache.
                 at = first + (j * self.rows + i) * self.held
-                held = torch.arange(at, at + self.held, device=self.device)
+                held = torch.arange(at, at + self.held, dtype=torch.int32, device=self.device)
                 step.guests.append(Guest(home, i, 1, f"{home}.{i}", held, self.held * 16))
         return step
 
@@ -156,7 +156,8 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
         return lambda i: cls.forward(impl, layer, query, key, key, it.caches[i], metadata, output)
 
     rows, layout = sharded.sharded, RowLayout(32, 128)
-    visiting = exchange.dispatch(query.index_select(0, rows.send), None, None)()
+    come = exchange.dispatch(query.index_select(0, rows.send[: rows.exchanged]), None, None)()
+    visiting = torch.cat([come, query.index_select(0, rows.send[rows.exchanged :])])
     answers = layout.empty(len(visiting), it.device)
 
     def attend_all(i: int) -> None:
@@ -168,10 +169,10 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
         "sharded": forward(sharded, type(impl)),
         "plain rows": forward(sharded),
         "gather": lambda i: query.index_select(0, rows.send),
-        "dispatch": lambda i: exchange.dispatch(visiting, None, None)(),
+        "dispatch": lambda i: exchange.dispatch(come, None, None)(),
         "attend": attend_all,
         "pack": lambda i: pack(answers, layout, rows.visits),
-        "combine": lambda i: exchange.combine(answers, None, None, rows.partials),
+        "combine": lambda i: exchange.combine(answers[: rows.exchanged], None, None, rows.partials[: rows.exchanged]),
         "merge": lambda i: merge_rows(rows.partials, layout, rows.pick, rows.tokens, output),
     }
     found = {name: graph_us(run) for name, run in stages.items()}
@@ -195,7 +196,7 @@ def measure_routed(it: Layer, batch: Any, forward: Callable[..., Any]) -> dict[s
 
     def routed(i: int) -> None:
         if i == 0:  # a new step, so that flags of the last one do not count; costs a kernel in every four layers
-            route.epoch.add_(MAX_LAYERS)
+            route.counts[0].add_(MAX_LAYERS)
         it.impl.__dict__["_number"] = i
         whole(i)
 

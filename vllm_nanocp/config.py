@@ -16,8 +16,8 @@ KEY = "nanocp"
 PLACEMENTS = ("balanced", "round_robin")
 EXCHANGES = ("auto", "collective", "routed")
 DECODE_BENCH = "NANOCP_DECODE_BENCH"
-# Most places of a step at fixed addresses: each takes a row of block ids and tens of KB of exchange buffers.
-MAX_PLACES = 1024
+# Most places of a step at fixed addresses: each takes tens of KB of exchange buffers.
+MAX_PLACES = 1 << 16
 # Settings with which homes stay where they are.
 _FIXED_HOMES: dict[str, Any] = {"placement": "round_robin", "max_degree": 1}
 
@@ -41,7 +41,8 @@ class NanoCPConfig:
         exchange: how queries and partial results travel: ``collective`` over torch.distributed; ``routed``, GPUs write
             into each other's memory. ``auto`` takes the best one that was verified.
         graph_capacities: CUDA graphs of sharded decode steps are captured for so many visits between any two ranks,
-            ascending; a step with more runs attention outside of graphs. Empty: every sharded step does.
+            ascending; a step with more runs attention outside of graphs. Empty: every sharded step does. None: no step
+            has more, see ``worker.graphs.capacities``.
         decode_bench: take prompts as computed, whatever their KV blocks contain, to time decoding alone. Refused
             unless the environment has ``NANOCP_DECODE_BENCH=1``.
     """
@@ -53,7 +54,7 @@ class NanoCPConfig:
     moves: bool | dict[str, Any] | None = None
     parallel_prefill: bool | None = None
     exchange: str = "auto"
-    graph_capacities: tuple[int, ...] = (16,)
+    graph_capacities: tuple[int, ...] | None = None
     decode_bench: bool = False
 
     @property
@@ -70,7 +71,8 @@ class NanoCPConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able mapping that ``parse`` accepts again."""
-        return asdict(self) | {"graph_capacities": list(self.graph_capacities)}
+        capacities = self.graph_capacities
+        return asdict(self) | {"graph_capacities": None if capacities is None else list(capacities)}
 
 
 def _integer(raw: Mapping[str, Any], key: str, least: int, example: str) -> int:
@@ -135,9 +137,9 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
                 "the default"
             )
         values["parallel_prefill"] = raw["parallel_prefill"]
-    default = [min(c, _most_visits(ranks)) for c in NanoCPConfig.graph_capacities]
-    values["graph_capacities"] = _capacities(raw.get("graph_capacities", default), ranks)
-    if values.get("exchange") == "routed" and not values["graph_capacities"]:
+    if raw.get("graph_capacities") is not None:
+        values["graph_capacities"] = _capacities(raw["graph_capacities"], ranks)
+    if values.get("exchange") == "routed" and values.get("graph_capacities") == ():
         raise NanoCPConfigError(
             "nanocp: exchange 'routed' has places for as many visits as graph_capacities say, which is empty; leave "
             "graph_capacities out, or use 'collective'"
@@ -163,9 +165,9 @@ def _moves(value: Any) -> bool | dict[str, Any]:
     return dict(value)
 
 
-def _most_visits(ranks: int) -> int:
-    """The largest capacity there are places for."""
-    return max(1, MAX_PLACES // ranks)
+def most_visits(ranks: int) -> int:
+    """The largest capacity there are places for: for each rank, and for rows of a rank's own."""
+    return max(1, MAX_PLACES // (ranks + 1))
 
 
 def _capacities(value: Any, ranks: int) -> tuple[int, ...]:
@@ -173,12 +175,12 @@ def _capacities(value: Any, ranks: int) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or numbers != list(value) or numbers != sorted(set(numbers)):
         raise NanoCPConfigError(
             f"nanocp: graph_capacities must be a list of ascending positive integers, got {value!r}; "
-            "use [16], or [] for no graphs of sharded steps"
+            "leave it out, or use [] for no graphs of sharded steps"
         )
-    if numbers and numbers[-1] > _most_visits(ranks):
+    if numbers and numbers[-1] > most_visits(ranks):
         raise NanoCPConfigError(
             f"nanocp: graph_capacities has {numbers[-1]}, and {numbers[-1]} visits from each of {ranks} ranks are more "
-            f"than there may be places for ({MAX_PLACES}); use at most {_most_visits(ranks)}"
+            f"than there may be places for ({MAX_PLACES}); use at most {most_visits(ranks)}"
         )
     return tuple(numbers)
 

@@ -100,21 +100,22 @@ class StepPlan:
     serial: int = 0
 
     def most_visits(self, num_ranks: int) -> int | None:
-        """Queries of the busiest pair of ranks, a row's part at its home counted as a visit of the home to itself.
+        """Queries of the busiest pair of ranks, or rows that visit of the busiest home, if they are more.
 
-        A captured graph has room for so many between any two ranks.
+        Tables of fixed size have room for so many of both.
 
         Args:
             num_ranks: N.
 
         Returns:
-            None when a row has several queries, or visits more shards than a graph has places for.
+            None when a row has several queries, or visits more shards than such tables have places for.
         """
         pairs: Counter[tuple[int, int]] = Counter()
+        homes: Counter[int] = Counter()
         for row in self.rows:
             if row.num_queries != 1 or len(row.holders) > num_ranks:
                 return None
-            pairs[row.home, row.home] += 1
+            homes[row.home] += 1
             for holder in row.holders:
                 pairs[row.home, holder.rank] += 1
-        return max(pairs.values(), default=0)
+        return max(*pairs.values(), *homes.values(), 0, 0)

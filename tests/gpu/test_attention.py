@@ -86,7 +86,7 @@ class GraphForward:
         rows = metadata.sharded
         tables = [rows.visits.starts, rows.visits.count, rows.tokens]
         if rows.routed is not None:  # nor may the flags of the step at hand be set
-            tables += [rows.routed[1].sent, rows.routed[1].received]
+            tables.append(rows.routed[1].counts)
         held = [x.clone() for x in tables]
         for x in tables:
             x.zero_()
@@ -194,7 +194,7 @@ def fullest_step(rank: int, size: int, tokens: int) -> tuple[int, int]:
     counts = [0 if r == rank else tokens for r in range(size)]
     step = ShardedStep(rank, send_counts=counts, recv_counts=list(counts))
     step.own = [OwnRow(lambda: 0, tokens, 0, 0, [(r, 0) for r in others])]
-    held = torch.arange(64, device=device)
+    held = torch.arange(64, dtype=torch.int32, device=device)
     step.guests = [Guest(home, 0, tokens, str(home), held, 1024) for home in others]
     context.exchange = CollectiveExchange(dist.group.WORLD)
     peak = 0

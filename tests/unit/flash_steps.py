@@ -4,6 +4,7 @@ FlashAttention and with Triton's interpreter, so that all its tables and merges 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Sequence
@@ -182,6 +183,11 @@ def reference_merge(
             output[token] = (weights * layout.outputs(picked).double()).sum(0).to(output.dtype)
 
 
+def read_table(address: float, count: int) -> torch.Tensor:
+    """Block ids at an address of this process."""
+    return torch.tensor((ctypes.c_int32 * count).from_address(int(address)))
+
+
 def lay_out(visits: Visits, lengths: Sequence[int]) -> int:
     """Cut rows of these lengths, those of the batch and the places, for tables that are on any device.
 
@@ -201,7 +207,7 @@ def reference_attend(query: torch.Tensor, kv: KV, visits: Visits, _: torch.dtype
     group = query.shape[1] // kv.keys.shape[2]
     for piece, (row, begin, end) in enumerate(visits.pieces[: visits.starts[-1]].tolist()):
         place = row - visits.num_rows
-        blocks = visits.block_table[place, : -(-end // kv.keys.shape[1])].long()
+        blocks = read_table(visits.tables[place].item(), -(-end // kv.keys.shape[1]))
         keys, values = (x[blocks].flatten(0, 1)[begin:end].double() for x in (kv.keys, kv.values))
         k, v = (x.repeat_interleave(group, 1) for x in (keys, values))
         scores = torch.einsum("hd,khd->hk", query[place].double(), k) * kv.scale

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tests.unit.attention_steps import Shape, full_attention
 from tests.unit.flash_steps import lay_out, make_routes
 from vllm_nanocp.attention.decode_pieces import KV, Visits
-from vllm_nanocp.exchange.routes import MAX_LAYERS, Batch, Route
+from vllm_nanocp.exchange.routes import MAX_LAYERS, Batch, Route, places_of
 
 SHAPE = Shape(4, 2, 64, torch.bfloat16, 16)
 BLOCKS, MOST = 64, 600
@@ -46,9 +46,9 @@ def queries(step: int, layer: int, home: int) -> torch.Tensor:
 
 
 def lengths(step: int, holder: int, size: int) -> list[int]:
-    """KV tokens that the query at each place of a holder attends to."""
+    """KV tokens that the query at each place of a holder attends to, its own rows' last."""
     dice = random.Random(step * 10 + holder)
-    return [dice.choice([1, 16, 100, 200, MOST]) for _ in range(size * CAPACITY)]
+    return [dice.choice([1, 16, 100, 200, MOST]) for _ in range((size + 1) * CAPACITY)]
 
 
 @functools.cache
@@ -65,31 +65,58 @@ def blocks(step: int, place: int) -> list[int]:
 
 def expected(step: int, layer: int, home: int, result: int, counts: list[list[int]]) -> torch.Tensor | None:
     """A result in float64, from nothing but the numbers of the step; None if it visits nobody."""
-    query, parts = queries(step, layer, home)[result], []
-    for holder, count in enumerate(counts[home]):
-        if result < count:
-            place = home * CAPACITY + result
-            held = cache(holder)[blocks(step, place)].transpose(1, 2).flatten(0, 1)
-            parts.append(held[: lengths(step, holder, len(counts))[place]])
-    if not parts:
+    query, size, parts = queries(step, layer, home)[result], len(counts), []
+    visited = [(holder, home * CAPACITY + result) for holder, count in enumerate(counts[home]) if result < count]
+    for holder, place in [*visited, (home, size * CAPACITY + result)]:
+        held = cache(holder)[blocks(step, place)].transpose(1, 2).flatten(0, 1)
+        parts.append(held[: lengths(step, holder, size)[place]])
+    if not visited:
         return None
     keys, values = torch.cat(parts).split(SHAPE.head_size, dim=-1)
     return full_attention(query[None], keys, values, len(keys) - 1, SHAPE.scale)[0]
 
 
-def make_visits(step: int, rank: int, counts: list[list[int]], device: torch.device) -> Visits:
-    """What this rank's places attend to, and behind them the batch's last two rows, which visit nobody."""
+def make_visits(
+    step: int, rank: int, counts: list[list[int]], device: torch.device
+) -> tuple[Visits, list[int], torch.Tensor]:
+    """What this rank's places attend to, and behind them the batch's last two rows, which visit nobody.
+
+    Returns:
+        These; the places in use, those of other ranks' queries and of this rank's own rows; and the block ids, which
+        must live as long.
+    """
     size = len(counts)
     heads = (SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_size)
-    visits = Visits.empty(ROWS, size * CAPACITY, MOST // SHAPE.block_size + 1, *heads, device)
+    places = places_of(CAPACITY, size)
+    visits = Visits.empty(ROWS, places, *heads, device)
     visits.outputs.fill_(POISON)
-    used = [place % CAPACITY < counts[place // CAPACITY][rank] for place in range(size * CAPACITY)]
-    held = [n if use else 0 for n, use in zip(lengths(step, rank, size), used, strict=True)]
+    come = [counts[home][rank] for home in range(size)] + [max(counts[rank])]
+    used = [place for place in range(places) if place % CAPACITY < come[place // CAPACITY]]
+    held = [n if place in used else 0 for place, n in enumerate(lengths(step, rank, size))]
     # Of the second, pieces are made for more tokens than there are.
     lay_out(visits, [0] * (ROWS - 2) + [PLAIN[0], PLAIN[1] + 300] + held)
-    for place in range(len(used)):
-        visits.block_table[place] = torch.tensor(blocks(step, place))
-    return visits
+    ids = torch.tensor([blocks(step, place) for place in range(places)], dtype=torch.int32, device=device)
+    visits.tables.copy_(torch.tensor([row.data_ptr() for row in ids]))
+    return visits, used, ids
+
+
+def make_route(step: int, rank: int, counts: list[list[int]], answers: list[int], device: torch.device) -> Route:
+    """Result i asks place i of each rank that it visits, and of this rank's own rows."""
+    size, results = len(counts), max(counts[rank])
+    picks = [
+        [b * CAPACITY + i if i < counts[rank][b] else -1 for b in range(size)] + [size * CAPACITY + i]
+        for i in range(results)
+    ]
+    asks = [(place, i) for i, pick in enumerate(picks) for place in pick if place >= 0]
+    random.Random(step).shuffle(asks)
+    move = functools.partial(torch.tensor, dtype=torch.int64, device=device)
+    return Route(
+        asks=move(asks or [(0, 0)]),
+        answers=move(answers or [0]),
+        counts=move([step * MAX_LAYERS, len(asks), len(answers), results]),
+        pick=move(picks or [[-1] * (size + 1)]),
+        tokens=move(list(range(results)) or [-1]),
+    )
 
 
 def stress(rank: int, size: int, steps: int, device: str, shared: str | None, late: float = 0.0) -> int:
@@ -114,26 +141,13 @@ def stress(rank: int, size: int, steps: int, device: str, shared: str | None, la
     kv = KV(keys, values, SHAPE.scale)
     seq_lens = torch.tensor([0] * (ROWS - 2) + PLAIN, dtype=torch.int32, device=where)
     dist.barrier()
-    places = size * CAPACITY
-    move = functools.partial(torch.tensor, dtype=torch.int64, device=where)
     compared = 0
     for step in range(1, steps + 1):
         counts = draw(step, size)
         num_results = max(counts[rank])
-        send = [i % CAPACITY for i in range(places)]
-        pick = [[b * CAPACITY + i if i < counts[rank][b] else -1 for b in range(size)] for i in range(num_results)] or [
-            [-1] * size
-        ]
-        route = Route(
-            move(send),
-            move(counts[rank]),
-            move([counts[home][rank] for home in range(size)]),
-            move([step * MAX_LAYERS]),
-            move(pick),
-            move(list(range(num_results)) or [-1]),
-        )
         table = torch.tensor([blocks(step, row) for row in range(ROWS)], dtype=torch.int32, device=where)
-        visits = make_visits(step, rank, counts, where)
+        visits, answers, _ids = make_visits(step, rank, counts, where)
+        route = make_route(step, rank, counts, answers, where)
         if late and random.Random(step * 31 + rank).random() < 0.1:
             time.sleep(late)
         for layer in range(LAYERS):

@@ -66,21 +66,24 @@ def compare(shape: Shape) -> None:
     cache = cache.to(shape.dtype)
     query = torch.randn((len(lengths), shape.num_heads, shape.head_size), generator=generator).to(shape.dtype)
     visits = Visits.empty(
-        NUM_ROWS, len(lengths), 50, shape.num_heads, shape.num_kv_heads, shape.head_size, torch.device("cpu")
+        NUM_ROWS, len(lengths), shape.num_heads, shape.num_kv_heads, shape.head_size, torch.device("cpu")
     )
+    table = torch.zeros((len(lengths), 50), dtype=torch.int32)
     free = torch.randperm(num_blocks - 1, generator=generator) + 1
     cache[0] = float("nan")
     used = lay_out(visits, [0] * NUM_ROWS + lengths)
     expected = {}
     for place, length in enumerate(lengths):
         mine, free = free[: -(-length // size)], free[-(-length // size) :]
-        visits.block_table[place, : len(mine)] = mine
+        table[place, : len(mine)] = mine
         if length:
             keys, values = cache[mine].transpose(1, 2).flatten(0, 1)[:length].split(shape.head_size, dim=-1)
             expected[place] = full_attention(query[place : place + 1], keys, values, length - 1, shape.scale)[0]
             if spare := -length % size:
                 cache[mine[-1], :, -spare:] = float("nan")
     visits = Visits(NUM_ROWS, *(x.to(DEVICE) for x in vars(visits).values() if isinstance(x, torch.Tensor)))
+    table = table.to(DEVICE)
+    visits.tables.copy_(torch.tensor([row.data_ptr() for row in table]))
     cache, query = cache.to(DEVICE), query.to(DEVICE)
     keys, values = cache.transpose(1, 2).split(shape.head_size, dim=-1)
     visits.outputs.fill_(float("nan"))

@@ -18,7 +18,7 @@ from tests.unit.flash_steps import flash_kernel, reference_pieces, reference_sch
 from tests.unit.processes import run_ranks
 from tests.unit.route_steps import stress
 from vllm_nanocp.attention import flash_pieces
-from vllm_nanocp.attention.flash_tables import CapturedTables
+from vllm_nanocp.attention.fixed_tables import CapturedTables
 from vllm_nanocp.attention.partial_rows import RowLayout, merge_rows, pack_pieces
 from vllm_nanocp.errors import NanoCPConfigError
 
@@ -54,9 +54,9 @@ def test_tables_of_a_step_s_size() -> None:
 @pytest.mark.parametrize("num_kv_heads", [1, 4, 16])
 def test_fixed_tables_are_where_the_kernels_expect_them(max_tokens: int, num_kv_heads: int) -> None:
     """At multiples of 16 bytes, as those that the kernels were warmed up with; and none reaches into the next."""
-    tables = CapturedTables(5, 3, max_tokens, 9, 16, RowLayout(16, 64), num_kv_heads, torch.device("cpu"))
+    tables = CapturedTables(5, 3, max_tokens, RowLayout(16, 64), num_kv_heads, torch.device("cpu"))
     route, visits = tables._route, tables._visits
-    found = [*vars(route).values(), visits.pieces, visits.starts, visits.first, visits.count]
+    found = [*vars(route).values(), visits.tables, visits.pieces, visits.starts, visits.first, visits.count]
     assert all(table.data_ptr() % 16 == 0 for table in found)
     spans = sorted((table.data_ptr(), table.data_ptr() + table.nbytes) for table in found)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))

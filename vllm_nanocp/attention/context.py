@@ -14,6 +14,7 @@ from ..exchange import Exchange
 
 if TYPE_CHECKING:
     from ..exchange.routes import Routes
+    from .fixed_tables import CapturedTables
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Guest:
         index: of the first query among those received from that rank.
         num_queries: positive.
         shard: its id.
-        blocks: [num_blocks] int64, the shard's block ids in order.
+        blocks: [num_blocks] int32, contiguous, the shard's block ids in order.
         length: KV tokens to attend to; the last block may be used in part.
     """
 
@@ -123,16 +124,20 @@ class ShardedStep:
 class AttentionContext:
     """Attributes:
     exchange: set once the process groups exist.
+    capacities: of the graphs and tables of fixed size, ascending; see ``worker.graphs.capacities``.
     routes: of the routed exchange, by capacity; empty without it.
+    tables: of fixed size, by capacity.
     step: None in a step without sharded rows, which then is stock vLLM.
-    reserve: bytes that a layer takes up for a moment while vLLM measures how much memory a step needs, for its dummy
-        step visits no shard.
+    reserve: called by each layer while vLLM measures how much memory a step needs, for its dummy step visits no shard;
+        takes up what one would that does.
     """
 
     exchange: Exchange | None = None
+    capacities: tuple[int, ...] = ()
     routes: dict[int, Routes] = field(default_factory=dict)
+    tables: dict[int, CapturedTables] = field(default_factory=dict)
     step: ShardedStep | None = None
-    reserve: int = 0
+    reserve: Callable[[], None] | None = None
 
 
 context = AttentionContext()

@@ -21,7 +21,7 @@ def gather_shard(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> t
 
     Args:
         kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
-        blocks: int64 [at least ceil(length / block_size)], the shard's block ids.
+        blocks: int32 or int64 [at least ceil(length / block_size)], the shard's block ids.
         length: positive.
 
     Returns:

@@ -32,7 +32,8 @@ class Visits:
 
     Attributes:
         num_rows: rows of a batch that there is room for. A place's row is ``num_rows + place``.
-        block_table: int32 [places, most blocks]. A batch has its own.
+        tables: int64 [places], the address of the block ids, int32, that the query at a place attends to. A batch has
+            its own table.
         pieces: int64 [most pieces, 3], of each its row, first token and the one behind its last.
         starts: int64 [programs + 1], where the pieces of each program begin.
         first, count: int64 [num_rows + places], which pieces a row has.
@@ -42,7 +43,7 @@ class Visits:
     """
 
     num_rows: int
-    block_table: torch.Tensor
+    tables: torch.Tensor
     pieces: torch.Tensor
     starts: torch.Tensor
     first: torch.Tensor
@@ -56,18 +57,17 @@ class Visits:
         cls,
         num_rows: int,
         places: int,
-        num_blocks: int,
         num_heads: int,
         num_kv_heads: int,
         head_size: int,
         device: torch.device,
     ) -> Visits:
-        """Tables for so many rows and places, with nothing in them, and shards of so many blocks."""
+        """Tables for so many rows and places, with nothing in them."""
         rows, programs = num_rows + places, programs_of(num_kv_heads, device)
         most = rows + programs
         return cls(
             num_rows,
-            block_table=torch.zeros((places, num_blocks), dtype=torch.int32, device=device),
+            tables=torch.zeros(places, dtype=torch.int64, device=device),
             pieces=torch.zeros((most, 3), dtype=torch.int64, device=device),
             starts=torch.zeros(programs + 1, dtype=torch.int64, device=device),
             first=torch.zeros(rows, dtype=torch.int64, device=device),
@@ -116,7 +116,7 @@ def kernel_arguments(kv: KV, visits: Visits, num_heads: int, dtype: torch.dtype)
     return dict(
         keys_ptr=kv.keys, values_ptr=kv.values, q_scale_ptr=q_scale, k_scale_ptr=k_scale, v_scale_ptr=v_scale,
         scale=kv.scale, block_stride=kv.keys.stride(0), token_stride=kv.keys.stride(1), head_stride=kv.keys.stride(2),
-        table_ptr=visits.block_table, table_stride=visits.block_table.stride(0), pieces_ptr=visits.pieces,
+        tables_ptr=visits.tables, pieces_ptr=visits.pieces,
         starts_ptr=visits.starts, outs_ptr=visits.outputs, lses_ptr=visits.lses, num_rows=visits.num_rows,
         KV_HEADS=kv_heads, GROUP=num_heads // kv_heads, ROWS=max(16, triton.next_power_of_2(num_heads // kv_heads)),
         BLOCK=kv.keys.shape[1], HEAD=head_size, WIDE=wide, TYPE=TYPES[dtype], TILE=TILE_ELEMENTS // max(wide, 128),
@@ -175,11 +175,17 @@ def put_piece(  # type: ignore[no-untyped-def]
     tl.store(lses_ptr + first, lse, mask=row < GROUP)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_rows"])
+@triton.jit
+def table_at(tables_ptr, place):  # type: ignore[no-untyped-def]
+    """Where the block ids of a place are."""
+    return tl.load(tables_ptr + place).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def _attend_kernel(  # type: ignore[no-untyped-def]
     query_ptr,
     keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale, block_stride, token_stride, head_stride,
-    table_ptr, table_stride, pieces_ptr, starts_ptr, outs_ptr, lses_ptr, num_rows,
+    tables_ptr, pieces_ptr, starts_ptr, outs_ptr, lses_ptr, num_rows,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
     WIDE: tl.constexpr, TYPE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +194,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         place = tl.load(pieces_ptr + piece * 3) - num_rows
         begin, end = tl.load(pieces_ptr + piece * 3 + 1).to(tl.int32), tl.load(pieces_ptr + piece * 3 + 2).to(tl.int32)
         acc, lse = attend_piece(
-            query_ptr + place * (KV_HEADS * GROUP * HEAD), table_ptr + place * table_stride, begin, end, kv_head,
+            query_ptr + place * (KV_HEADS * GROUP * HEAD), table_at(tables_ptr, place), begin, end, kv_head,
             keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale,
             block_stride, token_stride, head_stride, GROUP, ROWS, BLOCK, HEAD, WIDE, TYPE, TILE, STAGES,
         )  # fmt: skip

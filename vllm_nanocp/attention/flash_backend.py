@@ -32,8 +32,9 @@ from ..exchange.routes import Batch, Route
 from . import flash_pieces
 from .context import ShardedStep, context
 from .decode_pieces import KV, Visits, attend, pack
+from .fixed_tables import CapturedTables
 from .flash_pieces import ShardLaunch
-from .flash_tables import CapturedTables, ShardedRows, exact_tables
+from .flash_tables import ShardedRows, exact_tables
 from .partial_rows import RowLayout, merge_rows, pack_pieces
 
 _layers = itertools.count()
@@ -69,7 +70,7 @@ class NanoCPFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         common = copy(common_attn_metadata)
         if step.capacity:
-            rows, common.seq_lens = self._captured_tables(step, common).fill(step, common)
+            rows, common.seq_lens = self._captured_tables(step).fill(step, common)
         else:
             rows, common.seq_lens = exact_tables(step, common, self.block_size, self._layout, self.num_heads_kv)
         for launch in (*rows.guests, *rows.own):
@@ -82,19 +83,13 @@ class NanoCPFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     def _layout(self) -> RowLayout:
         return RowLayout(self.num_heads_q, self.headdim)
 
-    def _captured_tables(self, step: ShardedStep, common: CommonAttentionMetadata) -> CapturedTables:
-        """Made when the first graph of a capacity is captured."""
-        made: dict[int, CapturedTables] = self.__dict__.setdefault("nanocp_tables", {})
+    def _captured_tables(self, step: ShardedStep) -> CapturedTables:
+        """The worker's; made here where there is none."""
+        made: dict[int, CapturedTables] = self.__dict__.setdefault("nanocp_tables", dict(context.tables))
         if step.capacity not in made:
+            most = self.vllm_config.scheduler_config.max_num_seqs
             made[step.capacity] = CapturedTables(
-                capacity=step.capacity,
-                num_ranks=step.num_ranks,
-                max_tokens=self.vllm_config.scheduler_config.max_num_seqs,
-                max_blocks=min(common.block_table_tensor.shape[1], self.cache_config.num_gpu_blocks or 1 << 31),
-                block_size=self.block_size,
-                layout=self._layout,
-                num_kv_heads=self.num_heads_kv,
-                device=self.device,
+                step.capacity, step.num_ranks, most, self._layout, self.num_heads_kv, self.device
             )
         return made[step.capacity]
 
@@ -142,8 +137,8 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows: ShardedRows | None = getattr(attn_metadata, "sharded", None)
-        if attn_metadata is None and context.reserve:
-            torch.empty(context.reserve, dtype=torch.uint8, device=query.device)
+        if attn_metadata is None and context.reserve is not None:
+            context.reserve()
         args = (layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if rows is None:
             return super().forward(*args)
@@ -162,7 +157,7 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
     def _dispatch(self, query: torch.Tensor, rows: ShardedRows) -> Callable[[], torch.Tensor]:
         """See ``Exchange.dispatch``."""
         assert context.exchange is not None
-        return context.exchange.dispatch(query.index_select(0, rows.send), rows.send_counts, rows.recv_counts)
+        return context.exchange.dispatch(query.index_select(0, rows.send[: rows.exchanged]), rows.send_counts, rows.recv_counts)
 
     @functools.cached_property
     def _number(self) -> int:
@@ -182,17 +177,20 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         do without the others it does first, since in ``combine`` each waits for all."""
         exchange, layout = context.exchange, RowLayout(self.num_heads, self.head_size)
         assert exchange is not None
-        sent = rows.partials[: len(rows.send)]
+        sent, mine = rows.partials[: rows.exchanged], rows.partials[rows.exchanged :]
         if rows.own:
             assert rows.tokens is not None
-            mine = rows.partials[len(sent) :]
             self._attend(layer, query.index_select(0, rows.tokens), kv_cache, rows.own, layout, mine)
         visiting = arrive()
-        answers = layout.empty(len(visiting), output.device)
         if rows.visits is not None:
+            visiting = torch.cat([visiting, query.index_select(0, rows.send[rows.exchanged :])])
+            answers = layout.empty(len(visiting), output.device)
             attend(visiting, self._kv(layer, query, kv_cache), rows.visits, output.dtype)
             pack(answers, layout, rows.visits)
+            mine.copy_(answers[rows.exchanged :])
+            answers = answers[: rows.exchanged]
         else:
+            answers = layout.empty(len(visiting), output.device)
             self._attend(layer, visiting, kv_cache, rows.guests, layout, answers)
         exchange.combine(answers, rows.recv_counts, rows.send_counts, sent)
         if rows.pick is not None:
@@ -258,15 +256,14 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         query = output.to(current_platform.fp8_dtype()) if quantized else output
         routes = next(iter(context.routes.values()), None)
         places = 1 if routes is None else routes.places
-        visits = Visits.empty(1, places, 1, self.num_heads, self.num_kv_heads, self.head_size, device)
+        visits = Visits.empty(1, places, self.num_heads, self.num_kv_heads, self.head_size, device)
         kv = self._kv(layer, query, kv_cache)
         if routes is None:
             attend(query, kv, visits, dtype)
             pack(layout.empty(1, device), layout, visits)
             return
-        none = torch.zeros(places, dtype=torch.int64, device=device)
-        nobody = none[: routes.num_ranks]
+        none = torch.zeros((places, 2), dtype=torch.int64, device=device)
         nowhere = torch.full((1, routes.num_ranks + 1), -1, dtype=torch.int64, device=device)
-        route = Route(none, nobody, nobody, none[:1], nowhere, nowhere[0, :1])
-        batch = Batch(query, output, visits.block_table, visits.done[0])
+        route = Route(none, none[:, 0], none.new_zeros(4), nowhere, nowhere[0, :1])
+        batch = Batch(query, output, visits.done, visits.done[0])
         routes.attend(batch, kv, visits, route, 0)

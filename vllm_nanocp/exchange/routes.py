@@ -3,9 +3,10 @@
 other's memory.
 
 Every rank has a buffer that all ranks can write to. In it, place ``rank * capacity + i`` belongs to the i-th query that
-another rank sends here, or to the i-th result that comes back from one; each place has flags. Which places a step uses
-is in device memory, so that one captured graph serves any route. All of a layer's attention is one kernel, whose
-programs do one of four things:
+another rank sends here, or to the i-th result that comes back from one; place ``num_ranks * capacity + i`` to the i-th
+row of this rank that visits, for what is held here of its last run. Each place has flags. Which places a step uses
+is in device memory, so that one captured graph serves any route, and costs what is used, not what there is room for.
+All of a layer's attention is one kernel, whose programs do one of four things, each for as many places as come to it:
 
 1. send: a query is written to its holder's buffer, then its flag;
 2. attend: to a piece of a row's KV, for a visit once its query is in. Rows of the batch that visit nobody are among
@@ -32,7 +33,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..attention.decode_pieces import KV, Visits, attend_piece, kernel_arguments, put_piece, put_row
+from ..attention.decode_pieces import (
+    KV,
+    Visits,
+    attend_piece,
+    kernel_arguments,
+    programs_of,
+    put_piece,
+    put_row,
+    table_at,
+)
 from ..attention.partial_rows import RowLayout, add_piece
 
 # Layers that a step's epochs have room for.
@@ -44,18 +54,16 @@ class Route:
     """Which places a step uses, in device memory.
 
     Attributes:
-        send: int64 [places], index in the batch of the query that goes to a place; anything for an unused one.
-        sent: int64 [num_ranks], how many places at each rank this one writes to.
-        received: int64 [num_ranks], how many of this rank's places each rank writes to.
-        epoch: int64 [1], that of the step's first layer.
-        pick: int64 [num_results, num_partials], which places make a result; -1 for none.
-        tokens: int64 [num_results], where in the batch a result goes; -1 for nowhere.
+        asks: int64 [places, 2], a place that a query goes to, and the query's index in the batch.
+        answers: int64 [places], places whose queries come here.
+        counts: int64 [4], the epoch of the step's first layer; how many asks, answers and results there are.
+        pick: int64 [most results, num_partials], which places make a result; -1 for none.
+        tokens: int64 [most results], where in the batch a result goes.
     """
 
-    send: torch.Tensor
-    sent: torch.Tensor
-    received: torch.Tensor
-    epoch: torch.Tensor
+    asks: torch.Tensor
+    answers: torch.Tensor
+    counts: torch.Tensor
     pick: torch.Tensor
     tokens: torch.Tensor
 
@@ -81,7 +89,7 @@ class Routes:
     """The buffer and kernels of one capacity.
 
     Args:
-        capacity: places for each pair of ranks.
+        capacity: places for each pair of ranks, and for a rank's own rows.
         num_ranks: N.
         rank: this one.
         layout: of partial results.
@@ -101,8 +109,8 @@ class Routes:
         pointers: torch.Tensor,
     ) -> None:
         self.capacity, self.num_ranks, self.rank, self.layout = capacity, num_ranks, rank, layout
-        self.pointers = pointers
-        self.places = capacity * num_ranks
+        self.pointers = torch.cat([pointers, pointers[rank : rank + 1]])
+        self.places = places_of(capacity, num_ranks)
         parts = _parts(self.places, layout, query_bytes)
         self._queries_at, self._rows_at, self._asked_at, self._answered_at, _ = offsets = _offsets(parts)
         queries, rows, asked, answered = (buffer[a : a + n] for a, n in zip(offsets, parts, strict=False))
@@ -113,7 +121,7 @@ class Routes:
     @staticmethod
     def size(capacity: int, num_ranks: int, layout: RowLayout, query_bytes: int) -> int:
         """Bytes of a buffer."""
-        return _offsets(_parts(capacity * num_ranks, layout, query_bytes))[-1]
+        return _offsets(_parts(places_of(capacity, num_ranks), layout, query_bytes))[-1]
 
     def visiting(self, like: torch.Tensor) -> torch.Tensor:
         """The queries that were sent here: [places, num_heads, head_size].
@@ -138,23 +146,33 @@ class Routes:
         assert query.stride()[1:] == output.stride()[1:] == (layout.head_size, 1)
         words = query.view(torch.int32)
         arguments = kernel_arguments(kv, visits, layout.num_heads, output.dtype)
-        num_results, num_partials = route.pick.shape
+        most_results, num_partials = route.pick.shape
+        # As many as a GPU runs at once: more would only take their turns.
+        most = programs_of(1, query.device)
         attending = (len(visits.starts) - 1) * arguments["KV_HEADS"]
-        _layer_kernel[(self.places + attending + (self.places + num_results) * layout.num_heads,)](
+        sending, answering = min(most, self.places), min(most, self.places * layout.num_heads)
+        collecting = min(most, most_results * layout.num_heads)
+        _layer_kernel[(sending + attending + answering + collecting,)](
             query_ptr=query, words_ptr=words, query_stride=query.stride(0), words_stride=words.stride(0),
             output_ptr=output, output_stride=output.stride(0), seq_lens_ptr=batch.seq_lens,
             batch_table_ptr=batch.block_table, batch_table_stride=batch.block_table.stride(0),
             first_ptr=visits.first, count_ptr=visits.count, done_ptr=visits.done,
-            send_ptr=route.send, sent_ptr=route.sent, received_ptr=route.received, epoch_ptr=route.epoch,
+            asks_ptr=route.asks, answers_ptr=route.answers, counts_ptr=route.counts,
             pick_ptr=route.pick, token_ptr=route.tokens, num_partials=num_partials,
             visiting_ptr=self.visiting(query), rows_ptr=self.rows, asked_ptr=self._asked, answered_ptr=self._answered,
-            pointers_ptr=self.pointers, me=self.rank, layer=layer, capacity=self.capacity, places=self.places,
-            attending=attending, row_size=layout.size, queries_at=self._queries_at, rows_at=self._rows_at,
+            pointers_ptr=self.pointers, me=self.rank, layer=layer, capacity=self.capacity, num_ranks=self.num_ranks,
+            sending=sending, attending=attending, answering=answering, collecting=collecting, row_size=layout.size,
+            queries_at=self._queries_at, rows_at=self._rows_at,
             asked_at=self._asked_at, answered_at=self._answered_at,
             WORDS=words.shape[1] * words.shape[2], BLOCK_WORDS=min(2048, triton.next_power_of_2(words[0].numel())),
             PARTIALS=max(2, triton.next_power_of_2(num_partials)),
             **arguments,
         )  # fmt: skip
+
+
+def places_of(capacity: int, num_ranks: int) -> int:
+    """How many there are: for each rank, and for rows of a rank's own."""
+    return capacity * (num_ranks + 1)
 
 
 def _parts(places: int, layout: RowLayout, query_bytes: int) -> tuple[int, int, int, int]:
@@ -186,19 +204,25 @@ def _signal(flag, epoch):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _place_there(place, me, capacity, num_ranks):  # type: ignore[no-untyped-def]
+    """Where the other end of a place has it: at this rank's number, or among a rank's own."""
+    peer = place // capacity
+    return peer, tl.where(peer < num_ranks, me, num_ranks).to(tl.int64) * capacity + place % capacity
+
+
+@triton.jit
 def _send(  # type: ignore[no-untyped-def]
-    place, epoch, words_ptr, words_stride, send_ptr, sent_ptr, pointers_ptr, me, capacity, queries_at, asked_at,
+    ask, epoch, words_ptr, words_stride, asks_ptr, pointers_ptr, me, capacity, num_ranks, queries_at, asked_at,
     WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
-    peer, slot = place // capacity, place % capacity
-    if slot < tl.load(sent_ptr + peer):
-        base, there = tl.load(pointers_ptr + peer), (me * capacity + slot).to(tl.int64)
-        source = words_ptr + tl.load(send_ptr + place) * words_stride
-        target = (base + queries_at + there * (WORDS * 4)).to(tl.pointer_type(tl.int32))
-        for first in range(0, WORDS, BLOCK_WORDS):
-            at = first + tl.arange(0, BLOCK_WORDS)
-            tl.store(target + at, tl.load(source + at, mask=at < WORDS), mask=at < WORDS)
-        _signal(base + asked_at + there * 8, epoch)
+    peer, there = _place_there(tl.load(asks_ptr + ask * 2), me, capacity, num_ranks)
+    base = tl.load(pointers_ptr + peer)
+    source = words_ptr + tl.load(asks_ptr + ask * 2 + 1) * words_stride
+    target = (base + queries_at + there * (WORDS * 4)).to(tl.pointer_type(tl.int32))
+    for first in range(0, WORDS, BLOCK_WORDS):
+        at = first + tl.arange(0, BLOCK_WORDS)
+        tl.store(target + at, tl.load(source + at, mask=at < WORDS), mask=at < WORDS)
+    _signal(base + asked_at + there * 8, epoch)
 
 
 @triton.jit
@@ -234,24 +258,23 @@ def _put_result(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _answer(  # type: ignore[no-untyped-def]
-    place, head, epoch, outs_ptr, lses_ptr, first_ptr, count_ptr, done_ptr, received_ptr, pointers_ptr,
-    me, capacity, num_rows, row_size, rows_at, answered_at,
+    place, head, epoch, outs_ptr, lses_ptr, first_ptr, count_ptr, done_ptr, pointers_ptr,
+    me, capacity, num_ranks, num_rows, row_size, rows_at, answered_at,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    home, slot = place // capacity, place % capacity
-    if slot < tl.load(received_ptr + home):
-        pieces, first = tl.load(count_ptr + num_rows + place), tl.load(first_ptr + num_rows + place)
-        done = done_ptr + (num_rows + place) * KV_HEADS + head // GROUP
-        while tl.atomic_add(done, 0, sem="acquire", scope="gpu") < pieces:
-            pass
-        heads = KV_HEADS * GROUP
-        base, there = tl.load(pointers_ptr + home), (me * capacity + slot).to(tl.int64)
-        row = (base + rows_at + there * row_size * 4).to(tl.pointer_type(tl.float32))
-        put_row(row, head, heads, outs_ptr, lses_ptr, first, pieces, HEAD, WIDE)
-        _signal(base + answered_at + (there * heads + head) * 8, epoch)
-        # The last of the heads that wait for the same pieces leaves the count as it was.
-        if tl.atomic_add(done, 1, sem="relaxed", scope="gpu") == pieces + GROUP - 1:
-            tl.store(done, 0)
+    home, there = _place_there(place, me, capacity, num_ranks)
+    pieces, first = tl.load(count_ptr + num_rows + place), tl.load(first_ptr + num_rows + place)
+    done = done_ptr + (num_rows + place) * KV_HEADS + head // GROUP
+    while tl.atomic_add(done, 0, sem="acquire", scope="gpu") < pieces:
+        pass
+    heads = KV_HEADS * GROUP
+    base = tl.load(pointers_ptr + home)
+    row = (base + rows_at + there * row_size * 4).to(tl.pointer_type(tl.float32))
+    put_row(row, head, heads, outs_ptr, lses_ptr, first, pieces, HEAD, WIDE)
+    _signal(base + answered_at + (there * heads + head) * 8, epoch)
+    # The last of the heads that wait for the same pieces leaves the count as it was.
+    if tl.atomic_add(done, 1, sem="relaxed", scope="gpu") == pieces + GROUP - 1:
+        tl.store(done, 0)
 
 
 @triton.jit
@@ -260,51 +283,51 @@ def _collect(  # type: ignore[no-untyped-def]
     num_heads, row_size, num_partials, PARTIALS: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     token = tl.load(token_ptr + result)
-    if token >= 0:
-        i, d = tl.arange(0, PARTIALS), tl.arange(0, WIDE)
-        place = tl.load(pick_ptr + result * num_partials + i, mask=i < num_partials, other=-1)
-        used = place >= 0
-        flags = answered_ptr + place * num_heads + head
-        while tl.min(tl.where(used, tl.atomic_add(flags, 0, mask=used, sem="acquire", scope="sys"), epoch), 0) < epoch:
-            pass
-        base = rows_ptr + place * row_size
-        lse = tl.load(base + num_heads * HEAD + head, mask=used, other=float("-inf"))
-        o = tl.load(base[:, None] + head * HEAD + d[None, :], mask=used[:, None] & (d < HEAD)[None, :], other=0.0)
-        most = tl.max(lse, 0)
-        weight = tl.exp(lse - tl.where(most == float("-inf"), 0.0, most))
-        total = tl.sum(weight, 0)
-        acc = tl.sum(tl.where(weight[:, None] > 0, o, 0.0) * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-        to = output_ptr + token * output_stride + head * HEAD + d
-        tl.store(to, acc.to(output_ptr.dtype.element_ty), mask=d < HEAD)
+    i, d = tl.arange(0, PARTIALS), tl.arange(0, WIDE)
+    place = tl.load(pick_ptr + result * num_partials + i, mask=i < num_partials, other=-1)
+    used = place >= 0
+    flags = answered_ptr + place * num_heads + head
+    while tl.min(tl.where(used, tl.atomic_add(flags, 0, mask=used, sem="acquire", scope="sys"), epoch), 0) < epoch:
+        pass
+    base = rows_ptr + place * row_size
+    lse = tl.load(base + num_heads * HEAD + head, mask=used, other=float("-inf"))
+    o = tl.load(base[:, None] + head * HEAD + d[None, :], mask=used[:, None] & (d < HEAD)[None, :], other=0.0)
+    most = tl.max(lse, 0)
+    weight = tl.exp(lse - tl.where(most == float("-inf"), 0.0, most))
+    total = tl.sum(weight, 0)
+    acc = tl.sum(tl.where(weight[:, None] > 0, o, 0.0) * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    to = output_ptr + token * output_stride + head * HEAD + d
+    tl.store(to, acc.to(output_ptr.dtype.element_ty), mask=d < HEAD)
 
 
 @triton.jit(
     do_not_specialize=[
-        "batch_table_stride", "table_stride", "num_rows", "num_partials", "me", "layer", "capacity", "places",
-        "attending", "row_size", "queries_at", "rows_at", "asked_at", "answered_at",
+        "batch_table_stride", "num_rows", "num_partials", "me", "layer", "capacity", "num_ranks", "sending",
+        "attending", "answering", "collecting", "row_size", "queries_at", "rows_at", "asked_at", "answered_at",
     ]
 )  # fmt: skip
 def _layer_kernel(  # type: ignore[no-untyped-def]
     query_ptr, words_ptr, query_stride, words_stride, output_ptr, output_stride, seq_lens_ptr, batch_table_ptr,
-    batch_table_stride, first_ptr, count_ptr, done_ptr, send_ptr, sent_ptr, received_ptr, epoch_ptr, pick_ptr,
-    token_ptr, num_partials, visiting_ptr, rows_ptr, asked_ptr, answered_ptr, pointers_ptr, me, layer, capacity, places,
-    attending, row_size, queries_at, rows_at, asked_at, answered_at,
+    batch_table_stride, first_ptr, count_ptr, done_ptr, asks_ptr, answers_ptr, counts_ptr, pick_ptr,
+    token_ptr, num_partials, visiting_ptr, rows_ptr, asked_ptr, answered_ptr, pointers_ptr, me, layer, capacity,
+    num_ranks, sending, attending, answering, collecting, row_size, queries_at, rows_at, asked_at, answered_at,
     keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale, block_stride, token_stride, head_stride,
-    table_ptr, table_stride, pieces_ptr, starts_ptr, outs_ptr, lses_ptr, num_rows,
+    tables_ptr, pieces_ptr, starts_ptr, outs_ptr, lses_ptr, num_rows,
     WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, PARTIALS: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
     WIDE: tl.constexpr, TYPE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    epoch = tl.load(epoch_ptr) + layer
-    program = tl.program_id(0)
-    behind = program - places - attending
-    if program < places:
-        _send(
-            program, epoch, words_ptr, words_stride, send_ptr, sent_ptr, pointers_ptr, me, capacity, queries_at,
-            asked_at, WORDS, BLOCK_WORDS,
-        )  # fmt: skip
+    epoch = tl.load(counts_ptr) + layer
+    program, heads = tl.program_id(0), KV_HEADS * GROUP
+    behind = program - sending - attending
+    if program < sending:
+        for ask in range(program, tl.load(counts_ptr + 1).to(tl.int32), sending):
+            _send(
+                ask, epoch, words_ptr, words_stride, asks_ptr, pointers_ptr, me, capacity, num_ranks, queries_at,
+                asked_at, WORDS, BLOCK_WORDS,
+            )  # fmt: skip
     elif behind < 0:
-        number, kv_head = (program - places) // KV_HEADS, (program - places) % KV_HEADS
+        number, kv_head = (program - sending) // KV_HEADS, (program - sending) % KV_HEADS
         for piece in range(tl.load(starts_ptr + number), tl.load(starts_ptr + number + 1)):
             row, begin = tl.load(pieces_ptr + piece * 3), tl.load(pieces_ptr + piece * 3 + 1).to(tl.int32)
             end = tl.load(pieces_ptr + piece * 3 + 2).to(tl.int32)
@@ -314,7 +337,7 @@ def _layer_kernel(  # type: ignore[no-untyped-def]
             else:
                 place = row - num_rows
                 _await(asked_ptr + place, epoch)
-                query, table = visiting_ptr + place * (KV_HEADS * GROUP * HEAD), table_ptr + place * table_stride
+                query, table = visiting_ptr + place * (KV_HEADS * GROUP * HEAD), table_at(tables_ptr, place)
             acc, lse = attend_piece(
                 query, table, begin, end, kv_head,
                 keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale,
@@ -334,16 +357,16 @@ def _layer_kernel(  # type: ignore[no-untyped-def]
                         outs_ptr, lses_ptr, output_ptr, output_stride, row, tl.load(first_ptr + row), pieces, kv_head,
                         KV_HEADS, GROUP, ROWS, HEAD, WIDE,
                     )  # fmt: skip
-    else:
-        heads = KV_HEADS * GROUP
-        number, head = behind // heads, behind % heads
-        if number < places:
+    elif behind < answering:
+        for item in range(behind, tl.load(counts_ptr + 2).to(tl.int32) * heads, answering):
             _answer(
-                number, head, epoch, outs_ptr, lses_ptr, first_ptr, count_ptr, done_ptr, received_ptr, pointers_ptr,
-                me, capacity, num_rows, row_size, rows_at, answered_at, KV_HEADS, GROUP, HEAD, WIDE,
+                tl.load(answers_ptr + item // heads), item % heads, epoch, outs_ptr, lses_ptr, first_ptr, count_ptr,
+                done_ptr, pointers_ptr, me, capacity, num_ranks, num_rows, row_size, rows_at, answered_at,
+                KV_HEADS, GROUP, HEAD, WIDE,
             )  # fmt: skip
-        else:
+    else:
+        for item in range(behind - answering, tl.load(counts_ptr + 3).to(tl.int32) * heads, collecting):
             _collect(
-                number - places, head, epoch, rows_ptr, answered_ptr, pick_ptr, token_ptr, output_ptr, output_stride,
-                heads, row_size, num_partials, PARTIALS, HEAD, WIDE,
+                item // heads, item % heads, epoch, rows_ptr, answered_ptr, pick_ptr, token_ptr, output_ptr,
+                output_stride, heads, row_size, num_partials, PARTIALS, HEAD, WIDE,
             )  # fmt: skip

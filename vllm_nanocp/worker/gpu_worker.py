@@ -13,11 +13,13 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from ..attention import flash_pieces
 from ..attention.context import context
-from ..attention.flash_tables import most_memory
+from ..attention.fixed_tables import CapturedTables
+from ..attention.flash_tables import gather_tables, most_memory
 from ..attention.partial_rows import RowLayout, warm_up
 from ..exchange.choose import choose
 from ..exchange.routes import Routes
 from ..exchange.symmetric import allocate, first_problem, reachable
+from .graphs import capacities
 from .worker import OneRank
 
 logger = init_logger("vllm.nanocp.worker")  # vLLM shows what is under its own name
@@ -33,6 +35,8 @@ class NanoCPGPUWorker(OneRank, Worker):
             assert self.device is not None
             flash_pieces.self_check(layout.num_heads, kv_heads, layout.head_size, dtype, self.device)
             warm_up(layout, dtype, self.device)
+            block = torch.zeros(1, dtype=torch.int32, device=self.device)
+            gather_tables([block.data_ptr()], [1], self.device)  # compiled now
             self._choose_exchange(layout, dtype)
 
     def _attention_shape(self) -> tuple[RowLayout, int, torch.dtype]:
@@ -45,7 +49,7 @@ class NanoCPGPUWorker(OneRank, Worker):
     def _choose_exchange(self, layout: RowLayout, dtype: torch.dtype) -> None:
         """Set up the routed exchange if it is wanted and can be had. A collective of the ranks."""
         shapes = {(layer.impl.num_heads, layer.impl.head_size) for layer in self.attention_layers().values()}
-        if not self.nanocp.graph_capacities:
+        if self.nanocp.graph_capacities == ():
             problem = "graph_capacities is empty"
         elif shapes != {(layout.num_heads, layout.head_size)}:
             problem = "attention layers differ in heads or head size"
@@ -54,6 +58,7 @@ class NanoCPGPUWorker(OneRank, Worker):
         if not problem and self.nanocp.exchange != "collective":
             problem = self._make_routes(layout, dtype)
         name, reason = choose(self.nanocp.exchange, problem)
+        context.capacities = capacities(self.vllm_config, routed=bool(context.routes))
         if self.global_rank == 0:
             logger.info("nanocp: exchange %s: %s", name, reason)
 
@@ -66,7 +71,7 @@ class NanoCPGPUWorker(OneRank, Worker):
         if problem:
             return problem
         try:
-            for capacity in self.nanocp.graph_capacities:
+            for capacity in capacities(self.vllm_config, routed=True):
                 size = Routes.size(capacity, ranks, layout, query_bytes)
                 memory = allocate(size, group.device_group, self.device)
                 routes[capacity] = Routes(capacity, ranks, group.rank_in_group, layout, query_bytes, *memory)
@@ -79,12 +84,25 @@ class NanoCPGPUWorker(OneRank, Worker):
 
     def determine_available_memory(self) -> int:
         if self.nanocp.degree_limit > 1:
-            tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
-            context.reserve = most_memory(self.nanocp.ranks, tokens, *self._attention_shape())
+            context.reserve = self._reserve
         try:
             return super().determine_available_memory()
         finally:
-            context.reserve = 0
+            context.reserve = None
+
+    def _reserve(self) -> None:
+        """Take what sharded steps take: for good, tables of fixed size; for a moment, what a layer needs at most."""
+        assert self.device is not None
+        ranks, shape = self.nanocp.ranks, self._attention_shape()
+        layout, kv_heads, _ = shape
+        most = self.vllm_config.scheduler_config
+        for capacity in context.capacities:
+            if capacity not in context.tables:
+                context.tables[capacity] = CapturedTables(
+                    capacity, ranks, most.max_num_seqs, layout, kv_heads, self.device
+                )
+        bytes_ = most_memory(ranks, most.max_num_batched_tokens, *shape)
+        torch.empty(bytes_, dtype=torch.uint8, device=self.device)
 
     def compile_or_warm_up_model(self) -> Any:
         # First, for at its end vLLM begins to report kernels that are compiled, or to refuse them.

@@ -15,6 +15,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager, ModelCudaGraphManager
 
 from .. import config as nanocp_config
+from ..config import most_visits
 from ..attention.context import ShardedStep, context
 
 
@@ -29,19 +30,51 @@ class ShardedDescriptor(BatchExecutionDescriptor):
     capacity: int = 0
 
 
+# A batch is padded to the next size; a size is captured only if it saves more than this part of it.
+SPARED = 0.2
+# Most visits where vLLM has no graphs whose sizes would say.
+_EAGER = 512
+# With the collective exchange a graph exchanges as many rows as its capacity, used or not.
+_COLLECTIVE = (16, 64, 256)
+
+
+def capacities(vllm_config: Any, routed: bool) -> tuple[int, ...]:
+    """For how many visits between any two ranks there are tables and graphs, ascending: if not set, enough for a batch
+    of vLLM's largest graph of which every request visits all other ranks.
+
+    Args:
+        vllm_config: finished.
+        routed: whether a step costs what it exchanges, so that there need be only one.
+    """
+    config = nanocp_config.of(vllm_config)
+    if config.graph_capacities is not None:
+        return config.graph_capacities
+    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [_EAGER]
+    most = min(vllm_config.scheduler_config.max_num_seqs, max(sizes), most_visits(config.ranks))
+    return (most,) if routed else (*(c for c in _COLLECTIVE if c < most), most)
+
+
 def sharded_sizes(sizes: Iterable[int], capacities: Sequence[int]) -> list[tuple[int, int]]:
-    """Which (tokens, capacity) are captured: powers of two and the largest, with capacities worth it for a size.
+    """Which (tokens, capacity) are captured: of vLLM's sizes those that spare a batch much padding, with capacities
+    worth it for a size.
 
     A batch of T tokens has at most T rows that visit, so a capacity above T serves only the visits of larger batches on
-    other ranks; the smallest capacity is there for every size.
+    other ranks; the smallest capacity that is enough for T is there, and all below it.
 
     Args:
         sizes: tokens of vLLM's own decode graphs.
         capacities: ascending.
     """
-    known = set(sizes)
-    chosen = [size for size in sorted(known) if size & (size - 1) == 0 or size == max(known)]
-    return [(size, c) for size in chosen for c in capacities if c <= max(size, min(capacities))]
+    chosen: list[int] = []
+    for size in sorted(set(sizes), reverse=True):
+        if not chosen or size <= chosen[-1] * (1 - SPARED):
+            chosen.append(size)
+    return [
+        (size, c)
+        for size in sorted(chosen)
+        for i, c in enumerate(capacities)
+        if i == 0 or capacities[i - 1] < size
+    ]
 
 
 class ShardedCapture(CudaGraphManager):
@@ -59,7 +92,7 @@ class ShardedCapture(CudaGraphManager):
             ShardedDescriptor(
                 cg_mode=CUDAGraphMode.FULL, num_tokens=size, num_reqs=size, uniform_token_count=1, capacity=capacity
             )
-            for size, capacity in sharded_sizes(decode, config.graph_capacities)
+            for size, capacity in sharded_sizes(decode, context.capacities)
         ]
         # From large to small, so that the smaller ones find their memory in the pool; behind all of vLLM's, which takes
         # the first two for samples when it foresees the memory of all.

@@ -32,7 +32,7 @@ class ShardTable:
         A shard may be opened and closed by one plan: when its request found it cached and was preempted at once.
         """
         for shard, blocks in plan.opened.get(self.rank, ()):
-            self._blocks[shard] = async_tensor_h2d(blocks, self.device, torch.int64)
+            self._blocks[shard] = async_tensor_h2d(blocks, self.device, torch.int32)
         for shard in plan.closed:
             self._blocks.pop(shard, None)
 

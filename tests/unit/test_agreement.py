@@ -18,9 +18,10 @@ from vllm.v1.worker.gpu import cudagraph_utils, dp_utils
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
 from vllm_nanocp.attention.context import ShardedStep, context
+from vllm_nanocp.config import MAX_PLACES
 from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
 from vllm_nanocp.worker.agreement import agree, capacity_of
-from vllm_nanocp.worker.graphs import NanoCPCudaGraphManager, ShardedDescriptor, sharded_sizes
+from vllm_nanocp.worker.graphs import NanoCPCudaGraphManager, ShardedDescriptor, capacities, sharded_sizes
 from vllm_nanocp.worker.runner import V1Runner, V2Runner
 
 SIZES = [1, 2, 4, 8, 16, 24, 32]
@@ -29,7 +30,8 @@ SIZES = [1, 2, 4, 8, 16, 24, 32]
 def make_manager(monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, degree: int = 2) -> NanoCPCudaGraphManager:
     """With graphs 'captured' for all it would capture."""
     monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: SimpleNamespace(is_first_rank=1, is_last_rank=1))
-    nanocp = {"ranks": 2, "max_degree": degree, "graph_capacities": [2, 8]}
+    nanocp = {"ranks": 2, "max_degree": degree}
+    monkeypatch.setattr(context, "capacities", (2, 8))
     config: Any = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=24),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=SIZES, max_cudagraph_capture_size=32),
@@ -54,11 +56,46 @@ MODES = [CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL_DECODE_
 
 
 def test_sizes() -> None:
-    assert sharded_sizes([1, 2, 4, 8, 16, 24], [4, 16]) == [
-        (1, 4), (2, 4), (4, 4), (8, 4), (16, 4), (16, 16), (24, 4), (24, 16)
+    """The largest, and of the others those that spare a fifth of the next; of capacities, none above what is enough."""
+    assert sharded_sizes([1, 2, 4, 8, 16, 24, 28, 32], [4, 16]) == [
+        (1, 4), (2, 4), (4, 4), (8, 4), (8, 16), (16, 4), (16, 16), (24, 4), (24, 16), (32, 4), (32, 16)
     ]  # fmt: skip
     assert sharded_sizes([8], []) == sharded_sizes([], [4]) == []
     assert sharded_sizes([1, 2], [8, 16]) == [(1, 8), (2, 8)]
+
+
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize(("seqs", "largest"), [(256, 512), (1024, 512), (7, 8), (1024, None)])
+def test_no_number_of_sharded_rows_leaves_the_graphs(routed: bool, seqs: int, largest: int | None) -> None:
+    """Unless capacities are set: every batch that vLLM has a graph for has one with room for all its visits."""
+    sizes = [] if largest is None else sorted({1, 2, 4, *range(8, largest + 1, 8)})
+    config: Any = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=seqs),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=sizes),
+        additional_config={"nanocp": {"ranks": 4}},
+    )
+    found = capacities(config, routed)
+    assert found == tuple(sorted(set(found))) and (len(found) == 1 or not routed)
+    pairs = sharded_sizes(sizes, found)
+    for rows in range(1, min(seqs, max(sizes, default=0)) + 1):
+        fitting = [(size, c) for size, c in pairs if size >= rows and c >= rows]
+        vllms = min(size for size in sizes if size >= rows)
+        assert fitting and min(fitting)[0] <= max(1.25 * vllms, vllms), rows
+    config.additional_config = {"nanocp": {"ranks": 4, "graph_capacities": [3, 9]}}
+    assert capacities(config, routed) == (3, 9)
+    config.additional_config = {"nanocp": {"ranks": 4, "graph_capacities": []}}
+    assert capacities(config, routed) == ()
+
+
+@pytest.mark.parametrize("ranks", [2, 100, MAX_PLACES])
+def test_there_are_places_for_the_capacity(ranks: int) -> None:
+    config: Any = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=1024),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=[1024]),
+        additional_config={"nanocp": {"ranks": ranks}},
+    )
+    (most,) = capacities(config, True)
+    assert 1 <= most <= 1024 and (most == 1 or most * (ranks + 1) <= MAX_PLACES)
 
 
 def test_what_is_captured(managers: dict[CUDAGraphMode, NanoCPCudaGraphManager]) -> None:

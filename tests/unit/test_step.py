@@ -146,7 +146,7 @@ def test_the_batch_row_is_asked_for_late() -> None:
 def test_a_table_follows_the_plans() -> None:
     table = ShardTable(1, CPU)
     table.update(StepPlan(opened={0: [("elsewhere", [9])], 1: [("a", [4, 2]), ("b", [7])]}))
-    assert len(table) == 2 and table["a"].tolist() == [4, 2] and table["a"].dtype == torch.int64
+    assert len(table) == 2 and table["a"].tolist() == [4, 2] and table["a"].dtype == torch.int32
     table.update(StepPlan())
     assert len(table) == 2, "shards stay until they are closed"
     table.update(StepPlan(closed=["a", "elsewhere"], opened={1: [("c", [4])]}))

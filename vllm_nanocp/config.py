@@ -36,8 +36,9 @@ class NanoCPConfig:
         moves: whether decoding requests change their home, to even out the ranks' loads and where a rank's blocks run
             out, and when: fields of ``placement.moves.MoveConfig``. Only with ``balanced`` and more than one rank a
             request. None: on where they were verified, which ``engine_config.make`` knows.
-        parallel_prefill: whether the ranks of a long prompt take its chunks in turn and compute as many in one step.
-            None: on where it was verified, as for ``moves``.
+        parallel_prefill: whether the ranks of a long prompt take its chunks in turn and compute as many in one step;
+            ``{"chunk_tokens": n}``: and how many tokens such a chunk has at most (half of ``max_num_batched_tokens``
+            otherwise). None: on where it was verified, as for ``moves``.
         exchange: how queries and partial results travel: ``collective`` over torch.distributed; ``routed``, GPUs write
             into each other's memory. ``auto`` takes the best one that was verified.
         graph_capacities: CUDA graphs of sharded decode steps are captured for so many visits between any two ranks,
@@ -52,7 +53,7 @@ class NanoCPConfig:
     max_degree: int | None = None
     placement: str = "balanced"
     moves: bool | dict[str, Any] | None = None
-    parallel_prefill: bool | None = None
+    parallel_prefill: bool | dict[str, int] | None = None
     exchange: str = "auto"
     graph_capacities: tuple[int, ...] | None = None
     decode_bench: bool = False
@@ -68,6 +69,11 @@ class NanoCPConfig:
         if self.moves is False:
             return None
         return MoveConfig(max_degree=self.degree_limit, **(self.moves if isinstance(self.moves, dict) else {}))
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Most tokens of a chunk of a prompt that its ranks compute together, if set."""
+        return self.parallel_prefill["chunk_tokens"] if isinstance(self.parallel_prefill, dict) else None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able mapping that ``parse`` accepts again."""
@@ -131,12 +137,7 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
     if values["moves"] is not False and fixed is not None:
         raise NanoCPConfigError(f"nanocp: moves: homes cannot move with {fixed} {_FIXED_HOMES[fixed]!r}; leave it out")
     if raw.get("parallel_prefill") is not None:
-        if not isinstance(raw["parallel_prefill"], bool):
-            raise NanoCPConfigError(
-                f"nanocp: parallel_prefill must be true or false, got {raw['parallel_prefill']!r}; leave it out for "
-                "the default"
-            )
-        values["parallel_prefill"] = raw["parallel_prefill"]
+        values["parallel_prefill"] = _parallel_prefill(raw["parallel_prefill"])
     if raw.get("graph_capacities") is not None:
         values["graph_capacities"] = _capacities(raw["graph_capacities"], ranks)
     if values.get("exchange") == "routed" and values.get("graph_capacities") == ():
@@ -163,6 +164,17 @@ def _moves(value: Any) -> bool | dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise NanoCPConfigError(f"nanocp: moves: {error}; leave it out") from error
     return dict(value)
+
+
+def _parallel_prefill(value: Any) -> bool | dict[str, int]:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, Mapping) or list(value) != ["chunk_tokens"]:
+        raise NanoCPConfigError(
+            f'nanocp: parallel_prefill must be true, false or {{"chunk_tokens": 4096}}, got {value!r}; leave it out for '
+            "the default"
+        )
+    return {"chunk_tokens": _integer(value, "chunk_tokens", 1, "4096")}
 
 
 def most_visits(ranks: int) -> int:

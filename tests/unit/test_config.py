@@ -239,11 +239,14 @@ def test_moves() -> None:
 
 def test_parallel_prefill() -> None:
     assert parse({}, 2).parallel_prefill is None and parse({"parallel_prefill": None}, 2).parallel_prefill is None
-    for value in (True, False):
+    for value in (True, False, {"chunk_tokens": 512}):
         config = parse({"parallel_prefill": value}, 2)
-        assert config.parallel_prefill is value and parse(config.to_dict(), 1) == config
-    for wrong in (1, "yes", {}):
-        with pytest.raises(NanoCPConfigError, match="nanocp: parallel_prefill must be true or false"):
+        assert config.parallel_prefill == value and parse(config.to_dict(), 1) == config
+        assert config.chunk_tokens == (512 if isinstance(value, dict) else None)
+    with pytest.raises(NanoCPConfigError, match="nanocp: chunk_tokens must be an integer of at least 1"):
+        parse({"parallel_prefill": {"chunk_tokens": 0}}, 2)
+    for wrong in (1, "yes", {}, {"tokens": 3}, {"chunk_tokens": 3, "x": 1}):
+        with pytest.raises(NanoCPConfigError, match="nanocp: parallel_prefill must be true, false or"):
             parse({"parallel_prefill": wrong}, 2)
 
 

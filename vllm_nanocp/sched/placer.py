@@ -20,9 +20,19 @@ from .sharded import can_shard
 KV_WEIGHT = 0.8
 
 
-def stripe_blocks(config: SchedulerConfig, block_size: int) -> int:
-    """Blocks of a prompt that a rank computes in one step, beside as many decoding requests as there may be."""
-    tokens = max(config.max_num_batched_tokens - config.max_num_seqs, config.max_num_batched_tokens // 2)
+def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | None) -> int:
+    """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs.
+
+    Half of what a step may have, if not set: decoding requests fit beside it, and the step, in which all ranks exchange
+    their chunks' queries, takes no longer than one of a whole chunk by itself.
+
+    Args:
+        config: vLLM's.
+        block_size: tokens a block holds.
+        chunk_tokens: most tokens of a chunk, if set.
+    """
+    most = max(config.max_num_batched_tokens - config.max_num_seqs, config.max_num_batched_tokens // 2)
+    tokens = min(most, chunk_tokens or config.max_num_batched_tokens // 2)
     if config.long_prefill_token_threshold > 0:
         tokens = min(tokens, config.long_prefill_token_threshold)
     return max(1, tokens // block_size)

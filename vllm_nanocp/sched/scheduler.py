@@ -108,7 +108,9 @@ class NanoCPScheduler(SchedulerInterface):
             vllm_config.model_config.max_model_len,
             one_group,
             self.mover.loads,
-            stripe_blocks(vllm_config.scheduler_config, block_size) if self.config.parallel_prefill else None,
+            stripe_blocks(vllm_config.scheduler_config, block_size, self.config.chunk_tokens)
+            if self.config.parallel_prefill
+            else None,
         )
         policy = SchedulingPolicy(vllm_config.scheduler_config.policy)
         self.by_priority = policy == SchedulingPolicy.PRIORITY
@@ -259,7 +261,7 @@ class NanoCPScheduler(SchedulerInterface):
         self._admit()
         now = time.monotonic()
         scheduled: dict[int, SchedulerOutput] = {}
-        together = self.config.parallel_prefill
+        together = bool(self.config.parallel_prefill)
         for index in self.members.order() if together else range(len(self.ranks)):
             if self._preempted:  # there is room now, for what the next rank would preempt
                 self.mover.spill(index)

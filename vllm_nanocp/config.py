@@ -171,8 +171,8 @@ def _parallel_prefill(value: Any) -> bool | dict[str, int]:
         return value
     if not isinstance(value, Mapping) or list(value) != ["chunk_tokens"]:
         raise NanoCPConfigError(
-            f'nanocp: parallel_prefill must be true, false or {{"chunk_tokens": 4096}}, got {value!r}; leave it out for '
-            "the default"
+            f'nanocp: parallel_prefill must be true, false or {{"chunk_tokens": 4096}}, got {value!r}; leave it out '
+            "for the default"
         )
     return {"chunk_tokens": _integer(value, "chunk_tokens", 1, "4096")}
 

@@ -229,7 +229,7 @@ def test_busiest_pair() -> None:
     assert StepPlan(rows=[row(0, 1), row(0, 2), row(0, 2), row(1, 0)]).most_visits(3) == 3  # of three rows at 0
     assert StepPlan(rows=[row(0, 1, 1), row(2, 1)]).most_visits(3) == 2
     assert StepPlan(rows=[row(0, 1), row(0, 1, queries=2)]).most_visits(3) is None
-    assert StepPlan(rows=[row(0, 1, 2, 0)]).most_visits(3) == 1  # one for each rank; its own part has a place of its own
+    assert StepPlan(rows=[row(0, 1, 2, 0)]).most_visits(3) == 1  # the own part has a place of its own
     assert StepPlan(rows=[row(0, 1, 2, 0, 1)]).most_visits(3) is None
 
 

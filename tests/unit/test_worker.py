@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from tests.unit.attention_steps import Shape
 from tests.unit.flash_steps import make_impl
+from vllm_nanocp.attention.context import context
 from vllm_nanocp.plan import IDLE, Batch, StepPlan
 from vllm_nanocp.sched.output import NanoCPSchedulerOutput, generators_in, merge
 from vllm_nanocp.worker.gpu_worker import NanoCPGPUWorker
@@ -89,19 +90,24 @@ def test_kernels_are_warmed_up_before_vllm_watches_for_compilation(monkeypatch: 
 
 
 def test_memory_of_a_sharded_step_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While vLLM measures, every layer of its dummy step takes it for a moment; afterwards, none."""
+    """While vLLM measures, every layer of its dummy step takes it for a moment; afterwards, none. Tables of fixed size
+    are made once, and stay."""
     worker: Any = object.__new__(NanoCPGPUWorker)
     heads = dict(get_head_size=lambda: 128, get_num_attention_heads=lambda _: 32, get_num_kv_heads=lambda _: 4)
     model = SimpleNamespace(dtype=torch.bfloat16, **heads)
-    scheduler = SimpleNamespace(max_num_batched_tokens=8192)
+    scheduler = SimpleNamespace(max_num_batched_tokens=8192, max_num_seqs=4)
+    monkeypatch.setattr(context, "capacities", (3,))
+    monkeypatch.setattr(context, "tables", {})
     worker.vllm_config = SimpleNamespace(model_config=model, scheduler_config=scheduler)
     worker.nanocp = SimpleNamespace(degree_limit=2, ranks=2)
-    worker.parallel_config = None
+    worker.parallel_config, worker.device = None, torch.device("cpu")
     impl, output = make_impl(Shape(32, 4, 128, torch.bfloat16, 16)), torch.ones((4, 32, 128))
     taken: list[int] = []
     empty = torch.empty
 
     def counted(size: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not isinstance(size, int):  # tables
+            return empty(size, *args, **kwargs)
         taken.append(size)
         return empty(0)
 
@@ -122,7 +128,9 @@ def test_memory_of_a_sharded_step_is_set_aside(monkeypatch: pytest.MonkeyPatch) 
     # A copy of each query that goes, comes or stays, its float32 result; pieces of 8,192 queries and their rounded sum.
     row, query = 4 * 32 * 129, 2 * 32 * 128
     assert taken == [3 * 8192 * (row + query) + 8192 * (2 * row + query)]
+    tables = dict(context.tables)
+    assert list(tables) == [3] and tables[3].max_tokens == 4 and tables[3].num_ranks == 2
     with pytest.raises(RuntimeError):
         worker.determine_available_memory()
     dummy_step()
-    assert len(taken) == 2
+    assert len(taken) == 2 and context.tables == tables

@@ -60,7 +60,7 @@ class CapturedTables:
     """Tables at fixed addresses for steps with at most ``capacity`` visits between any two ranks, one query each.
 
     Place ``rank * capacity + i`` holds the i-th query to, or from, a rank; ``num_ranks * capacity + i`` the i-th row of
-    this rank that visits, over what is held here of its last run. So one launch serves the guests and the rank's own rows.
+    this rank that visits, over what is held here of its last run. So one launch serves guests and the rank's own rows.
 
     Args:
         capacity: queries a pair of ranks exchanges at most, and rows of a rank that visit.
@@ -150,8 +150,8 @@ class CapturedTables:
         Args:
             step, common: see ``fill``.
             at: to write to; zeros.
-            lengths: [max_tokens + places], KV tokens that rows and places attend to; to write to. Rows that visit attend
-                at their places only.
+            lengths: [max_tokens + places], KV tokens that rows and places attend to; to write to. Rows that visit
+                attend at their places only.
         """
         rows = np.array([own.batch_row() for own in step.own], dtype=np.int64)
         mine, here = len(rows), self.capacity * self.num_ranks + np.arange(len(rows))

@@ -157,7 +157,8 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
     def _dispatch(self, query: torch.Tensor, rows: ShardedRows) -> Callable[[], torch.Tensor]:
         """See ``Exchange.dispatch``."""
         assert context.exchange is not None
-        return context.exchange.dispatch(query.index_select(0, rows.send[: rows.exchanged]), rows.send_counts, rows.recv_counts)
+        queries = query.index_select(0, rows.send[: rows.exchanged])
+        return context.exchange.dispatch(queries, rows.send_counts, rows.recv_counts)
 
     @functools.cached_property
     def _number(self) -> int:

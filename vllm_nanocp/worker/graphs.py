@@ -15,8 +15,8 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager, ModelCudaGraphManager
 
 from .. import config as nanocp_config
-from ..config import most_visits
 from ..attention.context import ShardedStep, context
+from ..config import most_visits
 
 
 @dataclass(frozen=True)

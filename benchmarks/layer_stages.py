@@ -144,7 +144,7 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
     impl, layer = it.impl, it.layer
     context.exchange = exchange = CollectiveExchange(dist.group.WORLD)
     stock, stock_long = it.builder().build(0, it.batch(0, 0)), it.builder().build(0, it.batch(1, it.long))
-    context.step = it.sharded_step()
+    step = context.step = it.sharded_step()  # kept: tables have the addresses of its block ids
     batch = it.batch(it.rows, it.held)
     sharded = it.builder().build(0, batch)
     context.step = None
@@ -179,6 +179,7 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
     found["pieces"] = int(rows.visits.count.max())
     if args.routed:
         found |= measure_routed(it, batch, forward)
+    del step
     return found
 
 
@@ -188,7 +189,8 @@ def measure_routed(it: Layer, batch: Any, forward: Callable[..., Any]) -> dict[s
     from vllm_nanocp.exchange.routes import MAX_LAYERS
 
     routes = it.steps.make_routes(it.shape, it.args.ranks, it.rank, it.capacity, None)
-    context.step, context.routes = it.sharded_step(), {it.capacity: routes}
+    step = it.sharded_step()
+    context.step, context.routes = step, {it.capacity: routes}
     sharded = it.builder().build(0, batch)
     context.step, context.routes = None, {}
     _, route = sharded.sharded.routed
@@ -200,7 +202,9 @@ def measure_routed(it: Layer, batch: Any, forward: Callable[..., Any]) -> dict[s
         it.impl.__dict__["_number"] = i
         whole(i)
 
-    return {"routed": graph_us(routed)}
+    found = {"routed": graph_us(routed)}
+    del step
+    return found
 
 
 def worker(rank: int, args: argparse.Namespace) -> None:

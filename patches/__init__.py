@@ -40,6 +40,7 @@ PATCHES = (
     Patch("cpu_moe_opaque", platform="cpu"),
     Patch("cpu_seeded_chunks", platform="cpu"),
     Patch("cpu_shm_names", platform="cpu"),
+    Patch("cpu_cache_dtype", platform="cpu"),
 )
 # For executors whose workers are Ray actors, and for these before vLLM's worker is built.
 RAY_PATCHES = (

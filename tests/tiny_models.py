@@ -122,6 +122,46 @@ def make_mixtral(path: str | Path, *, seed: int = 0, dtype: str = "float32", **s
     return _write(Path(path), config, weights, dtype)
 
 
+def make_granite_moe(
+    path: str | Path, *, sinks: bool = False, seed: int = 0, dtype: str = "float32", **shape: int
+) -> Path:
+    """Write a random GraniteMoE checkpoint with its tokenizer into the folder `path`.
+
+    `sinks`: whether each head has an attention sink, that takes as much weight as the best of about 1,000 keys.
+    Other arguments, result and errors as of `make_qwen3_moe`.
+    """
+    sizes = TinyShape(**shape)
+    weights = _attention_weights(sizes, torch.Generator().manual_seed(seed), qk_norm=False)
+    for layer in range(sizes.num_layers):
+        prefix = f"model.layers.{layer}"
+        one = _expert_weights(
+            sizes,
+            torch.Generator().manual_seed(seed * 1000 + layer + 1),
+            gate="gate",
+            expert="{}.{}",
+            names=("w1", "w3", "w2"),
+        )
+        moe = f"{prefix}.block_sparse_moe"
+        first = [torch.cat([one[f"{i}.w1"], one[f"{i}.w3"]]) for i in range(sizes.num_experts)]
+        weights[f"{moe}.router.layer.weight"] = one["gate"]
+        weights[f"{moe}.input_linear.weight"] = torch.stack(first)
+        weights[f"{moe}.output_linear.weight"] = torch.stack([one[f"{i}.w2"] for i in range(sizes.num_experts)])
+        if sinks:
+            weights[f"{prefix}.self_attn.sinks"] = torch.full((sizes.num_heads,), 3 * _SCORE_STD)
+    config = _common_config(sizes, dtype) | {
+        "architectures": ["GraniteMoeForCausalLM"],
+        "model_type": "granitemoe",
+        "num_local_experts": sizes.num_experts,
+        "intermediate_size": sizes.moe_intermediate_size,
+        "attention_sinks": sinks,
+        "attention_multiplier": sizes.head_dim**-0.5,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+    }
+    return _write(Path(path), config, weights, dtype)
+
+
 def _common_config(sizes: TinyShape, dtype: str) -> dict[str, Any]:
     return {
         "vocab_size": sizes.vocab_size,

@@ -19,7 +19,7 @@ EXECUTORS = {
 }
 CPU_WORKER = "vllm_nanocp.worker.cpu_worker.NanoCPCPUWorker"
 GPU_WORKER = "vllm_nanocp.worker.gpu_worker.NanoCPGPUWorker"
-CPU_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+CPU_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 CUDA_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 
 
@@ -169,7 +169,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
         refuse(
             f"--kv-cache-dtype {cache_dtype} with max_degree above 1",
             "the attention path here cannot read it",
-            "leave it out" + (", or use fp8" if cuda else ""),
+            "leave it out, or use fp8",
         )
     if envs.VLLM_BATCH_INVARIANT:
         refuse(

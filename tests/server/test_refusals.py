@@ -246,7 +246,7 @@ def fake_config(text: dict[str, Any] | None = None, cache_dtype: str = "auto", *
         (fake_config({"attention_chunk_size": 8192}), "sliding-window"),
         (fake_config({"attn_logit_softcapping": 30.0}), "softcapped"),
         (fake_config({"alibi": True}), "ALiBi"),
-        *((fake_config(cache_dtype=name), f"--kv-cache-dtype {name}") for name in ("fp8", "fp8_e4m3", "fp8_e5m2")),
+        (fake_config(cache_dtype="int8_per_token_head"), "--kv-cache-dtype int8_per_token_head"),
     ],
 )
 def test_models_that_cannot_be_sharded(config: Any, part: str) -> None:
@@ -256,13 +256,14 @@ def test_models_that_cannot_be_sharded(config: Any, part: str) -> None:
     check_model(config, NanoCPConfig(ranks=2, max_degree=1))
 
 
-def test_caches_that_gpus_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.platforms import current_platform
 
-    for name in ("fp8", "fp8_e4m3"):
-        with pytest.raises(NanoCPConfigError) as caught:
-            check_model(fake_config(cache_dtype=name), NanoCPConfig(ranks=2))
-        assert str(caught.value).endswith("; leave it out"), "nothing that CPUs cannot read is proposed there"
+    for name in ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"):
+        check_model(fake_config(cache_dtype=name), NanoCPConfig(ranks=2))
+    with pytest.raises(NanoCPConfigError) as caught:
+        check_model(fake_config(cache_dtype="nvfp4"), NanoCPConfig(ranks=2))
+    assert_one_line(str(caught.value), "--kv-cache-dtype nvfp4", "or use fp8")
     monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
     for name in ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"):
         check_model(fake_config(cache_dtype=name), NanoCPConfig(ranks=2))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 
 from vllm_nanocp.attention.context import context
@@ -45,6 +46,17 @@ class Shape:
     dtype: torch.dtype = torch.float32
     block_size: int = 32
     isa: str = "vec"
+    cache_dtype: str = "auto"
+
+    @property
+    def cache_scales(self) -> tuple[float, float]:
+        """Keys and values are divided by these before a float8 cache keeps them."""
+        return (0.02, 0.03) if self.cache_dtype.startswith("fp8") else (1.0, 1.0)
+
+    @property
+    def cache_type(self) -> torch.dtype:
+        """As vLLM allocates it."""
+        return self.dtype if self.cache_dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[self.cache_dtype]
 
     @property
     def scale(self) -> float:
@@ -206,9 +218,10 @@ def make_builder(shape: Shape) -> NanoCPCPUAttentionMetadataBuilder:
         "num_heads": shape.num_heads,
         "num_kv_heads": shape.num_kv_heads,
         "head_dim": shape.head_size,
-        "dtype": shape.dtype,
+        # With patches/cpu_cache_dtype.py, a narrower cache's.
+        "dtype": shape.dtype if shape.dtype.itemsize == 2 or shape.cache_type == torch.uint8 else shape.cache_type,
         "window_size": -1,
-        "kv_cache_dtype": "auto",
+        "kv_cache_dtype": shape.cache_dtype,
         "is_cross_attention": False,
         "is_encoder_only_attention": False,
     }
@@ -229,8 +242,8 @@ def make_impl(shape: Shape) -> NanoCPCPUAttentionImpl:
         "alibi_slopes": None,
         "sliding_window": -1,
         "logits_soft_cap": 0,
-        "kv_cache_dtype": "auto",
-        "is_fp8_kv_cache": False,
+        "kv_cache_dtype": shape.cache_dtype,
+        "is_fp8_kv_cache": shape.cache_dtype.startswith("fp8"),
         "attn_type": AttentionType.DECODER,
         "kv_sharing_target_layer_name": None,
         "sinks": None,
@@ -243,13 +256,29 @@ def make_impl(shape: Shape) -> NanoCPCPUAttentionImpl:
 
 def make_layer(shape: Shape) -> Any:
     """What the implementation reads of vLLM's attention layer."""
-    return SimpleNamespace(isa=shape.isa, _k_scale_float=1.0, _v_scale_float=1.0)
+    keys, values = shape.cache_scales
+    return SimpleNamespace(isa=shape.isa, _k_scale_float=keys, _v_scale_float=values)
 
 
 def empty_cache(shape: Shape, num_blocks: int) -> torch.Tensor:
     """A cache of NaN: whatever is read of it without having been written shows."""
     size = (num_blocks, shape.num_kv_heads, shape.block_size, 2 * shape.head_size)
-    return torch.full(size, float("nan"), dtype=shape.dtype)
+    if shape.cache_type == torch.uint8:
+        return torch.full(size, 0x7F, dtype=torch.uint8)  # NaN in both kinds of float8
+    return torch.full(size, float("nan"), dtype=shape.cache_type)
+
+
+def kept(shape: Shape, numbers: torch.Tensor, scale: float) -> torch.Tensor:
+    """What a cache keeps of keys or values: of float8 the next number towards zero, as vLLM's CPU kernel rounds."""
+    if shape.cache_type != torch.uint8:
+        narrower = shape.cache_type.itemsize < shape.dtype.itemsize
+        return numbers.to(shape.cache_type).to(shape.dtype) if narrower else numbers
+    kind = torch.float8_e5m2 if shape.cache_dtype == "fp8_e5m2" else torch.float8_e4m3fn
+    table = torch.arange(128, dtype=torch.uint8).view(kind).float()
+    table = table[table.isfinite()]
+    size = (numbers.float() * (1 / torch.tensor(scale, dtype=torch.float32))).abs().clamp(max=table[-1])
+    at = torch.searchsorted(table, size.contiguous(), right=True) - 1
+    return (table[at].copysign(numbers.float()) * scale).to(torch.float64)
 
 
 def slots(shape: Shape, shard: Shard, first: int, end: int) -> torch.Tensor:
@@ -433,7 +462,7 @@ class RankSimulation:
             if row.shard == 0:
                 # vLLM's kernel reads a last block to its end and weighs what is past the length with zero, which a
                 # NaN survives.
-                cache[list(scenario.shards[row.request][0].blocks)] = 1000.0
+                cache[list(scenario.shards[row.request][0].blocks)] = 100 if cache.dtype == torch.uint8 else 1000.0
         self._past(impl, cache, number)
         whole = [scenario.qkv(row.request, number) for row in self.rows]
         parts = [
@@ -460,6 +489,7 @@ class RankSimulation:
         at = 0
         for row, (queries, keys, values) in zip(self.rows, whole, strict=True):
             end = row.first + row.num_queries
+            keys, values = (kept(shape, x, s) for x, s in zip((keys, values), shape.cache_scales, strict=True))
             expected = full_attention(queries[row.first : end], keys[:end], values[:end], row.first, shape.scale)
             error = (output[at : at + row.num_queries].double() - expected).abs()
             if self.kernel.stock is not None and row.shard:

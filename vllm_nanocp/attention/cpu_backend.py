@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -16,8 +17,9 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from ..engine_config import refuse
 from .context import ShardedStep, context
-from .cpu_partial import attend_causal, attend_shard
+from .cpu_partial import as_stored, attend_causal, attend_shard, gather_shard
 from .merge import merge_partials
 
 
@@ -88,6 +90,12 @@ class NanoCPCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             # written, for the writer and the reader alike.
             self.isa = "vec"
             self._set_isa_to_layers(self.layer_names)
+        if is_quantized_kv_cache(self.kv_cache_dtype) and self.isa != "vec":
+            refuse(
+                f"--kv-cache-dtype {self.kv_cache_dtype} with blocks of {self.block_size} tokens",
+                "vLLM's kernel for it takes multiples of 32",
+                "use --block-size 32 or a multiple, or leave --kv-cache-dtype out",
+            )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -177,20 +185,24 @@ class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
         # What needs no other rank comes first: in ``combine`` each waits for all.
         if rows.plain is not None:
             self._plain(layer, query, key, value, kv_cache, rows, output)
-        held = [self._held(row, query, key, value, kv_cache) for row in rows.local]
-        answers = self._serve(rows, arrive(), kv_cache)
+        # A quantized cache holds keys and values divided by these. Scores are linear in keys, results in values.
+        scale, value_scale = self.scale * layer._k_scale_float, layer._v_scale_float
+        stored = as_stored(kv_cache, self.kv_cache_dtype, query.dtype)
+        held = [self._held(row, query, key, value, stored, scale) for row in rows.local]
+        answers = self._serve(rows, arrive(), stored, scale)
         partials = exchange.combine(answers, step.recv_counts, step.send_counts)
         for row, parts in zip(rows.local, held, strict=True):
             parts += [(partials[visit, :, :-1], partials[visit, :, -1]) for visit in row.visits]
             outputs, lses = zip(*parts, strict=True)
-            output[row.tokens] = merge_partials(torch.stack(outputs), torch.stack(lses)).to(output.dtype)
+            merged = merge_partials(torch.stack(outputs), torch.stack(lses))
+            output[row.tokens] = merged.mul_(value_scale).to(output.dtype)
         return output
 
-    def _serve(self, rows: ShardedRows, visiting: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+    def _serve(self, rows: ShardedRows, visiting: torch.Tensor, stored: torch.Tensor, scale: float) -> torch.Tensor:
         """Partial results of the visiting queries: [rows, num_heads, head_size + 1], output and log-sum-exp."""
         answers = torch.empty((*visiting.shape[:2], self.head_size + 1), dtype=torch.float32)
         for guest, part in zip(rows.step.guests, rows.guest_rows, strict=True):
-            output, lse = attend_shard(visiting[part], kv_cache, guest.blocks, guest.length, self.scale)
+            output, lse = attend_shard(visiting[part], stored, guest.blocks, guest.length, scale)
             answers[part, :, :-1], answers[part, :, -1] = output, lse
         return answers
 
@@ -212,13 +224,24 @@ class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
         output.index_copy_(0, rows.plain_tokens, some)
 
     def _held(
-        self, row: LocalRow, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor
+        self,
+        row: LocalRow,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        stored: torch.Tensor,
+        scale: float,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Partial results, outputs and log-sum-exps, of a row over what is held here."""
         queries = query[row.tokens]
         if len(queries) == 1:  # its own key is the last one held here
-            return [attend_shard(queries, kv_cache, row.blocks, row.past + 1, self.scale)]
-        parts = [attend_causal(queries, key[row.tokens], value[row.tokens], self.scale)]
+            return [attend_shard(queries, stored, row.blocks, row.past + 1, scale)]
+        if stored.dtype == query.dtype:
+            keys, values = key[row.tokens], value[row.tokens]
+        else:  # what the cache keeps of them, as for all that come later
+            held = gather_shard(stored, row.blocks, row.past + len(queries), query.dtype)
+            keys, values = (part[:, row.past :].transpose(0, 1) for part in held)
+        parts = [attend_causal(queries, keys, values, scale)]
         if row.past:
-            parts.append(attend_shard(queries, kv_cache, row.blocks, row.past, self.scale))
+            parts.append(attend_shard(queries, stored, row.blocks, row.past, scale))
         return parts

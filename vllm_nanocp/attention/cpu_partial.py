@@ -3,6 +3,9 @@
 
 The KV cache is vLLM 0.32's for the kernels "vec" and "vec16" (``csrc/cpu``): a block holds, for each KV head, its
 keys transposed, [head_size, block_size], and then its values, [block_size, head_size].
+
+A cache may hold numbers of another type than the model's. They are read as they are stored, as vLLM's kernel does, and
+computed with in the model's type, which holds each of them exactly.
 """
 
 from __future__ import annotations
@@ -14,15 +17,35 @@ from .merge import merge_partials
 # Bytes of KV that few queries attend to at a time: what is gathered then stays in a core's cache. Many queries do more
 # work with what they read, and the merges would cost them more.
 _PIECE, _FEW = 1 << 20, 16
+# What the bytes of a quantized cache are, by ``--kv-cache-dtype``.
+_FLOAT8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
-def gather_shard(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def as_stored(kv_cache: torch.Tensor, cache_dtype: str, dtype: torch.dtype) -> torch.Tensor:
+    """A cache in the type of its numbers.
+
+    vLLM's kernels go by the width alone: in a float16 cache of a bfloat16 model they keep bfloat16.
+
+    Args:
+        kv_cache: as vLLM allocates it.
+        cache_dtype: its ``--kv-cache-dtype``.
+        dtype: of the model.
+    """
+    if cache_dtype in _FLOAT8:
+        return kv_cache.view(_FLOAT8[cache_dtype])
+    return kv_cache.view(dtype) if kv_cache.dtype.itemsize == dtype.itemsize else kv_cache
+
+
+def gather_shard(
+    kv_cache: torch.Tensor, blocks: torch.Tensor, length: int, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a shard's first ``length`` tokens.
 
     Args:
-        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], in the type of its numbers.
         blocks: int32 or int64 [at least ceil(length / block_size)], the shard's block ids.
         length: positive.
+        dtype: of the result; None: as they are stored.
 
     Returns:
         Keys and values, each [num_kv_heads, length, head_size], the last dimension contiguous.
@@ -30,7 +53,9 @@ def gather_shard(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> t
     _, num_heads, block_size, twice = kv_cache.shape
     head_size = twice // 2
     used = blocks[: -(-length // block_size)]
-    chosen = kv_cache.index_select(0, used).view(len(used), num_heads, 2, block_size * head_size)
+    chosen = (
+        kv_cache.index_select(0, used).to(dtype or kv_cache.dtype).view(len(used), num_heads, 2, block_size * head_size)
+    )
     keys = chosen[:, :, 0].view(len(used), num_heads, head_size, block_size).permute(1, 0, 3, 2)
     values = chosen[:, :, 1].view(len(used), num_heads, block_size, head_size).permute(1, 0, 2, 3)
     flat = (num_heads, len(used) * block_size, head_size)
@@ -73,7 +98,11 @@ def attend(
 
 
 def attend_shard(
-    queries: torch.Tensor, kv_cache: torch.Tensor, blocks: torch.Tensor, length: int, scale: float
+    queries: torch.Tensor,
+    kv_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    length: int,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every query sees every key of a shard.
 
@@ -86,13 +115,14 @@ def attend_shard(
         As ``attend``.
     """
     _, kv_heads, block_size, twice = kv_cache.shape
-    step = max(1, _PIECE // (kv_heads * block_size * twice * kv_cache.element_size()))
+    step = max(1, _PIECE // (kv_heads * block_size * twice * queries.element_size()))
     if len(queries) > _FEW or length <= step * block_size:
-        return attend(queries, *gather_shard(kv_cache, blocks, length), scale)
+        return attend(queries, *gather_shard(kv_cache, blocks, length, queries.dtype), scale)
     parts = []
     for first in range(0, -(-length // block_size), step):
         left = min(step * block_size, length - first * block_size)
-        parts.append(attend(queries, *gather_shard(kv_cache, blocks[first : first + step], left), scale))
+        held = gather_shard(kv_cache, blocks[first : first + step], left, queries.dtype)
+        parts.append(attend(queries, *held, scale))
     outputs, lses = (torch.stack(part) for part in zip(*parts, strict=True))
     return merge_partials(outputs, lses), lses.logsumexp(dim=0)
 

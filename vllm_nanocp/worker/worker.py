@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_dp_group
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from .. import config as nanocp_config
 from .. import patches
 from ..attention.context import context
-from ..errors import NanoCPConfigError
+from ..attention.supported import check_layers
+from ..engine_config import CPU_CACHE_DTYPES, CUDA_CACHE_DTYPES
 from ..exchange import CollectiveExchange
 from ..sched.output import NanoCPGrammarOutput, NanoCPSchedulerOutput, with_generators
 from .runner import RunnerAdapter, V1Runner, V2Runner
@@ -90,13 +93,17 @@ class OneRank(_Base):
         super().load_model(*args, **kwargs)
         if self.nanocp.degree_limit == 1:
             return
-        for name, layer in self.attention_layers().items():
-            impl = layer.impl
-            if not getattr(impl, "serves_shards", False):
-                raise NanoCPConfigError(
-                    f"nanocp: the attention of {name} ({type(impl).__name__}) cannot serve shards; choose the default "
-                    "attention backend, or use --nanocp-config '{\"max_degree\": 1}'"
-                )
+        cuda = current_platform.is_cuda()
+        kind = AttentionBackendEnum.FLASH_ATTN if cuda else AttentionBackendEnum.CPU_ATTN
+        model, parallel = self.vllm_config.model_config, self.parallel_config
+        check_layers(
+            self.vllm_config.compilation_config.static_forward_context,
+            kind.get_class(),
+            CUDA_CACHE_DTYPES if cuda else CPU_CACHE_DTYPES,
+            (model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel), model.get_head_size())
+            if cuda
+            else None,
+        )
 
     def attention_layers(self) -> dict[str, Any]:
         """vLLM's attention layers of the model, by name."""

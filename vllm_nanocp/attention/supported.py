@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the attention of a loaded model can be cut into shards, asked of its layers.
+
+Configurations name one feature in many ways, or do not name it at all; what a layer and its implementation were built
+with is what will run. Only what is known passes: vLLM's plain ``Attention`` on this package's backend, with every
+attribute of its implementation either known or empty. Written for vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionType
+
+from ..engine_config import refuse
+
+INSTEAD = "use --nanocp-config '{\"max_degree\": 1}' to serve it with one scheduler and no sharding"
+
+Feature = tuple[tuple[Any, ...], str]
+# What an implementation's attribute holds where the layer has none of a feature; and the feature.
+FEATURES: dict[str, Feature] = {
+    "sinks": ((None,), "attention sinks"),
+    "sliding_window": ((None, -1, (-1, -1)), "sliding-window attention"),
+    "alibi_slopes": ((None,), "ALiBi attention"),
+    "logits_soft_cap": ((None, 0), "softcapped attention"),
+    "attn_type": ((AttentionType.DECODER,), "attention that is no decoder's"),
+    "kv_sharing_target_layer_name": ((None,), "KV that layers share"),
+    "fa4_hd256": ((False,), "FlashAttention 4"),
+    "dcp_world_size": ((1,), "decode context parallelism"),
+    "pcp_world_size": ((1,), "prefill context parallelism"),
+}
+# The same of the layer itself, which some backends ask instead.
+LAYER_FEATURES: dict[str, Feature] = {
+    "has_sink": ((False,), "attention sinks"),
+    "sliding_window": ((None,), "sliding-window attention"),
+    "use_alibi_sqrt": ((False,), "ALiBi attention"),
+    "use_mm_prefix": ((False,), "attention to later tokens of an image"),
+    "mm_prefix_clamp_sliding_window": ((False,), "attention to later tokens of an image"),
+    "attn_type": FEATURES["attn_type"],
+    "kv_sharing_target_layer_name": FEATURES["kv_sharing_target_layer_name"],
+}
+# Attributes of the implementations that shards take into account, or that do not concern them.
+KNOWN = frozenset(
+    [
+        *("num_heads", "num_kv_heads", "num_queries_per_kv", "head_size", "scale", "kv_cache_dtype", "is_fp8_kv_cache"),
+        *("use_zentorch_sdpa", "vllm_flash_attn_version", "batch_invariant_enabled", "supports_quant_query_input"),
+        *("need_to_return_lse_for_decode", "dcp_rank", "pcp_rank", "total_cp_world_size", "total_cp_rank"),
+        *("dcp_combine", "_dcp_dtype", "_dcp_max_num_tokens"),
+    ]
+)
+_SCALES = ("_q_scale", "_k_scale", "_v_scale")
+
+
+def check_layers(
+    layers: Mapping[str, Any],
+    backend: type[Any],
+    cache_dtypes: Collection[str],
+    shape: tuple[int, int, int] | None = None,
+) -> None:
+    """Refuse a model with an attention layer that shards would change.
+
+    Args:
+        layers: all that vLLM's forward context knows, by name; those that are no attention are passed over.
+        backend: this package's, which each layer must have.
+        cache_dtypes: values of ``--kv-cache-dtype`` that its partial attention reads.
+        shape: query heads, KV heads and head size that other parts of this worker go by; None: they ask each layer.
+
+    Raises:
+        NanoCPConfigError
+    """
+    attention = {name: layer for name, layer in layers.items() if _is_attention(layer)}
+    if not attention:
+        refuse("a model without attention layers with max_degree above 1", "there is no KV to be cut", INSTEAD)
+    _refuse_any(attention, lambda layer: _problem(layer, backend))
+    dtypes = {layer.kv_cache_dtype for layer in attention.values()}
+    for dtype in sorted(dtypes - set(cache_dtypes)):
+        refuse(f"a KV cache of {dtype} with max_degree above 1", "the attention path here cannot read it", INSTEAD)
+    if len(dtypes) > 1:
+        refuse(
+            f"KV caches of several types ({', '.join(sorted(dtypes))}) with max_degree above 1",
+            "a step's attention is laid out for one",
+            "leave out --kv-cache-dtype-skip-layers, or " + INSTEAD,
+        )
+    shapes = {(layer.impl.num_heads, layer.impl.num_kv_heads, layer.impl.head_size) for layer in attention.values()}
+    if len(shapes) > 1 or (shape is not None and shapes != {shape}):
+        known = sorted(shapes | ({shape} if shape else set()))
+        refuse(
+            "attention whose layers differ in heads or head size with max_degree above 1",
+            f"the exchange and its memory are laid out for one shape, not {', '.join(map(str, known))}",
+            INSTEAD,
+        )
+
+
+def _is_attention(layer: Any) -> bool:
+    """Whether it keeps KV or a state, or attends."""
+    return isinstance(layer, AttentionLayerBase) or getattr(layer, "impl", None) is not None
+
+
+def _refuse_any(layers: Mapping[str, Any], problem: Callable[[Any], tuple[str, str] | None]) -> None:
+    """Refuse the first problem, with the layers that have it."""
+    found = {name: said for name, layer in layers.items() if (said := problem(layer)) is not None}
+    if not found:
+        return
+    first = next(iter(found))
+    what, why = found[first]
+    others = sum(said == found[first] for said in found.values()) - 1
+    where = first + (f" and {others} more" if others else "")
+    refuse(f"{what} ({where}) with max_degree above 1", why, INSTEAD)
+
+
+def _problem(layer: Any, backend: type[Any]) -> tuple[str, str] | None:
+    """What of a layer cannot be sharded, and why; None: all can."""
+    if type(layer) is not Attention:
+        return f"attention of the kind {type(layer).__name__}", "only plain attention can be cut into shards"
+    impl = layer.impl
+    if layer.attn_backend is not backend or type(impl) is not backend.get_impl_cls():
+        return f"the attention backend {layer.attn_backend.__name__}", f"only {backend.__name__} serves shards"
+    why = "partial results over shards would not be those of the whole"
+    for holder, features in ((impl, FEATURES), (layer, LAYER_FEATURES)):
+        for name, (without, feature) in features.items():
+            if hasattr(holder, name) and not _is_one_of(getattr(holder, name), without):
+                return feature, why
+    unknown = [name for name in vars(impl) if name not in FEATURES and name not in KNOWN]
+    for name in unknown:
+        if not _is_one_of(getattr(impl, name), (None, False, 0)):
+            return f"attention with {name!r}", "this package does not know it"
+    if layer.head_size_v != layer.head_size:
+        return "attention whose values are not as long as its keys", "a partial result has one length"
+    if any(getattr(layer, name).numel() != 1 for name in _SCALES):
+        return "KV scales of each head", "the attention path here knows one for a layer"
+    return None
+
+
+def _is_one_of(value: Any, accepted: tuple[Any, ...]) -> bool:
+    """Whether a value is one of some plain ones; a tensor never is."""
+    return not isinstance(value, torch.Tensor) and any(value is a or value == a for a in accepted)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
@@ -258,6 +259,24 @@ def test_flash_attention_without_features() -> None:
     judge_flash(flash_layer())
     judge_flash(flash_layer(kv_cache_dtype="fp8"))
     judge_flash(flash_layer({"batch_invariant_enabled": True, "dcp_rank": 0, "_dcp_dtype": None}))
+
+
+def test_flash_attention_as_vllm_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All attributes that its own ``__init__`` sets, on a Hopper GPU."""
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: 3)
+    monkeypatch.setattr(flash_attn, "flash_attn_supports_quant_query_input", lambda: True)
+
+    def layer(**args: Any) -> Attention:
+        made: dict[str, Any] = dict(num_heads=8, head_size=64, scale=0.1, num_kv_heads=2, alibi_slopes=None)
+        impl = NanoCPFlashAttentionImpl(**{**made, "sliding_window": None, "kv_cache_dtype": "auto", **args})
+        made_layer = flash_layer()
+        made_layer.impl = impl
+        return made_layer
+
+    judge_flash(layer())
+    for args in (dict(sliding_window=128), dict(logits_soft_cap=30.0), dict(alibi_slopes=[0.5] * 8)):
+        with pytest.raises(NanoCPConfigError):
+            judge_flash(layer(**args))
 
 
 @pytest.mark.parametrize(

@@ -160,8 +160,6 @@ class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
     """Local rows, guests, merge. The KV of all new tokens is in the cache before ``forward`` runs, on every rank
     before it serves guests (the dispatch is a collective)."""
 
-    serves_shards = True
-
     def forward(
         self,
         layer: AttentionLayer,

@@ -113,8 +113,6 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         NanoCPConfigError: this GPU or layer would not run FlashAttention 3.
     """
 
-    serves_shards = True
-
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         if self.vllm_flash_attn_version != 3:

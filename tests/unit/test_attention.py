@@ -181,7 +181,7 @@ def test_kernels_with_packed_caches_are_not_used(monkeypatch: pytest.MonkeyPatch
     layers: list[str] = []
 
     def stock(self: Any) -> None:
-        self.isa, self.layer_names = chosen, ["layer"]
+        self.isa, self.layer_names, self.kv_cache_dtype = chosen, ["layer"], "auto"
         self._set_isa_to_layers(self.layer_names)
 
     monkeypatch.setattr(CPUAttentionMetadataBuilder, "__init__", stock)

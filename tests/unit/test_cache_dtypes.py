@@ -115,7 +115,7 @@ def test_blocks_that_hold_the_cache(isa: str, name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", ["fp8", "fp8_e5m2"])
 def test_blocks_that_cannot_hold_float8(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's kernel would end the engine at the first token it is to keep."""
-    with pytest.raises(NanoCPConfigError, match="nanocp: --kv-cache-dtype fp8.* with blocks of 16 tokens"):
+    with pytest.raises(NanoCPConfigError, match=r"nanocp: --kv-cache-dtype fp8.* with blocks of 16 tokens"):
         _make_builder("vec16", name, monkeypatch)
 
 

@@ -14,6 +14,7 @@ from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
 
 from . import patches
 from .executor import NUM_PORTS
+from .worker.queues import in_the_world
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class RankActor(RayWorkerProc):
         self._queues_of = input_shm_handle, vllm_config
 
     def wait_for_init(self) -> dict[str, Any]:
-        super()._init_message_queues(*self._queues_of)
+        with in_the_world(self.worker.worker):
+            super()._init_message_queues(*self._queues_of)
         answer: dict[str, Any] = super().wait_for_init()
         return answer

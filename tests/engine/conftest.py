@@ -56,7 +56,12 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
             max_model_len=32 * (SMALL_BLOCKS - 1),
             enable_prefix_caching=True,
         ),
-        "tensor-parallel": dict(ranks=2, nanocp={"segment_size": 512}, tensor_parallel_size=2),
+        "tensor-parallel": dict(
+            ranks=2,
+            nanocp={"segment_size": 512},
+            tensor_parallel_size=2,
+            worker_extension_cls="tests.engine.trainer.Trainer",
+        ),
     }
 
     def get(name: str) -> Engine:

@@ -20,6 +20,7 @@ from ..attention.supported import check_layers
 from ..engine_config import CPU_CACHE_DTYPES, CUDA_CACHE_DTYPES
 from ..exchange import CollectiveExchange
 from ..sched.output import NanoCPGrammarOutput, NanoCPSchedulerOutput, with_generators
+from . import queues
 from .runner import RunnerAdapter, V1Runner, V2Runner
 from .step import ShardTable, make_step
 
@@ -39,7 +40,8 @@ class OneRank(_Base):
     """Mixed into vLLM's worker: derives its rank from its place in the world, and runs its part of each step.
 
     The engine's configuration knows one data-parallel rank; each worker changes its own copy to say N, and which of
-    them it is, before vLLM builds process groups, experts and attention from it.
+    them it is, before vLLM builds process groups, experts and attention from it. ``rank`` is its number among the
+    workers of its rank, as in stock data parallelism; ``global_rank`` the one in the world.
     """
 
     shards: ShardTable
@@ -68,6 +70,7 @@ class OneRank(_Base):
         parallel.data_parallel_rank_local = local_rank // tp_size
         self.global_rank, self.tp_rank = rank, rank % tp_size
         patches.apply_all()
+        queues.install()
         if self.nanocp.degree_limit > 1:
             self.register_attention()
         super().__init__(
@@ -80,8 +83,6 @@ class OneRank(_Base):
 
     def init_device(self) -> None:
         super().init_device()
-        # The executor's message queues go by the rank in the world.
-        self.rank = self.global_rank
         assert self.device is not None
         context.exchange = exchange = CollectiveExchange(get_dp_group().device_group)
         if self.nanocp.degree_limit > 1:

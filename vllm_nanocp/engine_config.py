@@ -216,7 +216,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     """
     from vllm.platforms import current_platform
 
-    from . import admission
+    from . import admission, kv_event_sources, rank_hint, world_size
     from .metrics.install import install as install_metrics
 
     config = nanocp_config.parse(engine_args.additional_config[nanocp_config.KEY], engine_args.data_parallel_size)
@@ -245,5 +245,8 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     check_model(vllm_config, config)
     check_graphs(vllm_config, config)
     admission.install()
+    rank_hint.install_front_end()
+    kv_event_sources.install_front_end()
+    world_size.install(vllm_config.parallel_config, config.ranks)
     install_metrics()
     return vllm_config

@@ -6,10 +6,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from copy import copy
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 import vllm.envs as envs
+from vllm.config import VllmConfig
 from vllm.utils.network_utils import get_open_ports_list
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
@@ -46,6 +48,13 @@ class RankGather:
 
 class OneWorld(_Base):
     """Mixed into vLLM's executor: its world spans all ranks, and a step's result is one output a rank."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        # The world of all ranks is the workers' matter. The engine tells front-ends of one rank's, and a front-end in
+        # its process has the same object.
+        vllm_config = copy(vllm_config)
+        vllm_config.parallel_config = copy(vllm_config.parallel_config)
+        super().__init__(vllm_config, *args, **kwargs)
 
     def _get_parallel_sizes(self) -> tuple[int, int, int]:
         config = nanocp_config.of(self.vllm_config)

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,10 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.config.kv_events import KVEventsConfig
-from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
+from vllm.distributed.kv_events import KVEventBatch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import (
-    get_block_hash,
     get_request_block_hasher,
     init_none_hash,
     maybe_convert_block_hash,
@@ -40,6 +39,7 @@ from vllm_nanocp.sched import mover as mover_module
 from vllm_nanocp.sched import scheduler as scheduler_module
 from vllm_nanocp.sched.scheduler import NanoCPScheduler
 
+from .event_index import Index
 from .scheduler_world import GARBAGE, STOP, Device, Truth, WorldError
 
 # Worlds of each mode; more of them look further.
@@ -205,32 +205,33 @@ def draw_asks(rng: random.Random, shape: Shape) -> list[Ask]:
 
 
 class Events:
-    """What a subscriber to a rank's KV events knows: how often each block hash is in its prefix cache."""
+    """A router that follows a rank's KV events, each batch as it is published."""
 
-    def __init__(self, rank: Any) -> None:
-        self.pool = rank.block_pool
-        self.stored: Counter[Any] = Counter()
+    def __init__(self, number: int, rank: Any, block_size: int) -> None:
+        self.rank, self.index = rank, Index(number, block_size)
         rank.kv_event_publisher = self
 
     def publish(self, batch: KVEventBatch) -> None:
-        self.take(batch.events)
+        self.index.follow(batch.events)
 
-    def take(self, events: list[Any]) -> None:
-        for event in events:
-            if isinstance(event, BlockStored):
-                self.stored.update(event.block_hashes)
-            elif isinstance(event, BlockRemoved):
-                self.stored.subtract(event.block_hashes)
-            else:
-                self.stored.clear()
+    def check(self, requests: Iterable[Request]) -> bool:
+        """It knows of each prompt what a request could use on this rank, and of nothing else.
 
-    def check(self) -> None:
-        self.take(self.pool.take_events())
-        held: Counter[Any] = Counter()
-        for key, blocks in self.pool.cached_block_hash_to_block._cache.items():
-            held[maybe_convert_block_hash(get_block_hash(key))] += len(blocks) if isinstance(blocks, dict) else 1
-        if +self.stored != held or -self.stored:
-            raise WorldError(f"KV events told of {self.stored}, the prefix cache has {held}")
+        Returns:
+            Whether the rank has blocks that it does not announce.
+        """
+        self.index.follow(self.rank.kv_cache_manager.take_events())
+        usable: set[Any] = set()
+        for request in requests:
+            has = self.rank.cached_run(request.block_hashes, 0)
+            hashes = [maybe_convert_block_hash(block_hash) for block_hash in request.block_hashes[:has]]
+            found = self.index.match(list(request.all_token_ids)[: len(request.block_hashes) * self.index.block_size])
+            if found != hashes:
+                raise WorldError(f"rank {self.index.rank}: {len(found)} blocks of {request.request_id}, it has {has}")
+            usable.update(hashes)
+        if usable != self.index.nodes.keys():
+            raise WorldError(f"rank {self.index.rank}: announces what no request can use")
+        return len(self.rank.block_pool.cached_block_hash_to_block) > len(usable)
 
 
 class World:
@@ -240,7 +241,7 @@ class World:
         self.rng = random.Random(seed)
         self.shape = shape = Shape.draw(self.rng, seed)
         self.scheduler = shape.scheduler(vllm_config, asynchronous)
-        self.events = [Events(rank) for rank in self.scheduler.ranks]
+        self.events = [Events(i, rank, shape.block_size) for i, rank in enumerate(self.scheduler.ranks)]
         self.asks = {ask.request.request_id: ask for ask in draw_asks(self.rng, shape)}
         truths = {name: ask.truth for name, ask in self.asks.items()}
         self.device = Device(
@@ -355,7 +356,7 @@ class World:
 
     def check_events(self) -> None:
         for events in self.events:
-            events.check()
+            self.counts["withheld"] += events.check(ask.request for ask in self.asks.values())
 
     def starved(self) -> None:
         waiting = [name for name in self.asks if name not in self.ended]
@@ -418,7 +419,7 @@ def test_worlds(
             raise AssertionError(f"world {seed}, step {world.now}, {world.shape}: {error!r}") from error
     print(dict(counts))
     assert counts["moves"] > 25 and counts["spills"] > 25 and counts["preemptions"] > 0, counts
-    assert counts["together"] > 25, counts
+    assert counts["together"] > 25 and counts["withheld"] > 25, counts
     assert counts["aborts"] and counts["resets"] and counts["pauses"], counts
     assert (counts["generators"] > 0) == (version == 1), counts
 

@@ -29,11 +29,12 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from .. import config as nanocp_config
-from .. import status
+from .. import kv_event_sources, rank_hint, status
 from ..errors import NanoCPConfigError
 from ..metrics.collector import Collector
 from ..placement import ShardMap
 from ..placement.moves import MoveConfig
+from . import kv_events
 from .members import Members
 from .mover import Mover
 from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, describe, generators_in, merge
@@ -81,6 +82,8 @@ class NanoCPScheduler(SchedulerInterface):
             rank_config = copy(vllm_config)
             rank_config.parallel_config = copy(vllm_config.parallel_config)
             rank_config.parallel_config.data_parallel_index = rank
+            # Estimates of a rank's work (``--enable-mfu-metrics``) go by how many ranks share the experts.
+            rank_config.parallel_config.data_parallel_size = self.config.ranks
             scheduler = rank_cls(
                 vllm_config=rank_config,
                 kv_cache_config=kv_cache_config,
@@ -91,6 +94,8 @@ class NanoCPScheduler(SchedulerInterface):
                 include_finished_set=include_finished_set,
                 log_stats=log_stats,
             )
+            if one_group and self.config.degree_limit > 1 and scheduler.enable_kv_cache_events:
+                kv_events.install(scheduler.kv_cache_manager)
             scheduler.on_preempt = self._on_preempt
             scheduler.on_free = self._on_free
             self.ranks.append(scheduler)
@@ -132,6 +137,8 @@ class NanoCPScheduler(SchedulerInterface):
         # The last finished sharded requests: id -> KV tokens each rank held.
         self.finished_shares: OrderedDict[str, list[int]] = OrderedDict()
         status.install()
+        kv_event_sources.install_engine()
+        rank_hint.install_engine()
 
     # -- requests come and go ----------------------------------------------------------------------------------
 
@@ -397,6 +404,10 @@ class NanoCPScheduler(SchedulerInterface):
 
     def get_kv_event_publisher_config(self) -> Any:
         return self.ranks[0].get_kv_event_publisher_config()
+
+    def kv_event_publisher_configs(self) -> list[Any]:
+        """Where each rank publishes its KV events; None for those that do not."""
+        return [rank.get_kv_event_publisher_config() for rank in self.ranks]
 
     @property
     def kv_cache_manager(self) -> Any:

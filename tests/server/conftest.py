@@ -8,14 +8,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from .serving import IDLE_LIMIT_S, Server, serving, wait_for
+from .serving import FLAGS, IDLE_LIMIT_S, Server, serving, wait_for
 
 
 @pytest.fixture(scope="session")
 def _server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # The developers' routes: tests call workers, and reset the prefix cache.
-    env = {"VLLM_SERVER_DEV_MODE": "1"}
-    with serving(tiny_model, tmp_path_factory.mktemp("server") / "serve.log", env=env) as server:
+    env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    # Each rank publishes at a port that is free.
+    events = ["--kv-events-config", '{"enable_kv_cache_events": true, "endpoint": "tcp://*:0"}']
+    with serving(tiny_model, tmp_path_factory.mktemp("server") / "serve.log", [*FLAGS, *events], env) as server:
         yield server
 
 

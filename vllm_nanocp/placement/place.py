@@ -140,6 +140,7 @@ def place(
     policy: str = "balanced",
     turn: int = 0,
     home: int | None = None,
+    preferred: int | None = None,
     headroom_blocks: int = 1,
     kv_weight: float | None = None,
     stripe_blocks: int | None = None,
@@ -155,6 +156,8 @@ def place(
         policy: ``balanced``, or ``round_robin``: ranks in turn, equal shares, whatever the load.
         turn: how many requests were placed before (``round_robin``).
         home: a rank that must be the home, because it has the request's sampling state.
+        preferred: a rank that should be the home, because the client says so: it is wherever the request fits so;
+            otherwise it is placed as any other. A given ``home`` counts more.
         headroom_blocks: free blocks that the home should have beyond the request, for the first new tokens.
         kv_weight: how much a rank's KV counts, against its batch, in the choice of ranks: between 0 and 1. None:
             the batch, and KV only between equals. Home moves even out batches later but never KV, so with them KV
@@ -177,10 +180,14 @@ def place(
         order = _by_load(loads, room, kv_weight)
     fits_one = need + headroom_blocks <= max(load.total_blocks for load in loads)
     may_grow = degree > 1 or home is not None or not fits_one
-    for d in range(degree, (limit if may_grow else degree) + 1):
-        chosen = _participants(order, d, need, headroom_blocks, room, home, swap=policy == "balanced")
-        if chosen is not None:
-            return _pour(need, block_size, loads, room, chosen, home, headroom_blocks, policy, stripe_blocks)
+    pins = [home]
+    if home is None and preferred is not None and room[preferred] >= 1 + headroom_blocks:
+        pins = [preferred, None]
+    for pin in pins:
+        for d in range(degree, (limit if may_grow else degree) + 1):
+            chosen = _participants(order, d, need, headroom_blocks, room, pin, swap=policy == "balanced")
+            if chosen is not None:
+                return _pour(need, block_size, loads, room, chosen, pin, headroom_blocks, policy, stripe_blocks)
     return None
 
 

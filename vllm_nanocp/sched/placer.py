@@ -13,6 +13,7 @@ from vllm.v1.request import Request
 from ..config import NanoCPConfig
 from ..placement import RankLoad, Run, ShardMap, cdiv, place, place_after_prefix, queue_at
 from ..placement.moves import with_reserve
+from ..rank_hint import preferred_rank
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .sharded import can_shard
 
@@ -95,19 +96,40 @@ class Placer:
             stripe_blocks=self._stripe_blocks,
         )
         policy = self.config.placement
-        fresh = place(request.num_tokens, self.block_size, loads, policy=policy, turn=turn, kv_weight=weight, **rules)
+        preferred = self._preferred(request) if home is None else None
+        fresh = place(
+            request.num_tokens,
+            self.block_size,
+            loads,
+            policy=policy,
+            turn=turn,
+            preferred=preferred,
+            kv_weight=weight,
+            **rules,
+        )
         if fresh is None:
             if request.num_tokens > self.config.segment_size and degree_limit > 1:
                 return None
             idle = [not rank.waiting for rank in self.ranks]
+            if preferred is not None and (
+                there := queue_at(request.num_tokens, self.block_size, loads, idle, preferred)
+            ):
+                return there
             return queue_at(request.num_tokens, self.block_size, loads, idle, home)
         if policy == "round_robin":
             return fresh
         prefix = self._find_prefix(request)
         if not prefix:
             return fresh
+        if fresh.home == preferred:  # a cached prefix elsewhere does not outweigh the client's wish
+            rules["home"] = preferred
         after = place_after_prefix(prefix, request.num_tokens, self.block_size, loads, kv_weight=weight, **rules)
         return fresh if after is None else after
+
+    def _preferred(self, request: Request) -> int | None:
+        """The rank that the client wishes for; front-ends refuse those that there are not."""
+        preferred = preferred_rank(request)
+        return preferred if preferred is None or 0 <= preferred < len(self.ranks) else None
 
     def lookup_hashes(self, request: Request) -> list[BlockHash]:
         """Hashes of the blocks that may come from a prefix cache.

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What routers and trainers are told, and what they may say: ranks, their KV events, the size of the world."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import zmq
+from vllm.distributed.kv_events import AllBlocksCleared, KVEventBatch
+
+from tests.unit.event_index import Index
+
+from .serving import BLOCK, COMPLETIONS, LONG, RANKS, Server, wait_for
+from .test_http import complete, held_by_rank, only_tokens, prompt
+
+pytestmark = pytest.mark.engine
+
+
+def ask(server: Server, tokens: list[int], rank: object) -> httpx.Response:
+    body = dict(model=server.model, prompt=tokens, max_tokens=2, ignore_eos=True, return_token_ids=True, temperature=0)
+    return server.client.post(COMPLETIONS, json=body, headers={"X-data-parallel-rank": str(rank)})
+
+
+def sources(server: Server) -> dict[str, Any]:
+    found: dict[str, Any] = server.client.get("/kv_event_sources").json()
+    return found
+
+
+class Router:
+    """Subscribes to all ranks and keeps an index of each."""
+
+    def __init__(self, server: Server) -> None:
+        self.indexes: dict[int, Index] = {}
+        self.sockets: dict[int, zmq.Socket[bytes]] = {}
+        for rank, source in sources(server).items():
+            socket = self.sockets[int(rank)] = zmq.Context.instance().socket(zmq.SUB)
+            socket.connect(source["endpoint"])
+            socket.setsockopt(zmq.SUBSCRIBE, source["topic"].encode())
+        self.decoder = msgspec.msgpack.Decoder(KVEventBatch)
+
+    def close(self) -> None:
+        for socket in self.sockets.values():
+            socket.close(linger=0)
+
+    def follow(self, quiet_s: float = 0.5) -> None:
+        """Take in what has come, until no more comes. An index begins where its rank's cache was cleared."""
+        last = time.monotonic()
+        while time.monotonic() < last + quiet_s:
+            for rank, socket in self.sockets.items():
+                if socket.poll(20):
+                    _, _, payload = socket.recv_multipart()
+                    self._take(rank, self.decoder.decode(payload))
+                    last = time.monotonic()
+
+    def _take(self, rank: int, batch: KVEventBatch) -> None:
+        assert batch.data_parallel_rank == rank
+        for event in batch.events:
+            if isinstance(event, AllBlocksCleared):
+                self.indexes[rank] = Index(rank, BLOCK)
+            elif rank in self.indexes:
+                self.indexes[rank].follow([event])
+
+    def has(self, tokens: list[int]) -> list[int]:
+        """Blocks of a prompt that each rank has."""
+        return [len(self.indexes[rank].match(tokens)) for rank in range(RANKS)]
+
+
+@pytest.fixture
+def router(server: Server) -> Iterator[Router]:
+    router = Router(server)
+    time.sleep(0.5)  # until the publishers know of it
+    wait_for("the prefix caches are clear", lambda: server.client.post("/reset_prefix_cache").status_code == 200, 10)
+    complete(server, prompt(5, 300), 1)
+    router.follow()
+    yield router
+    router.close()
+
+
+def test_each_rank_is_a_source_of_events(server: Server) -> None:
+    found = sources(server)
+    assert sorted(found) == [str(rank) for rank in range(RANKS)]
+    assert len({source["endpoint"] for source in found.values()}) == RANKS
+    assert all(source["enable_kv_cache_events"] and source["publisher"] == "zmq" for source in found.values())
+
+
+def test_a_request_goes_to_the_rank_that_its_header_names(server: Server, router: Router) -> None:
+    for number in range(2 * RANKS):
+        rank, tokens = number % RANKS, prompt(10 * BLOCK, 301 + number)
+        assert ask(server, tokens, rank).status_code == 200
+        router.follow()
+        assert router.has(tokens) == [10 * (other == rank) for other in range(RANKS)]
+
+
+def test_a_router_follows_the_ranks(server: Server, router: Router) -> None:
+    """A long request, whose blocks lie on all ranks, then short ones that share its prefix: of each rank the router
+    knows what can be used there, which is what the server then takes from the cache."""
+    tokens = prompt(LONG, 311)
+    whole = complete(server, tokens, 2)
+    assert min(held_by_rank(server, whole["id"])) >= BLOCK
+    router.follow()
+    known = router.has(tokens)
+    assert 0 < sum(known) < LONG // BLOCK, "only the first rank can use its part by itself"
+    for rank in range(RANKS):
+        before = server.metrics()["vllm:prompt_tokens_cached_total"]
+        short = [*tokens[: 15 * BLOCK], *prompt(5, 320 + rank)]
+        answer = ask(server, short, rank)
+        assert answer.status_code == 200
+        cached = server.metrics()["vllm:prompt_tokens_cached_total"] - before
+        assert cached == min(15, known[rank]) * BLOCK
+        router.follow()
+        assert router.has(short)[rank] == 15
+        assert only_tokens(answer.json()) == only_tokens(complete(server, short, 2))
+
+
+@pytest.mark.parametrize("rank", [RANKS, -1, 10**20])
+def test_ranks_that_there_are_not(server: Server, rank: int) -> None:
+    answer = ask(server, prompt(5, 330), rank)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == f"data_parallel_rank {rank} is out of range [0, {RANKS})."
+
+
+@pytest.mark.parametrize("rank", ["", "one", "0.5"])
+def test_a_header_that_is_no_number_counts_as_none(server: Server, rank: str) -> None:
+    """As in vLLM."""
+    assert ask(server, prompt(5, 331), rank).status_code == 200
+
+
+def test_the_size_of_the_world(server: Server) -> None:
+    """All workers of all ranks; or, without data parallelism, those of one."""
+    assert server.client.get("/get_world_size").json() == {"world_size": RANKS}
+    assert server.client.get("/get_world_size", params={"include_dp": True}).json() == {"world_size": RANKS}
+    assert server.client.get("/get_world_size", params={"include_dp": False}).json() == {"world_size": 1}
+
+
+def test_the_fingerprint_names_the_ranks(server: Server) -> None:
+    parts = complete(server, prompt(5, 332), 1)["system_fingerprint"].split("-")
+    assert f"dp{RANKS}" in parts and "ep" in parts
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_the_server_s_configuration_shows_the_ranks(server: Server, form: str) -> None:
+    shown = server.client.get("/server_info", params={"config_format": form}).json()["vllm_config"]
+    if form == "text":
+        assert f"data_parallel_size={RANKS}," in shown
+    else:
+        parallel = shown["parallel_config"]
+        assert (parallel["data_parallel_size"], parallel["data_parallel_size_local"]) == (RANKS, RANKS)
+        assert (parallel["world_size"], parallel["data_parallel_rank"]) == (1, 0)
+
+
+def test_the_number_of_ranks_is_fixed(server: Server) -> None:
+    for ranks in (1, RANKS + 1):
+        answer = server.client.post("/scale_elastic_ep", json={"new_data_parallel_size": ranks})
+        assert answer.status_code == 400 and f"from {RANKS} to {ranks} ranks" in answer.text
+    assert server.client.post("/scale_elastic_ep", json={"new_data_parallel_size": RANKS}).status_code == 200

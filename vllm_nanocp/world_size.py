@@ -71,7 +71,7 @@ def _name_the_ranks() -> None:
 
 def _show_the_ranks() -> None:
     """At ``/server_info``, of a server in this process."""
-    entry = sys.modules.get("vllm.entrypoints.launchers.api_server.entry")
+    entry: Any = sys.modules.get("vllm.entrypoints.launchers.api_server.entry")
     if entry is None:
         return
     init = entry.init_app_state

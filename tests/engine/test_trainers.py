@@ -27,3 +27,9 @@ def test_workers_have_stock_numbers(engines: Callable[..., Engine]) -> None:
     engine = engines("tensor-parallel")
     numbers = engine.call(engine.llm.collective_rpc("numbers"))
     assert [tuple(found) for found in numbers] == [(0, 0, 0), (0, 1, 1), (1, 0, 0), (1, 1, 1)]
+
+
+def test_the_size_of_the_world(engines: Callable[..., Engine]) -> None:
+    """What ``LLM.get_world_size`` and ``/get_world_size`` read: over all ranks, and of one."""
+    parallel = engines("tensor-parallel").llm.vllm_config.parallel_config
+    assert (parallel.world_size_across_dp, parallel.world_size) == (4, 2)

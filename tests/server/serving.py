@@ -145,7 +145,8 @@ class Server:
         """Nobody runs or waits, and no KV block is held."""
         now = self.metrics()
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-        return all(now[name] == 0 for name in names)
+        # Several API servers export none of them before the first request.
+        return all(now.get(name, 0) == 0 for name in names)
 
     def members(self) -> list[psutil.Process]:
         return group_members(self.process.pid)

@@ -35,6 +35,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.tiny_models import make_qwen3_moe
+from vllm_nanocp.rank_hint import prefer_rank
 from vllm_nanocp.sched import mover as mover_module
 from vllm_nanocp.sched import scheduler as scheduler_module
 from vllm_nanocp.sched.scheduler import NanoCPScheduler
@@ -200,6 +201,8 @@ def draw_asks(rng: random.Random, shape: Shape) -> list[Ask]:
             priority=rng.randrange(3) if shape.priorities else 0,
             block_hasher=hasher,
         )
+        if number % 5 == 0:  # its client wishes for a rank
+            prefer_rank(request, number // 5 % shape.ranks)
         asks.append(Ask(request, truth, now, now + rng.randint(0, 80) if rng.random() < 0.15 else None))
     return asks
 

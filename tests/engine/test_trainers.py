@@ -26,7 +26,7 @@ def test_workers_have_stock_numbers(engines: Callable[..., Engine]) -> None:
     """Stock has an executor for each data-parallel rank, whose workers it numbers from 0."""
     engine = engines("tensor-parallel")
     numbers = engine.call(engine.llm.collective_rpc("numbers"))
-    assert [tuple(found) for found in numbers] == [(0, 0, 0), (0, 1, 1), (1, 0, 0), (1, 1, 1)]
+    assert [tuple(found) for found in numbers] == [(0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 0, 2), (1, 1, 1, 3)]
 
 
 def test_the_size_of_the_world(engines: Callable[..., Engine]) -> None:

@@ -24,9 +24,11 @@ class Trainer:
         came: list[Any] = self.came
         return came
 
-    def numbers(self: Any) -> tuple[int, int, int]:
-        """Its data-parallel rank, its number in that, and what ends the name of its traces."""
+    def numbers(self: Any) -> tuple[int, int, int, int]:
+        """Its data-parallel rank, its number in that, what ends the name of its traces, and its number in a group with
+        a trainer, as vLLM's engines of weight transfers count it."""
         from vllm.distributed.utils import get_worker_rank_suffix
 
-        suffix = get_worker_rank_suffix(global_rank=self.rank)
-        return self.parallel_config.data_parallel_index, self.rank, int(suffix.rpartition("rank")[2])
+        suffix, parallel = get_worker_rank_suffix(global_rank=self.rank), self.parallel_config
+        in_group = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        return parallel.data_parallel_index, self.rank, int(suffix.rpartition("rank")[2]), in_group

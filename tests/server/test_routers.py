@@ -137,6 +137,17 @@ def test_the_size_of_the_world(server: Server) -> None:
     assert server.client.get("/get_world_size", params={"include_dp": False}).json() == {"world_size": 1}
 
 
+def test_checksums_of_all_workers_weights(server: Server) -> None:
+    """Of both ranks: they hold other experts, and the same of all else."""
+    answer = server.client.post("/weight_checker", json={"action": "checksum"})
+    assert answer.status_code == 200, answer.text
+    found = answer.json()["checksums"]
+    by_rank = [{k.split(":", 4)[4]: v for k, v in found.items() if k.startswith(f"dp{rank}:")} for rank in range(RANKS)]
+    assert sum(map(len, by_rank)) == len(found) and by_rank[0].keys() == by_rank[1].keys() != set()
+    differing = {name for name in by_rank[0] if by_rank[0][name] != by_rank[1][name]}
+    assert differing and all("experts" in name for name in differing)
+
+
 def test_the_fingerprint_names_the_ranks(server: Server) -> None:
     parts = complete(server, prompt(5, 332), 1)["system_fingerprint"].split("-")
     assert f"dp{RANKS}" in parts and "ep" in parts

@@ -34,6 +34,7 @@ from ..errors import NanoCPConfigError
 from ..metrics.collector import Collector
 from ..placement import ShardMap
 from ..placement.moves import MoveConfig
+from .cadence import PrefillCadence
 from .members import Members
 from .mover import Mover
 from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, describe, generators_in, merge
@@ -81,6 +82,8 @@ class NanoCPScheduler(SchedulerInterface):
             rank_config = copy(vllm_config)
             rank_config.parallel_config = copy(vllm_config.parallel_config)
             rank_config.parallel_config.data_parallel_index = rank
+            # By this the work of a GPU is estimated (``--enable-mfu-metrics``): the experts are spread over all ranks.
+            rank_config.parallel_config.data_parallel_size = self.config.ranks
             scheduler = rank_cls(
                 vllm_config=rank_config,
                 kv_cache_config=kv_cache_config,
@@ -94,6 +97,8 @@ class NanoCPScheduler(SchedulerInterface):
             scheduler.on_preempt = self._on_preempt
             scheduler.on_free = self._on_free
             self.ranks.append(scheduler)
+        interval = vllm_config.scheduler_config.prefill_schedule_interval
+        self.cadence = PrefillCadence(interval) if interval > 1 else None
         self.collector = Collector()
         self.mover = Mover(
             self,
@@ -254,6 +259,8 @@ class NanoCPScheduler(SchedulerInterface):
     # -- a step ------------------------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> NanoCPSchedulerOutput:
+        if self.cadence is not None:
+            throttle_prefills = self.cadence.throttles(self.get_num_unfinished_requests())
         self.members.begin_step()
         self.mover.step()
         self._admit()
@@ -324,6 +331,8 @@ class NanoCPScheduler(SchedulerInterface):
                     so_far.outputs.extend(outputs.outputs)
                     if outputs.finished_requests:
                         so_far.finished_requests = (so_far.finished_requests or set()) | outputs.finished_requests
+        if self.cadence is not None and not self.get_num_unfinished_requests():
+            self.cadence.rest()
         if stats:
             first = next(iter(merged.values()))
             first.scheduler_stats = engine_stats(self, stats)

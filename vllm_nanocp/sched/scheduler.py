@@ -30,7 +30,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from .. import config as nanocp_config
 from .. import status
-from ..errors import NanoCPConfigError
+from ..errors import NanoCPConfigError, refuse
 from ..metrics.collector import Collector
 from ..placement import ShardMap
 from ..placement.moves import MoveConfig
@@ -67,6 +67,8 @@ class NanoCPScheduler(SchedulerInterface):
         self.block_size = block_size
         # Shards and prefixes are found by the blocks of one group; models with more are served unsharded.
         one_group = len(kv_cache_config.kv_cache_groups) == 1
+        if not kv_cache_config.kv_cache_groups:
+            refuse("a model that keeps no KV", "requests are placed by their KV", "serve it without --nanocp")
         if not one_group and self.config.degree_limit > 1:
             raise NanoCPConfigError(
                 f"nanocp: the model has {len(kv_cache_config.kv_cache_groups)} kinds of KV cache, which cannot be "

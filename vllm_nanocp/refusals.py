@@ -44,6 +44,12 @@ def _given(value: Any) -> bool:
     return value is not None
 
 
+def _returns_experts(aux_output: Any) -> bool:
+    """Of vLLM's ``AuxOutputConfig``, or what makes one."""
+    name = "enable_return_routed_experts"
+    return bool(aux_output.get(name) if isinstance(aux_output, dict) else getattr(aux_output, name, False))
+
+
 @dataclass(frozen=True)
 class Flag:
     """An engine argument that may be refused for its value.
@@ -109,6 +115,7 @@ FLAGS = (
     Flag("kv_offloading_size", _given, _CONNECTORS),
     Flag("ec_transfer_config", _given, "encoder-cache connectors do not know of ranks"),
     Flag("enable_return_routed_experts", bool, _ROUTED_EXPERTS),
+    Flag("aux_output_config", _returns_experts, _ROUTED_EXPERTS),
     Flag("diffusion_config", _given, _DIFFUSION),
     Flag("mm_processor_cache_type", lambda value: value == "shm", _SHM_CACHE, "use lru, the default", shown=True),
     Flag("ray_workers_use_nsight", bool, "the actors here are not started under it"),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each of vLLM's engine arguments does with ``--nanocp``: the table of docs/flags.md, which this writes.
 
-    python tools/engine_flags.py            # writes it
-    python tools/engine_flags.py --check    # fails if it is not up to date
+    python -m tools.engine_flags            # writes it
+    python -m tools.engine_flags --check    # fails if it is not up to date
 
 ``tests/unit/test_engine_flags.py`` makes sure that every argument is here, that tests named exist, and that what is
 said to be refused is.
@@ -14,12 +14,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_nanocp.refusals import FLAGS, SETTINGS, SHARDED_SETTINGS
+
 PAGE = Path(__file__).parent.parent / "docs" / "flags.md"
 WORKS, VLLM, REFUSED, NOTHING = "works", "as in vLLM", "refused", "no effect"
 MEANING = {
     WORKS: "shown by the test named, with sharded requests",
     VLLM: "nothing here touches it, for the reason given; no test of this package shows it",
-    REFUSED: "for the values given in brackets, or any that is not the default; one line says why",
+    REFUSED: "as in the row, and with other values than the default; the line that the server ends with says this",
     NOTHING: "for the reason given",
 }
 
@@ -113,8 +115,8 @@ ENGINE = (
           "unit/test_scheduler_world.py::test_worlds"),
     Group(WORKS, "what depends on the number of ranks (CUDA graphs, batch sizes) is derived with it",
           "all2all_backend performance_mode", "unit/test_derived_settings.py::test_all_else_is_as_stock_derives_it"),
-    Group(WORKS, "where the ranks meet on this machine; refused with Ray, where the first actor says it",
-          "data_parallel_address", "unit/test_derived_settings.py::test_all_else_is_as_stock_derives_it"),
+    Group(WORKS, "where the ranks meet on this machine; with Ray an actor says it, and the first of these is refused",
+          "data_parallel_address master_addr", "unit/test_derived_settings.py::test_all_else_is_as_stock_derives_it"),
     Group(WORKS, "its own key is `nanocp`; others stay", "additional_config",
           "server/test_refusals.py::test_other_additional_configuration_stays"),
     Group(WORKS, "", "structured_outputs_config", "engine/test_exact.py::test_json_schema"),
@@ -123,7 +125,7 @@ ENGINE = (
           "gpu/test_exact.py::test_tokens"),
     Group(WORKS, "on CUDA `auto`, 16 bits and fp8; what the attention of shards cannot read is refused",
           "kv_cache_dtype", "server/test_refusals.py::test_models_that_cannot_be_sharded"),
-    Group(REFUSED, "the line says why; [what is refused](user-guide.md#what-is-refused-at-start)", _ONLY_REFUSED),
+    Group(REFUSED, "the line that is printed says why", _ONLY_REFUSED),
     Group(VLLM, "only `enable_return_routed_experts` in it is refused; the rest has no effect without it",
           "aux_output_config"),
     Group(VLLM, "`lru` and none; `shm` is refused", "mm_processor_cache_type"),
@@ -190,7 +192,7 @@ ENGINE = (
           "disable_nccl_for_dp_synchronization"),
     Group(NOTHING, "there is one engine to log of", "aggregate_engine_logging"),
     Group(NOTHING, "engines on this machine are reached by other ways, as in vLLM", "data_parallel_rpc_port"),
-    Group(NOTHING, "only with `--nnodes`, which is refused", "master_addr master_port"),
+    Group(NOTHING, "only with `--nnodes`, which is refused", "master_port"),
     Group(NOTHING, "only with context parallelism, which is refused",
           "dcp_comm_backend dcp_q_replicate dcp_kv_cache_interleave_size cp_kv_cache_interleave_size"),
     Group(NOTHING, "only with micro-batches, which are refused",
@@ -245,11 +247,26 @@ def _flag(name: str) -> str:
     return f"`{name}`" if name.startswith("_") else "`--" + name.replace("_", "-") + "`"
 
 
+def _refusal(name: str) -> str:
+    """Why an argument is refused and what instead, as the line says it."""
+    for flag in FLAGS:
+        if flag.field == name:
+            return f"{flag.why}; {flag.instead}"
+    for setting in (*SETTINGS, *SHARDED_SETTINGS):
+        if setting.what.startswith("--" + name.replace("_", "-")):
+            return f"{setting.why}; {setting.instead}"
+    return "nanocp brings its own; leave it out"
+
+
 def _rows(groups: tuple[Group, ...]) -> str:
     lines = ["| arguments | | why, and the test that shows it |", "|---|---|---|"]
     for kind in MEANING:
         for group in groups:
-            if group.kind == kind:
+            if group.kind == kind == REFUSED:
+                for name in group.names:
+                    example = " ".join([_flag(name).strip("`"), *REFUSED_VALUES[name][0]])
+                    lines.append(f"| `{example}` | {kind} | {_refusal(name)} |")
+            elif group.kind == kind:
                 test = f"`tests/{group.test}`" if group.test else ""
                 why = "; ".join(part for part in (group.why, test) if part)
                 lines.append(f"| {', '.join(map(_flag, group.names))} | {kind} | {why} |")
@@ -268,7 +285,7 @@ def page() -> str:
 def main() -> None:
     if "--check" in sys.argv[1:]:
         if PAGE.read_text() != page():
-            raise SystemExit(f"{PAGE} is not up to date: run tools/engine_flags.py")
+            raise SystemExit(f"{PAGE} is not up to date: python -m tools.engine_flags")
     else:
         PAGE.write_text(page())
 

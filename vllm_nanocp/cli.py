@@ -79,9 +79,10 @@ def fold(args: argparse.Namespace) -> None:
     else:
         return
     _require_supported()
-    from .refusals import check_environment, check_flags
+    from .refusals import check_command, check_environment, check_flags
 
     config = nanocp_config.parse(raw, args.data_parallel_size)
+    check_command(getattr(args, "subparser", None))
     check_flags(args)
     check_environment()
     args.additional_config = {**(additional or {}), nanocp_config.KEY: config.to_dict()}
@@ -134,7 +135,12 @@ def install() -> None:
     @functools.wraps(from_cli_args)
     def from_args(cls: Any, args: argparse.Namespace) -> Any:
         _or_exit(lambda: fold(args))
-        return from_cli_args(cls, args)
+        engine_args = from_cli_args(cls, args)
+        if nanocp_config.wanted(engine_args.additional_config):
+            engine_args.data_parallel_size = (
+                1  # the settings have it; ``LLM``, which some commands make, takes no other
+            )
+        return engine_args
 
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -155,6 +155,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     engine_args.distributed_executor_backend = EXECUTORS.get(backend, backend)
     engine_args.worker_cls = worker
     vllm_config = create()
+    engine_args.data_parallel_size = 1
     check_settings(vllm_config, config.degree_limit)
     check_model(vllm_config, config)
     check_graphs(vllm_config, config)

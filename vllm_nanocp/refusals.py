@@ -158,6 +158,20 @@ def _check_executor(backend: Any) -> None:
         )
 
 
+def check_command(name: str | None) -> None:
+    """Refuse the commands of vLLM's that prepare something for engines of one rank.
+
+    Raises:
+        NanoCPConfigError
+    """
+    if name in ("preload", "snapshot"):
+        refuse(
+            f"vllm {name} with --nanocp",
+            "it makes what each data-parallel rank needs, and knows nothing of one engine over all",
+            "leave --nanocp out there",
+        )
+
+
 def check_environment() -> None:
     """Refuse variables that tell a process of one rank which one it is.
 

@@ -98,6 +98,26 @@ def test_ranks_by_key(tiny_model: str) -> None:
     assert one.scheduler_config.max_num_batched_tokens != here.scheduler_config.max_num_batched_tokens
 
 
+def test_engines_that_take_no_data_parallel_size(tiny_model: str) -> None:
+    """``vllm bench`` makes an ``LLM`` of its arguments, which refuses one."""
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = ["--model", tiny_model, "--data-parallel-size", str(RANKS), "--enable-expert-parallel", *NANOCP]
+    engine_args = EngineArgs.from_cli_args(parser.parse_args(flags))
+    for _ in range(2):  # before and after a configuration is made of them
+        assert engine_args.data_parallel_size == 1 and engine_args.additional_config["nanocp"]["ranks"] == RANKS
+        engine_args.create_engine_config()
+
+
+@pytest.mark.parametrize("command", ["preload", "snapshot"])
+def test_commands_that_prepare_for_ranks(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args(["--data-parallel-size", "2", "--nanocp"])
+    args.subparser = command
+    with pytest.raises(SystemExit):
+        EngineArgs.from_cli_args(args)
+    assert f"nanocp: vllm {command} with --nanocp is not supported" in capsys.readouterr().err
+
+
 def test_graphs_that_a_backend_forbids(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM turns CUDA graphs off for some all-to-all backends, by the data-parallel size."""
     from vllm.config import CompilationConfig

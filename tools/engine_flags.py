@@ -81,6 +81,7 @@ REFUSED_VALUES: dict[str, tuple[list[str], str]] = {
     "diffusion_config": (["{}"], "scheduler"),
     "mm_processor_cache_type": (["shm"], "readers"),
     "kv_sharing_fast_prefill": ([], "step plan"),
+    "numa_bind": ([], "bound for one rank"),
     "ray_workers_use_nsight": ([], "actors"),
     "scheduler_cls": (["some.Scheduler"], "its own"),
     "worker_cls": (["some.Worker"], "its own"),
@@ -142,7 +143,7 @@ ENGINE = (
           "offload_num_in_group offload_prefetch_step offload_params kv_cache_memory_bytes worker_extension_cls "
           "profiler_config enable_layerwise_nvtx_tracing jit_monitor_mode jit_monitor_verbose engram_config "
           "distributed_timeout_seconds cpu_distributed_timeout_seconds enable_cumem_allocator "
-          "enable_nccl_comm_suspend numa_bind numa_bind_nodes numa_bind_cpus device_ids enable_shm_tensor_arena"),
+          "enable_nccl_comm_suspend device_ids enable_shm_tensor_arena"),
     Group(VLLM, "sampling is at a request's home, with vLLM's sampler; what it keeps of a request goes by the "
           "request's tokens, which go along when it moves",
           "seed max_logprobs logprobs_mode use_fp64_gumbel return_sampling_mask enable_trace_replay logits_processors "
@@ -199,6 +200,8 @@ ENGINE = (
           "dbo_decode_token_threshold dbo_prefill_token_threshold"),
     Group(NOTHING, "only with `--enable-eplb`, which is refused", "eplb_config"),
     Group(NOTHING, "only with `--enable-fault-tolerance`, which is refused", "fault_tolerance_config"),
+    Group(NOTHING, "only with `--numa-bind`, which is refused; vLLM refuses them alone",
+          "numa_bind_nodes numa_bind_cpus"),
     Group(NOTHING, "only with `--kv-offloading-size`, which is refused", "kv_offloading_backend"),
     Group(NOTHING, "only with speculative decoding, which is refused; vLLM refuses it alone",
           "per_request_spec_decode_metrics"),
@@ -277,8 +280,7 @@ def page() -> str:
     """The whole text of docs/flags.md."""
     meaning = "".join(f"| {kind} | {text} |\n" for kind, text in MEANING.items())
     return (
-        f"{_HEAD}{meaning}\n## Of the engine\n\n{_rows(ENGINE)}\n"
-        f"## Of `vllm serve`, beside those\n\n{_rows(FRONT_END)}"
+        f"{_HEAD}{meaning}\n## Of the engine\n\n{_rows(ENGINE)}\n## Of `vllm serve`, beside those\n\n{_rows(FRONT_END)}"
     )
 
 

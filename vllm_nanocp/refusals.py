@@ -84,6 +84,7 @@ _DIFFUSION = "its scheduler is another one"
 _EPLB = "moving experts was never tried with one engine over all ranks"
 _SYNC = "it says how often engines ask each other whether they are done, and here is one engine"
 _SHM_CACHE = "its shared memory counts the workers of one rank as readers, and all ranks read it"
+_NUMA = "the engine's process is bound for one rank, and the workers of all ranks with it"
 
 FLAGS = (
     Flag("pipeline_parallel_size", _above_one, "ranks exchange attention results in every layer",
@@ -118,6 +119,7 @@ FLAGS = (
     Flag("aux_output_config", _returns_experts, _ROUTED_EXPERTS),
     Flag("diffusion_config", _given, _DIFFUSION),
     Flag("mm_processor_cache_type", lambda value: value == "shm", _SHM_CACHE, "use lru, the default", shown=True),
+    Flag("numa_bind", bool, _NUMA),
     Flag("ray_workers_use_nsight", bool, "the actors here are not started under it"),
 )  # fmt: skip
 
@@ -251,6 +253,7 @@ SETTINGS = (
     Setting(lambda c: c.parallel_config.enable_eplb, "--enable-eplb", _EPLB),
     Setting(lambda c: c.parallel_config.use_ubatching, "--enable-dbo or --ubatch-size", _MICRO_BATCHES),
     Setting(lambda c: c.parallel_config.dp_sync_interval != _SYNC_DEFAULT, "--dp-sync-interval", _SYNC),
+    Setting(lambda c: c.parallel_config.numa_bind, "--numa-bind", _NUMA),
     Setting(lambda c: c.parallel_config.distributed_executor_backend not in EXECUTORS.values(), "another executor",
             "ranks are processes of one machine or Ray actors", "use mp or ray, or leave it out"),
     Setting(lambda c: c.parallel_config.worker_cls not in (CPU_WORKER, GPU_WORKER), "another worker class",

@@ -239,6 +239,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "--enable-eplb": _set("parallel_config.enable_eplb", True),
     "--enable-dbo or --ubatch-size": _set("parallel_config.ubatch_size", 2),
     "--dp-sync-interval": _set("parallel_config.dp_sync_interval", 3),
+    "--numa-bind": _set("parallel_config.numa_bind", True),
     "another executor": _set("parallel_config.distributed_executor_backend", "uni"),
     "another worker class": _set("parallel_config.worker_cls", "some.Worker"),
     "another scheduler class": _set("scheduler_config.scheduler_cls", "some.Scheduler"),

@@ -137,9 +137,8 @@ def install() -> None:
         _or_exit(lambda: fold(args))
         engine_args = from_cli_args(cls, args)
         if nanocp_config.wanted(engine_args.additional_config):
-            engine_args.data_parallel_size = (
-                1  # the settings have it; ``LLM``, which some commands make, takes no other
-            )
+            # The settings have the number of ranks, and ``LLM``, which some commands make of this, takes no other size.
+            engine_args.data_parallel_size = 1
         return engine_args
 
     @functools.wraps(create)

@@ -63,6 +63,7 @@ def connected(server: Server) -> dict[int, int]:
 def stream(server: Server, lengths: list[int], max_tokens: int) -> list[Client]:
     clients = [Client(server, prompt(length, 300 + at), max_tokens) for at, length in enumerate(lengths)]
     for client in clients:
+        client.body["temperature"] = 0
         client.start()
     return clients
 

@@ -110,3 +110,26 @@ def test_what_is_accepted(tiny_model: str) -> None:
 
 def test_the_page_is_up_to_date() -> None:
     assert engine_flags.PAGE.read_text() == engine_flags.page(), "python -m tools.engine_flags"
+
+
+# The parts of vLLM's configuration, by who looks at them here.
+_REFUSALS = """model_config cache_config parallel_config scheduler_config compilation_config speculative_config
+    diffusion_config kv_transfer_config ec_transfer_config aux_output_config"""
+_WORKERS = "attention_config"  # a worker asks the attention that it has loaded
+_NOBODY = """device_config load_config offload_config engram_config mamba_config kernel_config lora_config
+    watermark_config structured_outputs_config observability_config logging_config quant_config profiler_config
+    kv_events_config ec_manager_config reasoning_config additional_config instance_id optimization_level
+    performance_mode weight_transfer_config shutdown_timeout"""
+
+
+def test_all_parts_of_the_configuration_are_known() -> None:
+    """Variables and models' defaults reach them without an argument."""
+    from vllm.config import VllmConfig
+
+    from vllm_nanocp import engine_config, refusals
+
+    known = {field.name for field in dataclasses.fields(VllmConfig)}
+    assert {*_REFUSALS.split(), *_WORKERS.split(), *_NOBODY.split()} == known
+    text = "".join(Path(module.__file__).read_text() for module in (engine_config, refusals))
+    assert [name for name in _REFUSALS.split() if f".{name}" not in text] == []
+    assert [name for name in _NOBODY.split() if f"c.{name}" in text] == []

@@ -152,7 +152,7 @@ ENGINE = (
           "max_num_scheduled_tokens max_num_active_seqs enable_chunked_prefill disable_chunked_mm_input "
           "scheduler_reserve_full_isl watermark long_prefill_token_threshold_adaptive prefix_caching_hash_algo "
           "ec_manager_config"),
-    Group(VLLM, "each rank's workers load adapters as an engine's do; attention of sharded steps is then outside of graphs",
+    Group(VLLM, "each rank's workers load adapters as an engine's do; sharded steps then attend outside of graphs",
           "enable_lora max_loras max_lora_rank max_cpu_loras lora_dtype lora_target_modules fully_sharded_loras "
           "default_mm_loras enable_tower_connector_lora specialize_active_lora enable_mixed_moe_lora_format "
           "enable_moe_shared_loras max_lora_cls_labels"),

@@ -3,7 +3,7 @@
 
 Touches, in vLLM 0.32: ``EngineArgs.add_cli_args``, ``.from_cli_args`` and ``.create_engine_config``
 (``vllm/engine/arg_utils.py``) and ``ServeSubcommand.validate`` (``vllm/entrypoints/cli/serve.py``), which runs
-before ``vllm serve`` derives the number of API servers from the data-parallel size.
+before anything is started.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fold(args: argparse.Namespace) -> None:
-    """Turn the two flags, and N data-parallel ranks, into ``additional_config`` and one. Idempotent.
+    """Turn the two flags into ``additional_config``. Idempotent.
+
+    The data-parallel size stays (or becomes) the number of ranks: ``vllm serve`` starts as many API servers, and
+    ``engine_config.make`` lets vLLM derive what depends on it before there is one engine.
 
     Raises:
         NanoCPConfigError: a bad value, or a vLLM version that is not supported.
@@ -76,13 +79,22 @@ def fold(args: argparse.Namespace) -> None:
     else:
         return
     _require_supported()
-    from .engine_config import check_flags
+    from .refusals import check_command, check_environment, check_flags
 
     config = nanocp_config.parse(raw, args.data_parallel_size)
+    check_command(getattr(args, "subparser", None))
     check_flags(args)
+    check_environment()
     args.additional_config = {**(additional or {}), nanocp_config.KEY: config.to_dict()}
-    args.data_parallel_size = 1
+    args.data_parallel_size = 1 if _rust_frontend() else config.ranks
     args.nanocp, args.nanocp_config = False, None
+
+
+def _rust_frontend() -> bool:
+    """Whether ``vllm serve`` hands its arguments to vLLM's Rust front-end, which looks for so many engines."""
+    import vllm.envs as envs
+
+    return bool(envs.VLLM_USE_RUST_FRONTEND and envs.VLLM_RUST_FRONTEND_PATH)
 
 
 def _require_supported() -> None:
@@ -123,7 +135,11 @@ def install() -> None:
     @functools.wraps(from_cli_args)
     def from_args(cls: Any, args: argparse.Namespace) -> Any:
         _or_exit(lambda: fold(args))
-        return from_cli_args(cls, args)
+        engine_args = from_cli_args(cls, args)
+        if nanocp_config.wanted(engine_args.additional_config):
+            # The settings have the number of ranks, and ``LLM``, which some commands make of this, takes no other size.
+            engine_args.data_parallel_size = 1
+        return engine_args
 
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -150,9 +166,8 @@ def _install_serve() -> None:
 
     @functools.wraps(validate)
     def validate_and_fold(self: Any, args: argparse.Namespace) -> None:
-        asked = getattr(args, "nanocp", False)
         _or_exit(lambda: fold(args))
-        if asked:
+        if nanocp_config.wanted(getattr(args, "additional_config", None)):
             sys.excepthook = _excepthook
             if hasattr(args, "dispatch_function"):
                 args.dispatch_function = exit_code.watched(args.dispatch_function)

@@ -1,117 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From N data-parallel ranks to one engine with N ranks, by vLLM's own settings; and what is refused at start."""
+"""From N data-parallel ranks to one engine with N ranks, by vLLM's own settings; and which models are refused."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from . import config as nanocp_config
 from .config import NanoCPConfig
-from .errors import NanoCPConfigError
+from .errors import refuse
+from .refusals import CPU_WORKER, EXECUTORS, GPU_WORKER, SCHEDULER, check_environment, check_flags, check_settings
 
-SCHEDULER = "vllm_nanocp.sched.scheduler.NanoCPScheduler"
-EXECUTORS = {
-    "mp": "vllm_nanocp.executor.NanoCPMultiprocExecutor",
-    "ray": "vllm_nanocp.ray_executor.NanoCPRayExecutor",
-}
-CPU_WORKER = "vllm_nanocp.worker.cpu_worker.NanoCPCPUWorker"
-GPU_WORKER = "vllm_nanocp.worker.gpu_worker.NanoCPGPUWorker"
 CPU_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 CUDA_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
-
-
-def refuse(what: str, why: str, instead: str) -> NoReturn:
-    """Raises NanoCPConfigError with one line."""
-    raise NanoCPConfigError(f"nanocp: {what} is not supported: {why}; {instead}")
-
-
-def check_flags(args: Any) -> None:
-    """Refuse engine arguments that cannot work, from an argparse namespace or ``EngineArgs``.
-
-    Raises:
-        NanoCPConfigError
-    """
-
-    def get(name: str, default: Any = None) -> Any:
-        return getattr(args, name, default)
-
-    if get("pipeline_parallel_size", 1) > 1:
-        refuse(
-            f"--pipeline-parallel-size {args.pipeline_parallel_size}",
-            "ranks exchange attention results in every layer",
-            "use --tensor-parallel-size or more --data-parallel-size ranks",
-        )
-    if get("decode_context_parallel_size", 1) > 1:
-        refuse(
-            f"--decode-context-parallel-size {args.decode_context_parallel_size}",
-            "it splits every request's KV, which nanocp does per request",
-            "leave it out",
-        )
-    if get("prefill_context_parallel_size", 1) > 1:
-        refuse(
-            f"--prefill-context-parallel-size {args.prefill_context_parallel_size}",
-            "chunks are placed by shard map",
-            "leave it out",
-        )
-    if get("speculative_config") is not None:
-        refuse(
-            "speculative decoding",
-            "draft tokens would have to be verified against shards",
-            "leave out --speculative-config",
-        )
-    for flag in ("data_parallel_external_lb", "data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb"):
-        if get(flag, False):
-            refuse(
-                "--" + flag.replace("_", "-"),
-                "one scheduler serves all ranks behind one address",
-                "leave it out",
-            )
-    for flag in ("data_parallel_rank", "data_parallel_start_rank", "data_parallel_size_local"):
-        if get(flag) is not None:
-            refuse("--" + flag.replace("_", "-"), "one engine holds all ranks", "leave it out")
-    if get("data_parallel_backend", "mp") != "mp":
-        refuse(
-            f"--data-parallel-backend {args.data_parallel_backend}",
-            "one engine holds all ranks",
-            "leave it out, or use --distributed-executor-backend ray",
-        )
-    if get("nnodes", 1) > 1:
-        refuse(
-            f"--nnodes {args.nnodes}",
-            "worker processes are on one machine",
-            "use one node, or --distributed-executor-backend ray",
-        )
-    if get("headless", False):
-        refuse("--headless", "there is no engine without the API server's", "leave it out")
-    if get("enable_elastic_ep", False):
-        refuse("--enable-elastic-ep", "the number of ranks is fixed at start", "leave it out")
-    if get("enable_dbo", False):
-        refuse("--enable-dbo", "a sharded step cannot be cut into micro-batches", "leave it out")
-    if (get("ubatch_size", 0) or 0) > 1:
-        refuse(f"--ubatch-size {args.ubatch_size}", "a sharded step cannot be cut into micro-batches", "leave it out")
-    if get("kv_transfer_config") is not None:
-        refuse("--kv-transfer-config", "KV connectors do not know of shards", "leave it out")
-    if get("ec_transfer_config") is not None:
-        refuse("--ec-transfer-config", "encoder-cache connectors do not know of ranks", "leave it out")
-    backend = get("distributed_executor_backend")
-    if backend is not None and backend not in EXECUTORS and backend not in EXECUTORS.values():
-        refuse(
-            f"--distributed-executor-backend {backend}",
-            "ranks are processes of one machine or Ray actors",
-            "use mp or ray, or leave it out",
-        )
-    if backend in ("ray", EXECUTORS["ray"]) and importlib.util.find_spec("ray") is None:
-        refuse(
-            "--distributed-executor-backend ray without Ray",
-            "the package ray is not installed in this environment",
-            "pip install 'vllm-nanocp[ray]', or use mp",
-        )
-    for flag, own in (("scheduler_cls", (SCHEDULER,)), ("worker_cls", (CPU_WORKER, GPU_WORKER))):
-        if get(flag) not in (None, "auto", *own):
-            refuse(f"--{flag.replace('_', '-')} {get(flag)}", "nanocp brings its own", "leave it out")
 
 
 def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
@@ -204,6 +106,18 @@ def check_graphs(vllm_config: Any, config: NanoCPConfig) -> None:
         )
 
 
+def one_engine(parallel: Any) -> None:
+    """Make one engine of N in vLLM's finished ``ParallelConfig``.
+
+    All that vLLM derives from the data-parallel size is derived by now, as for N: which CUDA graphs an all-to-all
+    backend allows, how large batches are, which settings are refused. What it looks up later, in the processes of the
+    front-end and the engine, it finds as for one; each worker says N again in its copy.
+    """
+    parallel.data_parallel_size = parallel.data_parallel_size_local = 1
+    # A local rank: the engine is told where its front-end is by who starts it, not by a coordinator.
+    parallel.data_parallel_rank = parallel.data_parallel_index = parallel.data_parallel_rank_local = 0
+
+
 def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     """Create the engine configuration with this package's scheduler, executor and worker.
 
@@ -221,6 +135,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
 
     config = nanocp_config.parse(engine_args.additional_config[nanocp_config.KEY], engine_args.data_parallel_size)
     check_flags(engine_args)
+    check_environment()
     if current_platform.is_cuda():
         worker = GPU_WORKER
     elif current_platform.is_cpu():
@@ -234,16 +149,19 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     unset: dict[str, Any] = {k: verified for k in ("moves", "parallel_prefill") if getattr(config, k) is None}
     config = replace(config, **unset)
     engine_args.additional_config = {**engine_args.additional_config, nanocp_config.KEY: config.to_dict()}
-    engine_args.data_parallel_size = 1
+    engine_args.data_parallel_size = config.ranks
     engine_args.scheduler_cls = SCHEDULER
     backend = engine_args.distributed_executor_backend or "mp"
     engine_args.distributed_executor_backend = EXECUTORS.get(backend, backend)
     engine_args.worker_cls = worker
     vllm_config = create()
-    if len(vllm_config.additional_config) == 1:  # what others have put there vLLM looks for in a dict only
-        vllm_config.additional_config = nanocp_config.Additional(vllm_config.additional_config)
+    engine_args.data_parallel_size = 1
+    check_settings(vllm_config, config.degree_limit)
     check_model(vllm_config, config)
     check_graphs(vllm_config, config)
+    one_engine(vllm_config.parallel_config)
+    if len(vllm_config.additional_config) == 1:  # what others have put there vLLM looks for in a dict only
+        vllm_config.additional_config = nanocp_config.Additional(vllm_config.additional_config)
     admission.install()
     rank_hint.install_front_end()
     kv_event_sources.install_front_end()

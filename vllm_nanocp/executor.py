@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import vllm.envs as envs
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.utils.network_utils import get_open_ports_list
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
@@ -101,6 +102,16 @@ class OneWorld(_Base):
 
 class NanoCPMultiprocExecutor(OneWorld, MultiprocExecutor):
     """The executor for ranks that are processes of this machine."""
+
+    def _init_executor(self) -> None:
+        parallel, api_servers = self.parallel_config, self.parallel_config._api_process_count
+        if current_platform.is_cpu():
+            # vLLM takes it for the number of engines, which share the cores (``OMPProcessManager``).
+            parallel._api_process_count = 1
+        try:
+            super()._init_executor()
+        finally:
+            parallel._api_process_count = api_servers
 
     def _ensure_worker_termination(self, worker_procs: list[BaseProcess]) -> None:  # type: ignore[override]
         """End the workers; those that hang because one of them has failed, soon.

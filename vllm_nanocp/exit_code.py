@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm serve --nanocp`` ends with one line and exit code 1 when its engine fails.
 
-Stock ``vllm serve`` with several data-parallel ranks does: its launcher sees an engine die. With one engine it serves
-from the launching process itself, which stops as if it had been told to, with exit code 0; a supervisor that restarts
-what has failed would leave it. Touches vLLM 0.32's ``BackgroundResources.validate_alive`` (the engine's last message)
-and ``CoreEngineProcManager.monitor_engine_liveness`` (for an engine that could not send it).
+Stock ``vllm serve`` with several data-parallel ranks ends with that code: its launcher sees an engine die. So it does
+here with several API servers. With one, vLLM serves from the launching process itself, which stops as if it had been
+told to, with exit code 0; a supervisor that restarts what has failed would leave it. Touches vLLM 0.32's
+``BackgroundResources.validate_alive`` (the engine's last message) and ``CoreEngineProcManager.monitor_engine_liveness``
+(for an engine that could not send it).
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ def watched(serve: Callable[[argparse.Namespace], None]) -> Callable[[argparse.N
 
 def _run(serve: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     _install()
-    serve(args)
+    try:
+        serve(args)
+    except Exception:  # by which the launcher of several API servers ends; it has logged it
+        if not _failed:
+            raise
     if _failed:
         print("error: nanocp: the engine has failed; the log above says why", file=sys.stderr, flush=True)
         raise SystemExit(1)

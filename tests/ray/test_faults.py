@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 
 LIMIT_S = 60.0
 # Two ranks on the first node, one on the second.
-ON_RAY = [*FLAGS, "--data-parallel-size", "3", "--distributed-executor-backend", "ray"]
+ON_RAY = [*FLAGS, "--data-parallel-size=3", "--api-server-count=1", "--distributed-executor-backend=ray"]
 # Which of the two is noticed first depends: that the actor is gone, or that another one lost the connection to it.
 ACTOR_GONE = ("died unexpectedly, shutting down executor", "Worker failed with error")
 # Seconds after which Ray gives up on its head: soon, where a test waits for that, or later than the engine has to.

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from .clients import Client, check_clients_ended, left_of, queues_of, running_clients, shared_memory
@@ -25,6 +26,8 @@ HOOK = Path(__file__).parent / "hook"
 HOOK_FAILURE = "a failure that a test has asked for"
 FIRST, LAST = 0, RANKS - 1
 STEP_LIMIT_S = 5
+# One API server, in the server's own process: it starts sooner.
+ONE = [*FLAGS, "--api-server-count=1"]
 # After these the server has given up on its workers, which it kills when they do not end by themselves.
 END_LIMIT_S = 60.0
 ALL_CASES = os.environ.get("NANOCP_FAULT_ALL", "0") == "1"
@@ -58,24 +61,33 @@ def nothing_left(server: Server) -> None:
     wait_for("no process is left", lambda: not server.members(), 20)
 
 
-@pytest.fixture
-def doomed(tiny_model: str, tmp_path: Path) -> Iterator[Server]:
-    """A server of one test's own."""
-    with serving(tiny_model, tmp_path / "serve.log") as server:
+@pytest.fixture(params=[FLAGS], ids=["default"])
+def doomed(request: pytest.FixtureRequest, tiny_model: str, tmp_path: Path) -> Iterator[Server]:
+    """A server of one test's own, with the flags that the test asks for."""
+    with serving(tiny_model, tmp_path / "serve.log", request.param) as server:
         yield server
 
 
-@pytest.mark.parametrize("rank", [FIRST, LAST])
-def test_a_worker_is_killed(doomed: Server, rank: int) -> None:
-    """Clients are told; the server ends, as stock vLLM's does, and takes the other rank with it."""
+def api_servers(server: Server) -> list[psutil.Process]:
+    """Those that are processes of their own."""
+    return [process for process in server.members() if "APIServer" in process.name()]
+
+
+@pytest.mark.parametrize(
+    ("doomed", "rank", "count"), [(ONE, FIRST, 0), (FLAGS, LAST, RANKS)], indirect=["doomed"], ids=["one", "default"]
+)
+def test_a_worker_is_killed(doomed: Server, rank: int, count: int) -> None:
+    """Clients are told, whichever API server they are connected to; the server ends, as stock vLLM's does, and takes
+    the other rank with it."""
     workers = doomed.workers()
-    assert len(workers) == RANKS
+    assert len(workers) == RANKS and len(api_servers(doomed)) == count
     [victim] = [worker for worker in workers if f"DP{rank}" in worker.name()]
     clients = clients_of(doomed)
     victim.kill()
     ends_with_a_line(doomed, clients, time.monotonic())
 
 
+@pytest.mark.parametrize("doomed", [ONE], indirect=True, ids=["one"])
 def test_all_are_killed(doomed: Server) -> None:
     """Nobody removes the names of their shared memory then: there must be none."""
     clients = running_clients(doomed)
@@ -96,23 +108,11 @@ def test_all_are_killed(doomed: Server) -> None:
     nothing_left(doomed)
 
 
-@pytest.mark.skipif(not ALL_CASES, reason="vLLM's own exit code: NANOCP_FAULT_ALL=1")
-def test_a_worker_is_killed_behind_several_api_servers(tiny_model: str, tmp_path: Path) -> None:
-    """Then vLLM's launcher sees that the engine has died."""
-    with serving(tiny_model, tmp_path / "serve.log", [*FLAGS, "--api-server-count=2"]) as server:
-        clients = clients_of(server)
-        server.workers()[0].kill()
-        check_clients_ended(clients, END_LIMIT_S)
-        assert server.process.wait(END_LIMIT_S) == 1
-        assert "Engine core process EngineCore died unexpectedly" in server.text()
-        nothing_left(server)
-
-
 @pytest.mark.parametrize("rank", [FIRST, LAST] if ALL_CASES else [LAST])
 def test_a_worker_is_stopped(tiny_model: str, tmp_path: Path, rank: int) -> None:
     """It does not die, it does not answer: the engine waits as long as vLLM is told to, and ends."""
     env = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(STEP_LIMIT_S)}
-    with serving(tiny_model, tmp_path / "serve.log", env=env) as server:
+    with serving(tiny_model, tmp_path / "serve.log", ONE, env) as server:
         [victim] = [worker for worker in server.workers() if f"DP{rank}" in worker.name()]
         clients = clients_of(server)
         victim.suspend()
@@ -124,7 +124,7 @@ def test_a_worker_raises_in_a_step(tiny_model: str, tmp_path: Path, rank: int) -
     """The other rank waits for it in a collective, and the engine for neither. The log has the reason."""
     armed = tmp_path / "armed"
     env = failing(where="step", worker=rank, armed=str(armed))
-    with serving(tiny_model, tmp_path / "serve.log", env=env) as server:
+    with serving(tiny_model, tmp_path / "serve.log", ONE, env) as server:
         clients = clients_of(server)
         armed.touch()
         ends_with_a_line(server, clients, time.monotonic())
@@ -137,7 +137,7 @@ def test_a_worker_raises_in_a_step(tiny_model: str, tmp_path: Path, rank: int) -
 )
 def test_a_worker_fails_to_start(tiny_model: str, tmp_path: Path, where: str, rank: int) -> None:
     """The others wait for it to join, or to load: the start ends with exit code 1, and the log has the reason."""
-    with serving(tiny_model, tmp_path / "serve.log", env=failing(where=where, worker=rank), wait=False) as server:
+    with serving(tiny_model, tmp_path / "serve.log", ONE, failing(where=where, worker=rank), False) as server:
         named: set[str] = set()
         end = time.monotonic() + START_LIMIT_S
         while server.process.poll() is None and time.monotonic() < end:
@@ -161,10 +161,11 @@ def test_the_server_is_told_to_stop(doomed: Server) -> None:
     client hears of it, and the server waits for them to close their connections: stock vLLM with 24 layers, too.
     """
     clients = clients_of(doomed)
-    engine = [process.pid for process in doomed.members() if process.name().startswith("VLLM")]
+    assert len(api_servers(doomed)) == RANKS
+    engine = {p.pid for p in doomed.members() if p.name().startswith("VLLM")} - {p.pid for p in api_servers(doomed)}
     assert len(engine) == 1 + RANKS
     doomed.process.terminate()
-    wait_for("the engine has ended", lambda: not {p.pid for p in doomed.members()} & {*engine}, 20)
+    wait_for("the engine has ended", lambda: not {p.pid for p in doomed.members()} & engine, 20)
     for client in clients:
         client.leave()
     assert doomed.process.wait(20) == 0

@@ -126,7 +126,7 @@ def test_settings_that_are_no_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_accepted() -> None:
     """So that the refusals above are for their flag, not for all."""
     args = validate_serve([*NANOCP, "--nanocp-config", '{"segment_size": 512}', "--tensor-parallel-size", "2"])
-    assert args.data_parallel_size == 1, "one engine, and one API server in front of it"
+    assert args.data_parallel_size == 2 and args.api_server_count is None, "vLLM starts as many API servers as ranks"
     assert args.additional_config["nanocp"]["ranks"] == 2
     assert args.additional_config["nanocp"]["segment_size"] == 512
 

@@ -35,6 +35,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.tiny_models import make_qwen3_moe
+from vllm_nanocp.errors import NanoCPConfigError
 from vllm_nanocp.rank_hint import prefer_rank
 from vllm_nanocp.sched import mover as mover_module
 from vllm_nanocp.sched import scheduler as scheduler_module
@@ -457,3 +458,19 @@ def test_ranks_compute_a_prompt_together(vllm_config: Any, parallel: bool, steps
     assert scheduler.sharded["r"].shard_map.tokens_by_rank(2, request.num_tokens) == [896, 896]
     scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
     assert scheduler.free_blocks() == [200, 200]
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_model_without_kv(vllm_config: Any, degree: int) -> None:
+    """No request could be placed."""
+    sizes = dict(seed=0, ranks=2, block_size=16, blocks=200, max_reqs=8, budget=128, segment=1024, degree=degree)
+    rest = dict(moves=False, caching=False, priorities=False, chunk=0, reserve=0)
+    config = Shape(**sizes, **rest).config(vllm_config, False)  # type: ignore[arg-type]
+    with pytest.raises(NanoCPConfigError, match="nanocp: a model that keeps no KV"):
+        NanoCPScheduler(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(num_blocks=1, kv_cache_tensors=[], kv_cache_groups=[]),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=16,
+            hash_block_size=16,
+        )

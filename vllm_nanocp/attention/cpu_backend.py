@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from ..engine_config import refuse
+from ..errors import refuse
 from .context import ShardedStep, context
 from .cpu_partial import as_stored, attend_causal, attend_shard, gather_shard
 from .merge import merge_partials

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
 
-from ..engine_config import refuse
+from ..errors import refuse
 
 INSTEAD = "use --nanocp-config '{\"max_degree\": 1}' to serve it with one scheduler and no sharding"
 

@@ -30,11 +30,12 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from .. import config as nanocp_config
 from .. import kv_event_sources, rank_hint, status
-from ..errors import NanoCPConfigError
+from ..errors import NanoCPConfigError, refuse
 from ..metrics.collector import Collector
 from ..placement import ShardMap
 from ..placement.moves import MoveConfig
 from . import kv_events
+from .cadence import PrefillCadence
 from .members import Members
 from .mover import Mover
 from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, describe, generators_in, merge
@@ -67,6 +68,8 @@ class NanoCPScheduler(SchedulerInterface):
         self.block_size = block_size
         # Shards and prefixes are found by the blocks of one group; models with more are served unsharded.
         one_group = len(kv_cache_config.kv_cache_groups) == 1
+        if not kv_cache_config.kv_cache_groups:
+            refuse("a model that keeps no KV", "requests are placed by their KV", "serve it without --nanocp")
         if not one_group and self.config.degree_limit > 1:
             raise NanoCPConfigError(
                 f"nanocp: the model has {len(kv_cache_config.kv_cache_groups)} kinds of KV cache, which cannot be "
@@ -82,7 +85,7 @@ class NanoCPScheduler(SchedulerInterface):
             rank_config = copy(vllm_config)
             rank_config.parallel_config = copy(vllm_config.parallel_config)
             rank_config.parallel_config.data_parallel_index = rank
-            # Estimates of a rank's work (``--enable-mfu-metrics``) go by how many ranks share the experts.
+            # By this the work of a GPU is estimated (``--enable-mfu-metrics``): the experts are spread over all ranks.
             rank_config.parallel_config.data_parallel_size = self.config.ranks
             scheduler = rank_cls(
                 vllm_config=rank_config,
@@ -99,6 +102,8 @@ class NanoCPScheduler(SchedulerInterface):
             scheduler.on_preempt = self._on_preempt
             scheduler.on_free = self._on_free
             self.ranks.append(scheduler)
+        interval = vllm_config.scheduler_config.prefill_schedule_interval
+        self.cadence = PrefillCadence(interval) if interval > 1 else None
         self.collector = Collector()
         self.mover = Mover(
             self,
@@ -263,6 +268,8 @@ class NanoCPScheduler(SchedulerInterface):
     # -- a step ------------------------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> NanoCPSchedulerOutput:
+        if self.cadence is not None:
+            throttle_prefills = self.cadence.throttles(self.get_num_unfinished_requests())
         self.members.begin_step()
         self.mover.step()
         self._admit()
@@ -333,6 +340,8 @@ class NanoCPScheduler(SchedulerInterface):
                     so_far.outputs.extend(outputs.outputs)
                     if outputs.finished_requests:
                         so_far.finished_requests = (so_far.finished_requests or set()) | outputs.finished_requests
+        if self.cadence is not None and not self.get_num_unfinished_requests():
+            self.cadence.rest()
         if stats:
             first = next(iter(merged.values()))
             first.scheduler_stats = engine_stats(self, stats)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from vllm.sampling_params import SamplingType
 from vllm.v1.request import Request, RequestStatus
 
 from ..placement.cost import CostModel, StepLoad
@@ -57,6 +58,8 @@ class Mover:
         # Requests on their way, and where to.
         self.leaving: dict[str, int] = {}
         self._last_move: dict[str, int] = {}
+        # Tokens that requests had when their leaving was undone.
+        self._undone: dict[str, int] = {}
         self._last_update = 0.0
         self.last_work = [StepLoad(0, 0)] * scheduler.config.ranks
         self.num_moves = self.num_spills = 0
@@ -93,6 +96,7 @@ class Mover:
         if target is not None:
             self.scheduler.ranks[target].expect_no_more(request_id)
         self._last_move.pop(request_id, None)
+        self._undone.pop(request_id, None)
         self._states.pop(request_id, None)
 
     def note_generators(self, asked: Sequence[str], states: dict[str, bytes]) -> None:
@@ -113,8 +117,12 @@ class Mover:
             self._stay(request_id)
 
     def _stay(self, request_id: str) -> None:
+        """Undo a leaving. The request does not leave again before it has made a token: what undid it once may do so
+        each time, and a request that leaves is scheduled nowhere."""
         rank = self.scheduler.ranks[self.scheduler.rank_of[request_id]]
-        rank.stay(rank.requests[request_id])
+        request = rank.requests[request_id]
+        rank.stay(request)
+        self._undone[request_id] = request.num_tokens
         self.scheduler.ranks[self.leaving.pop(request_id)].expect_no_more(request_id)
         self._states.pop(request_id, None)
 
@@ -189,6 +197,8 @@ class Mover:
         sharded = self.scheduler.sharded.get(request.request_id)
         if sharded is not None and request.num_computed_tokens <= sharded.local_start:
             return False  # it has only just come
+        if request.num_tokens <= self._undone.get(request.request_id, -1):
+            return False
         return (
             request.request_id in self.scheduler.rank_of
             and can_shard(request)
@@ -253,7 +263,8 @@ class Mover:
         request = scheduler.requests[request_id]
         scheduler.leave(request)
         params = request.sampling_params
-        seeded = self.generators and params is not None and params.seed is not None
+        # Those for which V1's model runner makes a generator; of a greedy request's seed it makes nothing.
+        seeded = self.generators and params is not None and params.sampling_type == SamplingType.RANDOM_SEED
         if seeded and request_id not in self._states:  # else its generator has not even arrived here
             self._states[request_id] = None
             self.scheduler.members.ask_for_generator(request_id)

@@ -14,6 +14,7 @@ from ..config import NanoCPConfig
 from ..placement import RankLoad, Run, ShardMap, cdiv, place, place_after_prefix, queue_at
 from ..placement.moves import with_reserve
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
+from .sessions import is_idle
 from .sharded import can_shard
 
 # How much KV counts against the batch where homes move (``benchmarks/balance_simulation.py``).
@@ -59,6 +60,8 @@ class Placer:
         self._loads = loads
         self._stripe_blocks = stripe_blocks
         self._moves = config.move_config
+        # Ranks may hold more than their blocks have tokens.
+        self._uncounted = any(rank.most_tokens > rank.num_blocks * block_size for rank in ranks)
 
     def place(self, request: Request, home: int | None, turn: int) -> ShardMap | None:
         """A shard map for a request, or None when it has to wait.
@@ -74,23 +77,12 @@ class Placer:
             # Batches are evened out later, KV is not; and what grows must not have to leave at once.
             loads = [with_reserve(load, self._moves.reserve_blocks) for load in loads]
             weight = KV_WEIGHT
-        degree_limit = self.config.degree_limit if can_shard(request) else 1
-        most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-        growth = cdiv(most_tokens, self.block_size) - cdiv(request.num_tokens, self.block_size)
-        rules: dict[str, Any] = dict(
-            segment_size=self.config.segment_size,
-            max_degree=degree_limit,
-            home=home,
-            headroom_blocks=max(0, min(1, growth)),
-            stripe_blocks=self._stripe_blocks,
-        )
         policy = self.config.placement
+        rules = self._rules(request, home)
         fresh = place(request.num_tokens, self.block_size, loads, policy=policy, turn=turn, kv_weight=weight, **rules)
         if fresh is None:
-            if request.num_tokens > self.config.segment_size and degree_limit > 1:
-                return None
-            idle = [not rank.waiting for rank in self.ranks]
-            return queue_at(request.num_tokens, self.block_size, loads, idle, home)
+            idle = [all(map(is_idle, rank.waiting)) for rank in self.ranks]
+            return self._queue_at(request, home, loads, idle)
         if policy == "round_robin":
             return fresh
         prefix = self._find_prefix(request)
@@ -98,6 +90,42 @@ class Placer:
             return fresh
         after = place_after_prefix(prefix, request.num_tokens, self.block_size, loads, kv_weight=weight, **rules)
         return fresh if after is None else after
+
+    def _rules(self, request: Request, home: int | None) -> dict[str, Any]:
+        """What placement may do with a request, whatever the ranks' loads."""
+        most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        growth = cdiv(most_tokens, self.block_size) - cdiv(request.num_tokens, self.block_size)
+        return dict(
+            segment_size=self.config.segment_size,
+            max_degree=self.config.degree_limit if can_shard(request) else 1,
+            home=home,
+            headroom_blocks=max(0, min(1, growth)),
+            stripe_blocks=self._stripe_blocks,
+        )
+
+    def _queue_at(
+        self, request: Request, home: int | None, loads: list[RankLoad], idle: Sequence[bool]
+    ) -> ShardMap | None:
+        """A rank at which a request that found no room may wait for it."""
+        if request.num_tokens > self.config.segment_size and self.config.degree_limit > 1 and can_shard(request):
+            return None
+        tokens = request.num_tokens
+        if self._uncounted:  # only vLLM's scheduler knows how many blocks it needs
+            tokens = min(tokens, self.ranks[0].num_blocks * self.block_size)
+        return queue_at(tokens, self.block_size, loads, idle, home)
+
+    def ever_fits(self, request: Request, home: int | None) -> bool:
+        """Whether a waiting request could be placed if nothing else were on any rank.
+
+        Args:
+            request: waiting.
+            home: the rank that has its sampling state, if it has run before.
+        """
+        empty = [RankLoad(free_blocks=rank.num_blocks, used_blocks=0, batch=0, slots=1) for rank in self.ranks]
+        rules, policy = self._rules(request, home), self.config.placement
+        if place(request.num_tokens, self.block_size, empty, policy=policy, **rules) is not None:
+            return True
+        return self._queue_at(request, home, empty, [True] * len(empty)) is not None
 
     def lookup_hashes(self, request: Request) -> list[BlockHash]:
         """Hashes of the blocks that may come from a prefix cache.

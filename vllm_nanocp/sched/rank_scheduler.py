@@ -19,6 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from ..placement import RankLoad
+from .sessions import SessionDoors, is_idle
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -27,14 +28,10 @@ if TYPE_CHECKING:
 
     from .sharded import Keeper
 
-    _Base = Scheduler
-else:
-    _Base = object
-
 _tokens = attrgetter("num_tokens")
 
 
-class RankDoors(_Base):
+class RankDoors(SessionDoors):
     """Mixed into vLLM's scheduler: hooks on leaving, and shards that no queue knows of."""
 
     on_preempt: Callable[[Request], None]
@@ -51,7 +48,10 @@ class RankDoors(_Base):
         self._coming: set[str] = set()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        idle = not (self.running or self._coming or self._leaving)
         output = super().schedule(*args, **kwargs)
+        if idle and not self.running:
+            self.give_way_if_stuck()
         self.introduced = {}
         if self._strangers:
             for request_id in self._strangers & output.num_scheduled_tokens.keys():
@@ -179,7 +179,9 @@ class RankDoors(_Base):
         if request.request_id in self.requests:
             self._enqueue_waiting_request(request)
         else:
+            chunks = request.streaming_queue
             self.add_request(request)
+            request.streaming_queue = chunks
         # The request was queued when it came, not when it entered a rank.
         del request.events[events:]
 
@@ -288,8 +290,14 @@ class RankDoors(_Base):
             block_size: tokens a block holds.
             ahead: sharded requests that will have their home here.
         """
-        waiting = len(self.waiting) + len(self.kv_holding_waiting)
-        promised = sum(-(-request.num_tokens // block_size) for request in self.waiting if not self.holds(request))
+        # Sessions that wait for their client need a slot of the model runner and nothing else.
+        waiting = len(self.waiting) + len(self.kv_holding_waiting) - self.num_waiting_for_streaming_input
+        held = self._manager.req_to_blocks
+        promised = sum(
+            max(0, -(-request.num_tokens // block_size) - len(held.get(request.request_id, ())))
+            for request in chain(self.waiting, self.kv_holding_waiting)
+            if not is_idle(request)
+        )
         batch = len(self.running) + waiting + ahead + len(self._coming)
         total = self.num_blocks
         watermark = self.kv_cache_manager.watermark_blocks if self.running else 0

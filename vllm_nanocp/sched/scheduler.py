@@ -22,7 +22,7 @@ from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -34,6 +34,8 @@ from ..errors import NanoCPConfigError
 from ..metrics.collector import Collector
 from ..placement import ShardMap
 from ..placement.moves import MoveConfig
+from . import sessions
+from .failures import Failures
 from .members import Members
 from .mover import Mover
 from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, describe, generators_in, merge
@@ -93,6 +95,7 @@ class NanoCPScheduler(SchedulerInterface):
             )
             scheduler.on_preempt = self._on_preempt
             scheduler.on_free = self._on_free
+            scheduler.on_turn = self._on_turn
             self.ranks.append(scheduler)
         self.collector = Collector()
         self.mover = Mover(
@@ -101,11 +104,16 @@ class NanoCPScheduler(SchedulerInterface):
             moves=self.config.move_config is not None,
             generators=not vllm_config.use_v2_model_runner,  # V2 samples by seed and position
         )
+        max_model_len = vllm_config.model_config.max_model_len
+        # Other kinds of cache may hold more than their blocks have tokens; enough, as vLLM has made sure at start.
+        counted = one_group and isinstance(kv_cache_config.kv_cache_groups[0].kv_cache_spec, FullAttentionSpec)
+        for scheduler in self.ranks:
+            scheduler.most_tokens = scheduler.num_blocks * block_size if counted else max_model_len
         self.placer = Placer(
             self.ranks,
             self.config,
             block_size,
-            vllm_config.model_config.max_model_len,
+            max_model_len,
             one_group,
             self.mover.loads,
             stripe_blocks(vllm_config.scheduler_config, block_size) if self.config.parallel_prefill else None,
@@ -120,6 +128,7 @@ class NanoCPScheduler(SchedulerInterface):
         self.members = Members(self.ranks, self.rank_of, block_size, self.config.decode_bench, log_stats)
         self.sharded = self.members.sharded
         self._preempted: list[Request] = []
+        self.failures = Failures()
         # Requests placed so far: whose turn it is, where that decides.
         self._num_placed = 0
         self._pause_state = PauseState.UNPAUSED
@@ -134,13 +143,17 @@ class NanoCPScheduler(SchedulerInterface):
     # -- requests come and go ----------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
+        if self.failures.refuse(request):
+            return
         rank = self.rank_of.get(request.request_id)
         if rank is not None:  # the next part of a streaming-input session, or a duplicate id, which vLLM refuses
             self.ranks[rank].add_request(request)
             return
-        assert request.request_id not in self.unplaced and request.request_id not in self.sharded, (
-            "duplicate request id"
-        )
+        if request.request_id in self.unplaced:
+            sessions.queue_chunk(self.unplaced[request.request_id], request)
+            return
+        assert request.request_id not in self.sharded, "duplicate request id"
+        sessions.begin(request)
         if self.log_stats:
             request.record_event(EngineCoreEventType.QUEUED)
         self._wait(request)
@@ -156,9 +169,14 @@ class NanoCPScheduler(SchedulerInterface):
             return
         while self.waiting:
             request = self.waiting.peek_request()
-            shard_map = self.placer.place(request, self.rank_of.get(request.request_id), self._num_placed)
+            home = self.rank_of.get(request.request_id)
+            shard_map = self.placer.place(request, home, self._num_placed)
             if shard_map is None:
-                return
+                if self.placer.ever_fits(request, home):
+                    self._make_way(home)
+                    return
+                self._fail(request)
+                continue
             self.waiting.pop_request()
             del self.unplaced[request.request_id]
             if len(shard_map.runs) == 1 and not self._bench(request, shard_map):
@@ -171,6 +189,32 @@ class NanoCPScheduler(SchedulerInterface):
                 hits, local = self.members.open(request, shard_map, self.placer.lookup_hashes(request))
                 self.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
             self._num_placed += 1
+
+    def _make_way(self, home: int | None) -> None:
+        """Nothing will end that the first of the queue could wait for? Then sessions without work give up their KV."""
+        ranks = self.ranks if home is None else [self.ranks[home]]
+        if not any(rank.is_busy for rank in ranks):
+            for rank in ranks:
+                rank.give_way()
+
+    def _fail(self, request: Request) -> None:
+        """End a request that the ranks cannot hold, however empty."""
+        logger.warning(
+            "nanocp: request %s ends with an error: its %d tokens, and those it may make, can have room nowhere",
+            request.request_id,
+            request.num_tokens,
+        )
+        for ended in self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR):
+            self.failures.note(ended)
+
+    def _on_turn(self, session: Request) -> bool:
+        """A session has made its tokens after a rank had preempted it; says whether it waits in the queue here."""
+        if session.request_id not in self.unplaced:
+            return False
+        if not sessions.is_idle(session):
+            return True
+        self.waiting.remove_request(self.unplaced.pop(session.request_id))
+        return False
 
     def _bench(self, request: Request, shard_map: ShardMap) -> bool:
         """Whether a request of one run is to be taken as computed: then its blocks are allocated here, too."""
@@ -232,6 +276,7 @@ class NanoCPScheduler(SchedulerInterface):
             request_ids = [request_ids]
         ended: list[Request] = []
         for request_id in dict.fromkeys(request_ids):
+            self.failures.forget(request_id)
             rank = self.rank_of.get(request_id)
             sharded = self.sharded.get(request_id)
             if sharded is not None and not sharded.at_home:
@@ -255,6 +300,9 @@ class NanoCPScheduler(SchedulerInterface):
 
     def schedule(self, throttle_prefills: bool = False) -> NanoCPSchedulerOutput:
         self.members.begin_step()
+        for rank in self.ranks:
+            for session in rank.take_outgrown():
+                self._fail(session)
         self.mover.step()
         self._admit()
         now = time.monotonic()
@@ -324,6 +372,7 @@ class NanoCPScheduler(SchedulerInterface):
                     so_far.outputs.extend(outputs.outputs)
                     if outputs.finished_requests:
                         so_far.finished_requests = (so_far.finished_requests or set()) | outputs.finished_requests
+        self.failures.add_to(merged)
         if stats:
             first = next(iter(merged.values()))
             first.scheduler_stats = engine_stats(self, stats)
@@ -346,7 +395,8 @@ class NanoCPScheduler(SchedulerInterface):
         return waiting + sum(rank.get_num_unfinished_requests() for rank in self.ranks)
 
     def has_finished_requests(self) -> bool:
-        return self.members.have_news or any(rank.has_finished_requests() for rank in self.ranks)
+        news = self.members.have_news or self.failures.pending
+        return news or any(rank.has_finished_requests() for rank in self.ranks)
 
     def get_request_counts(self) -> tuple[int, int]:
         counts = [rank.get_request_counts() for rank in self.ranks]
@@ -378,6 +428,7 @@ class NanoCPScheduler(SchedulerInterface):
             self._resetting = True
             for rank in self.ranks:
                 rank.preempt_running()
+                rank.all_give_way()
             self._resetting = False
             self._settle()
             for sharded in list(self.sharded.values()):  # those whose active member waits with its blocks

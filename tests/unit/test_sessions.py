@@ -19,19 +19,16 @@ import pytest
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
-from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from vllm_nanocp.sched import mover as mover_module
 from vllm_nanocp.sched import scheduler as scheduler_module
-from vllm_nanocp.sched.scheduler import NanoCPScheduler
 
-from .scheduler_world import STOP, Device, Session, Truth, WorldError
+from .scheduler_world import STOP, Session, Truth, WorldError
 from .test_scheduler_world import MODES, Ask, Shape, World, draw_asks, vllm_config  # noqa: F401
 
-WORLDS = int(os.environ.get("NANOCP_SESSION_WORLDS", "25"))
+WORLDS = int(os.environ.get("NANOCP_SESSION_WORLDS", "15"))
 IDS = ["v1", "v1-async", "v2", "v2-async"]
 
 
@@ -96,7 +93,6 @@ class SessionWorld(World):
         truths |= {name: ask.session for name, ask in self.asks.items() if isinstance(ask, SessionAsk)}
         for rank in self.scheduler.ranks:
             rank._give_up = self.counted("gave way", rank._give_up)  # type: ignore[method-assign]
-            rank.on_turn = self.counted("preempted turns", rank.on_turn)
 
     def counted(self, what: str, function: Any) -> Any:
         def call(session: Request) -> Any:
@@ -172,4 +168,4 @@ def test_worlds(
             raise AssertionError(f"world {seed}, step {world.now}, {world.shape}: {error!r}") from error
     print(dict(counts))
     assert counts["turns"] > 100 and counts["failed turns"] > 3 and counts["preemptions"] > 0, counts
-    assert counts["gave way"] > 3 and (counts["preempted turns"] > 0) == asynchronous, counts
+    assert counts["gave way"] > 3, counts

@@ -21,6 +21,7 @@ from ..placement.cost import CostModel, StepLoad
 from ..placement.moves import Candidate, MoveConfig, drifted, plan_moves, spill_target
 from ..placement.place import RankLoad
 from ..plan import Arrival, Batch
+from .adapters import adapter_of
 from .sharded import ShardedRequest, can_shard
 
 if TYPE_CHECKING:
@@ -136,12 +137,21 @@ class Mover:
             if not sharded.at_home and sharded.shard_map.home != sharded.rank:
                 ahead[sharded.shard_map.home] += 1
         loads = [rank.load(scheduler.block_size, more) for rank, more in zip(scheduler.ranks, ahead, strict=True)]
+        self._count_adapters_ahead(loads)
         if not self.moves:
             return loads
         return [
             replace(load, read_blocks=tokens // scheduler.block_size)
             for load, tokens in zip(loads, self._to_read(), strict=True)
         ]
+
+    def _count_adapters_ahead(self, loads: list[RankLoad]) -> None:
+        """Ranks that have yet to compute a run of a request will need its adapter."""
+        if loads[0].max_adapters is None:
+            return
+        for sharded in self.scheduler.sharded.values():
+            for rank in {run.rank for run in sharded.shard_map.runs[sharded.active :]}:
+                loads[rank] = loads[rank].with_adapter(adapter_of(sharded.request))
 
     def _to_read(self) -> list[int]:
         """KV tokens that each rank will read in a step once all it was given decode: of a burst, those placed first
@@ -191,6 +201,7 @@ class Mover:
                 kv_tokens=computed,
                 remaining_tokens=request.max_tokens - made,
                 last_move=self._last_move.get(request.request_id),
+                adapter=adapter_of(request),
             )
 
     def _may_go(self, request: Request) -> bool:
@@ -239,7 +250,10 @@ class Mover:
             self._leave(candidate.request_id, rank, target)
             there = loads[target]
             loads[target] = replace(
-                there, free_blocks=there.free_blocks - 1, batch=there.batch + 1, slots=there.slots - 1
+                there.with_adapter(candidate.adapter),
+                free_blocks=there.free_blocks - 1,
+                batch=there.batch + 1,
+                slots=there.slots - 1,
             )
             self.num_spills += 1
             self.scheduler.collector.spilled()
@@ -268,7 +282,7 @@ class Mover:
         if seeded and request_id not in self._states:  # else its generator has not even arrived here
             self._states[request_id] = None
             self.scheduler.members.ask_for_generator(request_id)
-        self.scheduler.ranks[target].expect(request_id)
+        self.scheduler.ranks[target].expect(request)
         self.leaving[request_id] = target
         self._last_move[request_id] = self.scheduler.num_steps
 

@@ -13,6 +13,7 @@ from vllm.v1.request import Request
 from ..config import NanoCPConfig
 from ..placement import RankLoad, Run, ShardMap, cdiv, place, place_after_prefix, queue_at
 from ..placement.moves import with_reserve
+from .adapters import adapter_of
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .sessions import is_idle
 from .sharded import can_shard
@@ -71,7 +72,7 @@ class Placer:
             home: the rank that has its sampling state, if it has run before.
             turn: how many requests were placed before.
         """
-        loads = self._loads()
+        loads = [load.for_adapter(adapter_of(request)) for load in self._loads()]
         weight = None
         if self._moves is not None:
             # Batches are evened out later, KV is not; and what grows must not have to leave at once.
@@ -90,6 +91,13 @@ class Placer:
             return fresh
         after = place_after_prefix(prefix, request.num_tokens, self.block_size, loads, kv_weight=weight, **rules)
         return fresh if after is None else after
+
+    def lacks_adapter_slot(self, adapter: int | None, home: int | None) -> bool:
+        """Whether all ranks that may take a request with this adapter have others active, as many as may be."""
+        if adapter is None:
+            return False
+        loads = self._loads()
+        return not any(load.takes(adapter) for load in (loads if home is None else [loads[home]]))
 
     def _rules(self, request: Request, home: int | None) -> dict[str, Any]:
         """What placement may do with a request, whatever the ranks' loads."""

@@ -35,6 +35,7 @@ from ..metrics.collector import Collector
 from ..placement import ShardMap
 from ..placement.moves import MoveConfig
 from . import sessions
+from .adapters import adapter_of
 from .failures import Failures
 from .members import Members
 from .mover import Mover
@@ -167,9 +168,23 @@ class NanoCPScheduler(SchedulerInterface):
         """Place waiting requests in their order, as long as there is room for the first."""
         if not self.waiting or self._pause_state != PauseState.UNPAUSED:
             return
+        passed: list[Request] = []
+        self._place(passed)
+        for request in reversed(passed):
+            self.waiting.prepend_request(request)
+
+    def _place(self, passed: list[Request]) -> None:
+        """Place the first of the queue, until one finds no room; ``passed`` gets those that wait for an adapter's slot,
+        behind which vLLM's scheduler goes on, too."""
+        full: set[tuple[int | None, int | None]] = set()  # an adapter for which there is no slot, and at which home
         while self.waiting:
             request = self.waiting.peek_request()
             home = self.rank_of.get(request.request_id)
+            adapter = adapter_of(request)
+            if (adapter, home) in full or self.placer.lacks_adapter_slot(adapter, home):
+                full.add((adapter, home))
+                passed.append(self.waiting.pop_request())
+                continue
             shard_map = self.placer.place(request, home, self._num_placed)
             if shard_map is None:
                 if self.placer.ever_fits(request, home):

@@ -71,6 +71,9 @@ class SessionDoors(_Base):
         session.num_computed_tokens = session.num_tokens - 1
         super()._update_request_as_session(session, update)
         session.num_computed_tokens = computed
+        if self.use_v2_model_runner:
+            # While it waits with its KV, vLLM does not count its slot there. It comes again as a new one.
+            self.reset_preempted_req_ids.add(session.request_id)
         if not self._has_place(session, update):
             self.outgrown.append(session)
 
@@ -123,13 +126,16 @@ class SessionDoors(_Base):
         """Let a session that does not run give up its KV, which is computed again with its next chunk.
 
         vLLM preempts only what runs. Sessions that each wait for a block which others of them hold would wait for ever,
-        and so would those that need what idle ones hold. Idle ones go first, and the first of those that wait stays.
+        and so would those that need what idle ones hold. Idle ones go first. The first of those that wait stays, unless
+        there are none but members behind it, which have all their blocks.
         """
         holders = self._holders()
         first = next(self._ready(), None)
         others = [session for session in holders if is_idle(session)] or [s for s in holders if s is not first]
         if others:
             self._give_up(others[-1])
+        elif holders and len(self.kv_holding_waiting) > 1:
+            self._give_up(holders[0])
 
     def all_give_way(self) -> None:
         """Let all that do not run give up their KV, which is of no use any more."""

@@ -20,10 +20,10 @@ from vllm_nanocp.sched import mover as mover_module
 from vllm_nanocp.sched import scheduler as scheduler_module
 from vllm_nanocp.sched.output import NanoCPSchedulerOutput
 
-from .scheduler_world import Device, Truth, WorldError, base
+from .scheduler_world import Device, Session, Truth, WorldError, base
 from .test_scheduler_world import MODES, Ask, Shape, World, vllm_config  # noqa: F401
 
-WORLDS = int(os.environ.get("NANOCP_ADAPTER_WORLDS", "20"))
+WORLDS = int(os.environ.get("NANOCP_ADAPTER_WORLDS", "12"))
 IDS = ["v1", "v1-async", "v2", "v2-async"]
 
 
@@ -111,3 +111,42 @@ def test_requests_behind_one_that_waits_for_its_adapter_go_on(vllm_config: Any) 
         for outputs in scheduler.update_from_output(output, device.execute(output)).values():
             ended += [answer.request_id for answer in outputs.outputs if answer.finish_reason is not None]
     assert sorted(ended[:4]) == ["a", "b", "d", "e"] and ended[4:] == ["c"]
+
+
+@pytest.mark.parametrize("away", ["coming", "leaving"])
+def test_requests_between_ranks_keep_their_slot(vllm_config: Any, away: str) -> None:  # noqa: F811
+    """A session that goes on would else start beside them, and its rank then run one adapter too many."""
+    sizes = dict(seed=0, ranks=2, block_size=16, blocks=40, max_reqs=8, budget=512, segment=4096, degree=2)
+    rest = dict(moves=False, caching=False, priorities=False, chunk=0, reserve=0)
+    scheduler = Shape(**sizes, **rest).scheduler(with_adapters(vllm_config, 1), False)  # type: ignore[arg-type]
+    turns = [Truth(0, [10] * 20, 1, 1, stops=False), Truth(0, [10] * 40, 1, 1, stops=False)]
+    truths: dict[str, Any] = {"s": Session(turns), "a": Truth(1, [11] * 20, 40, 2, stops=False)}
+    device = Device(truths, 2, 41, 16, 8, 2, 1, False)
+
+    def step() -> list[str]:
+        output = scheduler.schedule()
+        scheduler.update_from_output(output, device.execute(output))
+        return sorted(output.num_scheduled_tokens)
+
+    def chunk() -> Request:
+        return Request("s", [10] * 20, SamplingParams(max_tokens=1), None, lora_request=adapter(1), resumable=True)
+
+    scheduler.add_request(chunk())
+    assert step() == ["s"]
+    rank = scheduler.ranks[scheduler.rank_of["s"]]
+    moving = Request("a", [11] * 20, SamplingParams(max_tokens=40), None, lora_request=adapter(2))
+    if away == "coming":
+        rank.expect(moving)
+    else:
+        scheduler.rank_of["a"] = scheduler.rank_of["s"]
+        rank.enter(moving)
+        assert step() == ["a"]
+        rank.leave(moving)
+    scheduler.add_request(chunk())
+    assert step() == []
+    if away == "coming":
+        rank.expect_no_more("a")
+        assert step() == ["s"]
+    else:
+        rank.stay(moving)
+        assert step() == ["a"]

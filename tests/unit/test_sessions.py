@@ -184,9 +184,7 @@ class Stage:
         self.scheduler = self.shape.scheduler(vllm_config, asynchronous)
         self.truths: dict[str, Truth | Session] = {}
         shape = self.shape
-        self.device = Device(
-            self.truths, 2, shape.blocks + 1, shape.block_size, shape.max_reqs, 2, 1, asynchronous
-        )
+        self.device = Device(self.truths, 2, shape.blocks + 1, shape.block_size, shape.max_reqs, 2, 1, asynchronous)
         self.flying: deque[Any] = deque()
         self.depth = 2 if asynchronous else 1
         self.answers: dict[str, list[int]] = {}

@@ -18,13 +18,13 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
-from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
-from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -39,10 +39,11 @@ from .adapters import adapter_of
 from .failures import Failures
 from .members import Members
 from .mover import Mover
-from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, describe, generators_in, merge
+from .output import NanoCPSchedulerOutput, describe, generators_in, merge
 from .placer import Placer, stripe_blocks
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .reporting import engine_stats
+from .together import RanksTogether
 
 logger = init_logger("vllm.nanocp.scheduler")
 
@@ -50,7 +51,7 @@ logger = init_logger("vllm.nanocp.scheduler")
 _REMEMBERED = 256
 
 
-class NanoCPScheduler(SchedulerInterface):
+class NanoCPScheduler(RanksTogether):
     """vLLM's scheduler interface over N ranks."""
 
     def __init__(
@@ -188,7 +189,7 @@ class NanoCPScheduler(SchedulerInterface):
             shard_map = self.placer.place(request, home, self._num_placed)
             if shard_map is None:
                 if self.placer.ever_fits(request, home):
-                    self._make_way(home)
+                    sessions.make_way(self.ranks if home is None else [self.ranks[home]])
                     return
                 self._fail(request)
                 continue
@@ -204,13 +205,6 @@ class NanoCPScheduler(SchedulerInterface):
                 hits, local = self.members.open(request, shard_map, self.placer.lookup_hashes(request))
                 self.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
             self._num_placed += 1
-
-    def _make_way(self, home: int | None) -> None:
-        """Nothing will end that the first of the queue could wait for? Then sessions without work give up their KV."""
-        ranks = self.ranks if home is None else [self.ranks[home]]
-        if not any(rank.is_busy for rank in ranks):
-            for rank in ranks:
-                rank.give_way()
 
     def _fail(self, request: Request) -> None:
         """End a request that the ranks cannot hold, however empty."""
@@ -347,19 +341,6 @@ class NanoCPScheduler(SchedulerInterface):
         output.work, output.scheduled = work, now
         return output
 
-    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> NanoCPGrammarOutput | None:  # type: ignore[override]
-        assert isinstance(scheduler_output, NanoCPSchedulerOutput)
-        if not scheduler_output.has_structured_output_requests:
-            return None
-        bitmasks: list[GrammarOutput | None] = []
-        for rank, part in zip(self.ranks, scheduler_output.ranks, strict=True):
-            bitmask = rank.get_grammar_bitmask(part)
-            if bitmask is not None:
-                # All ranks share the manager, which fills the same buffer for the next one.
-                bitmask.grammar_bitmask = bitmask.grammar_bitmask.copy()
-            bitmasks.append(bitmask)
-        return NanoCPGrammarOutput(bitmasks) if any(b is not None for b in bitmasks) else None
-
     def update_from_output(  # type: ignore[override]
         self, scheduler_output: SchedulerOutput, model_runner_output: list[ModelRunnerOutput]
     ) -> dict[int, EngineCoreOutputs]:
@@ -393,49 +374,11 @@ class NanoCPScheduler(SchedulerInterface):
             first.scheduler_stats = engine_stats(self, stats)
         return merged
 
-    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        raise NotImplementedError("nanocp: speculative decoding is not supported")
-
-    def update_draft_token_ids_in_output(
-        self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
-    ) -> None:
-        raise NotImplementedError("nanocp: speculative decoding is not supported")
-
     # -- state -------------------------------------------------------------------------------------------------
-
-    def get_num_unfinished_requests(self) -> int:
-        waiting = len(self.unplaced) if self._pause_state == PauseState.UNPAUSED else 0
-        if self._pause_state != PauseState.PAUSED_ALL:
-            waiting += len(self.mover.leaving)
-        return waiting + sum(rank.get_num_unfinished_requests() for rank in self.ranks)
-
-    def has_finished_requests(self) -> bool:
-        news = self.members.have_news or self.failures.pending
-        return news or any(rank.has_finished_requests() for rank in self.ranks)
-
-    def get_request_counts(self) -> tuple[int, int]:
-        counts = [rank.get_request_counts() for rank in self.ranks]
-        return sum(c[0] for c in counts) + len(self.mover.leaving), sum(c[1] for c in counts) + len(self.unplaced)
-
-    def get_kv_cache_usage(self) -> float:
-        return sum(rank.get_kv_cache_usage() for rank in self.ranks) / len(self.ranks)
-
-    def free_blocks(self) -> list[int]:
-        """Free KV blocks of each rank."""
-        return [rank.num_free_blocks for rank in self.ranks]
 
     def make_stats(self) -> SchedulerStats | None:
         parts = [stats for rank in self.ranks if (stats := rank.make_stats()) is not None]
         return engine_stats(self, parts) if parts else None
-
-    @property
-    def pause_state(self) -> PauseState:
-        return self._pause_state
-
-    def set_pause_state(self, pause_state: PauseState) -> None:
-        self._pause_state = pause_state
-        for rank in self.ranks:
-            rank.set_pause_state(pause_state)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         if reset_running_requests:
@@ -451,18 +394,5 @@ class NanoCPScheduler(SchedulerInterface):
                 self._wait(sharded.request, first=True)
         return all([rank.reset_prefix_cache(False, reset_connector) for rank in self.ranks])
 
-    def reset_encoder_cache(self) -> None:
-        for rank in self.ranks:
-            rank.reset_encoder_cache()
-
-    def shutdown(self) -> None:
-        for rank in self.ranks:
-            rank.shutdown()
-
     def get_kv_event_publisher_config(self) -> Any:
         return self.ranks[0].get_kv_event_publisher_config()
-
-    @property
-    def kv_cache_manager(self) -> Any:
-        """The first rank's: EngineCore reads the layout of the KV cache groups from it, the same on all ranks."""
-        return self.ranks[0].kv_cache_manager

@@ -69,6 +69,23 @@ class Truth:
         return self.tokens[position] if position < len(self.tokens) else GARBAGE
 
 
+class Session:
+    """A streaming-input session: each turn is a request of its own, whose prompt has all that was before.
+
+    Args:
+        turns: in their order.
+    """
+
+    def __init__(self, turns: Sequence[Truth]) -> None:
+        self.turns = turns
+
+    def turn(self, num_prompt: int) -> Truth:
+        for turn in self.turns:
+            if turn.num_prompt == num_prompt:
+                return turn
+        fail(f"a session has no turn with a prompt of {num_prompt}: {[turn.num_prompt for turn in self.turns]}")
+
+
 class Store:
     """A rank's KV: for every place the hash of the tokens up to there, and for messages whose it is and where."""
 
@@ -125,7 +142,7 @@ class Runner:
     """A model runner's bookkeeping. ``inputs`` and ``sampled`` are V1's or V2's ways with tokens."""
 
     rank: int
-    truths: dict[str, Truth]
+    truths: dict[str, Truth | Session]
     max_reqs: int
     asynchronous: bool
     known: dict[str, Known] = field(default_factory=dict)
@@ -138,7 +155,9 @@ class Runner:
         cached = part.scheduled_cached_reqs
         for new in part.scheduled_new_reqs:
             if new.req_id in self.known:
-                fail(f"{self.who(new.req_id)}: comes as new but is known")
+                if not isinstance(self.truths[base(new.req_id)], Session):
+                    fail(f"{self.who(new.req_id)}: comes as new but is known")
+                self.replace(new.req_id)
             self.known[new.req_id] = self.meet(new, plan)
         for at, req_id in enumerate(cached.req_ids):
             if req_id not in self.known:
@@ -148,8 +167,14 @@ class Runner:
         if sorted([*news, *cached.req_ids]) != sorted(part.num_scheduled_tokens):
             fail(f"rank {self.rank}: described {news} and {cached.req_ids}, scheduled {part.num_scheduled_tokens}")
 
+    def replace(self, req_id: str) -> None:
+        """A session goes on with its next chunk."""
+        del self.known[req_id]
+
     def meet(self, new: NewRequestData, plan: StepPlan) -> Known:
         truth, prompt = self.truths[base(new.req_id)], list(new.prompt_token_ids or ())
+        if isinstance(truth, Session):
+            truth = truth.turn(len(prompt))
         known = Known(
             new.req_id, truth, list(new.block_ids[0]), new.num_computed_tokens, len(prompt), prompt, len(prompt)
         )
@@ -202,6 +227,10 @@ class V1(Runner):
         self.batch = set(part.num_scheduled_tokens)
         if len(self.batch) > self.max_reqs:
             fail(f"rank {self.rank}: {len(self.batch)} requests in a batch of {self.max_reqs}")
+
+    def replace(self, req_id: str) -> None:
+        super().replace(req_id)
+        self._out(req_id)
 
     def _out(self, req_id: str) -> None:
         self.batch.discard(req_id)
@@ -304,7 +333,7 @@ class Device:
 
     def __init__(
         self,
-        truths: dict[str, Truth],
+        truths: dict[str, Truth | Session],
         ranks: int,
         num_blocks: int,
         block_size: int,

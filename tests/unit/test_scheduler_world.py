@@ -30,6 +30,7 @@ from vllm.v1.core.kv_cache_utils import (
     maybe_convert_block_hash,
 )
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -188,7 +189,7 @@ def draw_asks(rng: random.Random, shape: Shape) -> list[Ask]:
         truth.seeded = rng.random() < 0.3
         params = SamplingParams(
             temperature=0.9 if truth.seeded else 0.0,
-            seed=number if truth.seeded else None,
+            seed=number if truth.seeded or number % 3 == 0 else None,  # which means nothing to a greedy request
             max_tokens=outputs + (rng.choice([1, 50]) if stops else 0),
             stop_token_ids=[STOP],
             prompt_logprobs=1 if whole else None,
@@ -246,7 +247,7 @@ class World:
         self.shape = shape = Shape.draw(self.rng, seed)
         self.scheduler = shape.scheduler(vllm_config, asynchronous)
         self.events = [Events(i, rank, shape.block_size) for i, rank in enumerate(self.scheduler.ranks)]
-        self.asks = {ask.request.request_id: ask for ask in draw_asks(self.rng, shape)}
+        self.asks = {ask.request.request_id: ask for ask in self.draw()}
         truths = {name: ask.truth for name, ask in self.asks.items()}
         self.device = Device(
             truths, shape.ranks, shape.blocks + 1, shape.block_size, shape.max_reqs, shape.degree, version, asynchronous
@@ -259,19 +260,26 @@ class World:
         self.counts: Counter[str] = Counter()
         self.clock = 0.0
 
+    def draw(self) -> list[Ask]:
+        return draw_asks(self.rng, self.shape)
+
+    def arrivals(self) -> list[tuple[int, Request]]:
+        """What comes, and when, in this order."""
+        return [(ask.comes, ask.request) for ask in self.asks.values()]
+
     def monotonic(self) -> float:
         """The scheduler's clock: a step takes what the dice say, so that worlds are the same each time."""
         return self.clock
 
     def run(self) -> Counter[str]:
-        coming = deque(self.asks.values())
+        coming = deque(self.arrivals())
         paused_until = 0
         while coming or self.flying or self.scheduler.has_requests() or paused_until:
             self.now += 1
             if self.now > MAX_STEPS:
                 self.starved()
-            while coming and coming[0].comes <= self.now:
-                self.scheduler.add_request(coming.popleft().request)
+            while coming and coming[0][0] <= self.now:
+                self.arrive(coming.popleft()[1])
             paused_until = self.pause(paused_until)
             self.reset()
             self.abort(self.rng.random() < 0.5)
@@ -295,6 +303,9 @@ class World:
 
     # -- what happens ------------------------------------------------------------------------------------------
 
+    def arrive(self, request: Request) -> None:
+        self.scheduler.add_request(request)
+
     def step(self) -> None:
         """As ``EngineCore.step`` and ``step_with_batch_queue`` do."""
         self.clock += self.rng.uniform(0.004, 0.01)
@@ -310,16 +321,16 @@ class World:
         self.abort(self.rng.random() < 0.5)
         for outputs in self.scheduler.update_from_output(output, answers).values():
             for answer in outputs.outputs:
-                self.take(answer.request_id, answer.new_token_ids, answer.finish_reason is not None)
+                self.take(answer.request_id, answer.new_token_ids, answer.finish_reason)
 
-    def take(self, name: str, tokens: list[int], last: bool) -> None:
+    def take(self, name: str, tokens: list[int], finish: FinishReason | None) -> None:
         if name not in self.asks or name in self.ended:
             raise WorldError(f"{name} has no client, but is answered {tokens}")
         wanted, answer = self.asks[name].truth.outputs, self.answers[name]
         answer += tokens
         if answer != wanted[: len(answer)] or GARBAGE in answer:
             raise WorldError(f"{name} is answered {answer} instead of {wanted}")
-        if last:
+        if finish is not None:
             self.ended.add(name)
             if len(answer) != len(wanted):
                 raise WorldError(f"{name} ends after {len(answer)} of {len(wanted)} tokens")
@@ -376,12 +387,14 @@ class World:
         left = {
             "members": scheduler.members.leftovers(),
             "unplaced": scheduler.unplaced,
+            "failures": scheduler.failures.leftovers(),
             "waiting": list(scheduler.waiting),
             "rank_of": scheduler.rank_of,
             "_preempted": scheduler._preempted,
             "leaving": mover.leaving,
             "_states": mover._states,
             "_last_move": mover._last_move,
+            "_undone": mover._undone,
         }
         for i, rank in enumerate(scheduler.ranks):
             manager = rank.kv_cache_manager.coordinator.single_type_managers[0]
@@ -395,6 +408,7 @@ class World:
                 *rank._inflight_prefills,
                 *rank._leaving,
                 *rank._coming,
+                *rank.outgrown,
             ]
         found = {name: value for name, value in left.items() if value} | self.device.leftovers()
         if found:

@@ -28,6 +28,7 @@ class Candidate:
         kv_tokens: KV tokens it has on all ranks.
         remaining_tokens: tokens it may still make, at most.
         last_move: the step in which it last changed its home; None if it never did.
+        adapter: by number; None: it has none.
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class Candidate:
     kv_tokens: int
     remaining_tokens: int
     last_move: int | None = None
+    adapter: int | None = None
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -214,6 +216,7 @@ class _Plan:
         self.used = [load.kv_level for load in loads]
         self.free = [load.free_blocks for load in loads]
         self.slots = [load.slots for load in loads]
+        self.loads = list(loads)  # for their adapters
         self.work = list(work)
         self.model = model
         self.config = config
@@ -249,7 +252,13 @@ class _Plan:
         best: tuple[tuple[bool, float, int, str], Candidate, int] | None = None
         for candidate in candidates:
             need = self.config.growth(candidate.remaining_tokens, self.block_size) + self.config.spare_blocks
-            fitting = [r for r in order if self.free[r] >= need and self.config.may_hold(candidate, r)]
+            fitting = [
+                r
+                for r in order
+                if self.free[r] >= need
+                and self.config.may_hold(candidate, r)
+                and self.loads[r].takes(candidate.adapter)
+            ]
             if not fitting:
                 continue
             target = min(fitting, key=lambda r: (r not in candidate.holders, place[r]))
@@ -281,6 +290,7 @@ class _Plan:
         self.batch[target] += 1
         self.slots[source] += 1
         self.slots[target] -= 1
+        self.loads[target] = self.loads[target].with_adapter(candidate.adapter)
         # Promised, so that the moves of one step do not all count on the same blocks.
         self.free[target] -= self.config.growth(candidate.remaining_tokens, self.block_size)
         self.moves.append(Move(candidate.request_id, source, target))
@@ -299,9 +309,9 @@ def spill_target(
 ) -> int | None:
     """Where a request goes on that needs a block which its home does not have; None when no rank has one.
 
-    One block and a slot are enough: a short stay elsewhere is cheaper than to compute everything again after a
-    preemption. Ranks with room for all that the request may still need come first, then those that hold a shard of it,
-    then small batches, then much room. Neither margins nor ``min_steps_between`` apply.
+    One block and a slot (and one for its adapter) are enough: a short stay elsewhere is cheaper than to compute
+    everything again after a preemption. Ranks with room for all that the request may still need come first, then those
+    that hold a shard of it, then small batches, then much room. Neither margins nor ``min_steps_between`` apply.
 
     Args:
         loads: one a rank.
@@ -314,7 +324,11 @@ def spill_target(
     able = [
         rank
         for rank, load in enumerate(loads)
-        if rank != candidate.home and load.slots > 0 and load.free_blocks > 0 and config.may_hold(candidate, rank)
+        if rank != candidate.home
+        and load.slots > 0
+        and load.free_blocks > 0
+        and config.may_hold(candidate, rank)
+        and load.takes(candidate.adapter)
     ]
     return min(
         able,

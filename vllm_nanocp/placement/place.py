@@ -12,7 +12,7 @@ compute a prompt together, one run for each chunk, the ranks in turn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .shard_map import Run, ShardMap, join
 
@@ -28,6 +28,8 @@ class RankLoad:
         slots: how many more requests may.
         read_blocks: blocks that a step reads, one that several requests share counted for each; None: as many as
             are used.
+        adapters: those of requests that run there, wait to, or are on their way; by number.
+        max_adapters: how many may be active at once; None: as many as one likes.
     """
 
     free_blocks: int
@@ -35,6 +37,24 @@ class RankLoad:
     batch: int
     slots: int
     read_blocks: int | None = None
+    adapters: frozenset[int] = frozenset()
+    max_adapters: int | None = None
+
+    def takes(self, adapter: int | None) -> bool:
+        """Whether a request with this adapter can run there beside the others; None: without one."""
+        if adapter is None or self.max_adapters is None or adapter in self.adapters:
+            return True
+        return len(self.adapters) < self.max_adapters
+
+    def for_adapter(self, adapter: int | None) -> RankLoad:
+        """The load as a request with this adapter finds it: no slot where it cannot run."""
+        return self if self.takes(adapter) else replace(self, slots=0)
+
+    def with_adapter(self, adapter: int | None) -> RankLoad:
+        """The load once a request with this adapter is there."""
+        if adapter is None or self.max_adapters is None:
+            return self
+        return replace(self, adapters=self.adapters | {adapter})
 
     @property
     def kv_level(self) -> int:

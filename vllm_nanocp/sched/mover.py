@@ -14,12 +14,14 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from vllm.sampling_params import SamplingType
 from vllm.v1.request import Request, RequestStatus
 
 from ..placement.cost import CostModel, StepLoad
 from ..placement.moves import Candidate, MoveConfig, drifted, plan_moves, spill_target
 from ..placement.place import RankLoad
 from ..plan import Arrival, Batch
+from .adapters import adapter_of
 from .sharded import ShardedRequest, can_shard
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class Mover:
         # Requests on their way, and where to.
         self.leaving: dict[str, int] = {}
         self._last_move: dict[str, int] = {}
+        # Tokens that requests had when their leaving was undone.
+        self._undone: dict[str, int] = {}
         self._last_update = 0.0
         self.last_work = [StepLoad(0, 0)] * scheduler.config.ranks
         self.num_moves = self.num_spills = 0
@@ -93,6 +97,7 @@ class Mover:
         if target is not None:
             self.scheduler.ranks[target].expect_no_more(request_id)
         self._last_move.pop(request_id, None)
+        self._undone.pop(request_id, None)
         self._states.pop(request_id, None)
 
     def note_generators(self, asked: Sequence[str], states: dict[str, bytes]) -> None:
@@ -113,8 +118,12 @@ class Mover:
             self._stay(request_id)
 
     def _stay(self, request_id: str) -> None:
+        """Undo a leaving. The request does not leave again before it has made a token: what undid it once may do so
+        each time, and a request that leaves is scheduled nowhere."""
         rank = self.scheduler.ranks[self.scheduler.rank_of[request_id]]
-        rank.stay(rank.requests[request_id])
+        request = rank.requests[request_id]
+        rank.stay(request)
+        self._undone[request_id] = request.num_tokens
         self.scheduler.ranks[self.leaving.pop(request_id)].expect_no_more(request_id)
         self._states.pop(request_id, None)
 
@@ -128,12 +137,21 @@ class Mover:
             if not sharded.at_home and sharded.shard_map.home != sharded.rank:
                 ahead[sharded.shard_map.home] += 1
         loads = [rank.load(scheduler.block_size, more) for rank, more in zip(scheduler.ranks, ahead, strict=True)]
+        self._count_adapters_ahead(loads)
         if not self.moves:
             return loads
         return [
             replace(load, read_blocks=tokens // scheduler.block_size)
             for load, tokens in zip(loads, self._to_read(), strict=True)
         ]
+
+    def _count_adapters_ahead(self, loads: list[RankLoad]) -> None:
+        """Ranks that have yet to compute a run of a request will need its adapter."""
+        if loads[0].max_adapters is None:
+            return
+        for sharded in self.scheduler.sharded.values():
+            for rank in {run.rank for run in sharded.shard_map.runs[sharded.active :]}:
+                loads[rank] = loads[rank].with_adapter(adapter_of(sharded.request))
 
     def _to_read(self) -> list[int]:
         """KV tokens that each rank will read in a step once all it was given decode: of a burst, those placed first
@@ -183,12 +201,15 @@ class Mover:
                 kv_tokens=computed,
                 remaining_tokens=request.max_tokens - made,
                 last_move=self._last_move.get(request.request_id),
+                adapter=adapter_of(request),
             )
 
     def _may_go(self, request: Request) -> bool:
         sharded = self.scheduler.sharded.get(request.request_id)
         if sharded is not None and request.num_computed_tokens <= sharded.local_start:
             return False  # it has only just come
+        if request.num_tokens <= self._undone.get(request.request_id, -1):
+            return False
         return (
             request.request_id in self.scheduler.rank_of
             and can_shard(request)
@@ -229,7 +250,10 @@ class Mover:
             self._leave(candidate.request_id, rank, target)
             there = loads[target]
             loads[target] = replace(
-                there, free_blocks=there.free_blocks - 1, batch=there.batch + 1, slots=there.slots - 1
+                there.with_adapter(candidate.adapter),
+                free_blocks=there.free_blocks - 1,
+                batch=there.batch + 1,
+                slots=there.slots - 1,
             )
             self.num_spills += 1
             self.scheduler.collector.spilled()
@@ -253,11 +277,12 @@ class Mover:
         request = scheduler.requests[request_id]
         scheduler.leave(request)
         params = request.sampling_params
-        seeded = self.generators and params is not None and params.seed is not None
+        # Those for which V1's model runner makes a generator; of a greedy request's seed it makes nothing.
+        seeded = self.generators and params is not None and params.sampling_type == SamplingType.RANDOM_SEED
         if seeded and request_id not in self._states:  # else its generator has not even arrived here
             self._states[request_id] = None
             self.scheduler.members.ask_for_generator(request_id)
-        self.scheduler.ranks[target].expect(request_id)
+        self.scheduler.ranks[target].expect(request)
         self.leaving[request_id] = target
         self._last_move[request_id] = self.scheduler.num_steps
 

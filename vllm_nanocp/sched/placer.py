@@ -14,7 +14,9 @@ from ..config import NanoCPConfig
 from ..placement import RankLoad, Run, ShardMap, cdiv, place, place_after_prefix, queue_at
 from ..placement.moves import with_reserve
 from ..rank_hint import preferred_rank
+from .adapters import adapter_of
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
+from .sessions import is_idle
 from .sharded import can_shard
 
 # How much KV counts against the batch where homes move (``benchmarks/balance_simulation.py``).
@@ -70,6 +72,8 @@ class Placer:
         self._loads = loads
         self._stripe_blocks = stripe_blocks
         self._moves = config.move_config
+        # Ranks may hold more than their blocks have tokens.
+        self._uncounted = any(rank.most_tokens > rank.num_blocks * block_size for rank in ranks)
 
     def place(self, request: Request, home: int | None, turn: int) -> ShardMap | None:
         """A shard map for a request, or None when it has to wait.
@@ -79,43 +83,21 @@ class Placer:
             home: the rank that has its sampling state, if it has run before.
             turn: how many requests were placed before.
         """
-        loads = self._loads()
+        loads = [load.for_adapter(adapter_of(request)) for load in self._loads()]
         weight = None
         if self._moves is not None:
             # Batches are evened out later, KV is not; and what grows must not have to leave at once.
             loads = [with_reserve(load, self._moves.reserve_blocks) for load in loads]
             weight = KV_WEIGHT
-        degree_limit = self.config.degree_limit if can_shard(request) else 1
-        most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-        growth = cdiv(most_tokens, self.block_size) - cdiv(request.num_tokens, self.block_size)
-        rules: dict[str, Any] = dict(
-            segment_size=self.config.segment_size,
-            max_degree=degree_limit,
-            home=home,
-            headroom_blocks=max(0, min(1, growth)),
-            stripe_blocks=self._stripe_blocks,
-        )
         policy = self.config.placement
         preferred = self._preferred(request) if home is None else None
-        fresh = place(
-            request.num_tokens,
-            self.block_size,
-            loads,
-            policy=policy,
-            turn=turn,
-            preferred=preferred,
-            kv_weight=weight,
-            **rules,
-        )
+        rules = self._rules(request, home)
+        turns: dict[str, Any] = dict(policy=policy, turn=turn, preferred=preferred, kv_weight=weight)
+        fresh = place(request.num_tokens, self.block_size, loads, **turns, **rules)
         if fresh is None:
-            if request.num_tokens > self.config.segment_size and degree_limit > 1:
-                return None
-            idle = [not rank.waiting for rank in self.ranks]
-            if preferred is not None and (
-                there := queue_at(request.num_tokens, self.block_size, loads, idle, preferred)
-            ):
-                return there
-            return queue_at(request.num_tokens, self.block_size, loads, idle, home)
+            idle = [all(map(is_idle, rank.waiting)) for rank in self.ranks]
+            wished = None if preferred is None else self._queue_at(request, preferred, loads, idle)
+            return wished or self._queue_at(request, home, loads, idle)
         if policy == "round_robin":
             return fresh
         prefix = self._find_prefix(request)
@@ -130,6 +112,49 @@ class Placer:
         """The rank that the client wishes for; front-ends refuse those that there are not."""
         preferred = preferred_rank(request)
         return preferred if preferred is None or 0 <= preferred < len(self.ranks) else None
+
+    def lacks_adapter_slot(self, adapter: int | None, home: int | None) -> bool:
+        """Whether all ranks that may take a request with this adapter have others active, as many as may be."""
+        if adapter is None:
+            return False
+        loads = self._loads()
+        return not any(load.takes(adapter) for load in (loads if home is None else [loads[home]]))
+
+    def _rules(self, request: Request, home: int | None) -> dict[str, Any]:
+        """What placement may do with a request, whatever the ranks' loads."""
+        most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        growth = cdiv(most_tokens, self.block_size) - cdiv(request.num_tokens, self.block_size)
+        return dict(
+            segment_size=self.config.segment_size,
+            max_degree=self.config.degree_limit if can_shard(request) else 1,
+            home=home,
+            headroom_blocks=max(0, min(1, growth)),
+            stripe_blocks=self._stripe_blocks,
+        )
+
+    def _queue_at(
+        self, request: Request, home: int | None, loads: list[RankLoad], idle: Sequence[bool]
+    ) -> ShardMap | None:
+        """A rank at which a request that found no room may wait for it."""
+        if request.num_tokens > self.config.segment_size and self.config.degree_limit > 1 and can_shard(request):
+            return None
+        tokens = request.num_tokens
+        if self._uncounted:  # only vLLM's scheduler knows how many blocks it needs
+            tokens = min(tokens, self.ranks[0].num_blocks * self.block_size)
+        return queue_at(tokens, self.block_size, loads, idle, home)
+
+    def ever_fits(self, request: Request, home: int | None) -> bool:
+        """Whether a waiting request could be placed if nothing else were on any rank.
+
+        Args:
+            request: waiting.
+            home: the rank that has its sampling state, if it has run before.
+        """
+        empty = [RankLoad(free_blocks=rank.num_blocks, used_blocks=0, batch=0, slots=1) for rank in self.ranks]
+        rules, policy = self._rules(request, home), self.config.placement
+        if place(request.num_tokens, self.block_size, empty, policy=policy, **rules) is not None:
+            return True
+        return self._queue_at(request, home, empty, [True] * len(empty)) is not None
 
     def lookup_hashes(self, request: Request) -> list[BlockHash]:
         """Hashes of the blocks that may come from a prefix cache.

@@ -19,6 +19,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from ..placement import RankLoad
+from .adapters import AdapterDoors
+from .sessions import SessionDoors, is_idle
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -27,14 +29,10 @@ if TYPE_CHECKING:
 
     from .sharded import Keeper
 
-    _Base = Scheduler
-else:
-    _Base = object
-
 _tokens = attrgetter("num_tokens")
 
 
-class RankDoors(_Base):
+class RankDoors(SessionDoors, AdapterDoors):
     """Mixed into vLLM's scheduler: hooks on leaving, and shards that no queue knows of."""
 
     on_preempt: Callable[[Request], None]
@@ -46,12 +44,13 @@ class RankDoors(_Base):
         self._strangers: set[str] = set()
         # Those that it meets with this step's output: their tokens so far, by id.
         self.introduced: dict[str, list[int]] = {}
-        # Requests that do not run here and yet need a slot in the model runner: about to leave, and to arrive.
-        self._leaving: set[str] = set()
-        self._coming: set[str] = set()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self.reserve_adapters()
+        idle = not (self.running or self._coming or self._leaving)
         output = super().schedule(*args, **kwargs)
+        if idle and not self.running:
+            self.give_way_if_stuck()
         self.introduced = {}
         if self._strangers:
             for request_id in self._strangers & output.num_scheduled_tokens.keys():
@@ -179,19 +178,20 @@ class RankDoors(_Base):
         if request.request_id in self.requests:
             self._enqueue_waiting_request(request)
         else:
+            chunks = request.streaming_queue
             self.add_request(request)
+            request.streaming_queue = chunks
         # The request was queued when it came, not when it entered a rank.
         del request.events[events:]
 
     def leave(self, request: Request) -> None:
         """Schedule a running request no more; what it has in flight still comes to it."""
         self.running.remove(request)
-        self._leaving.add(request.request_id)
+        self._leaving[request.request_id] = request
         self.max_num_active_reqs -= 1
 
     def _left(self, request: Request) -> None:
-        if request.request_id in self._leaving:
-            self._leaving.remove(request.request_id)
+        if self._leaving.pop(request.request_id, None) is not None:
             self.max_num_active_reqs += 1
 
     def stay(self, request: Request) -> None:
@@ -199,13 +199,13 @@ class RankDoors(_Base):
         self._left(request)
         self.running.append(request)
 
-    def expect(self, request_id: str) -> None:
-        """Keep a slot of the model runner, and a block, for a request that is on its way here."""
-        self._coming.add(request_id)
+    def expect(self, request: Request) -> None:
+        """Keep a slot of the model runner, one for its adapter, and a block, for a request that is on its way here."""
+        self._coming[request.request_id] = request
         self.max_num_active_reqs -= 1
 
     def expect_no_more(self, request_id: str) -> None:
-        self._coming.remove(request_id)
+        del self._coming[request_id]
         self.max_num_active_reqs += 1
 
     def hand_over(self, request: Request, keeper: Keeper, first_block: int) -> None:
@@ -278,8 +278,8 @@ class RankDoors(_Base):
     @property
     def num_tokens(self) -> int:
         """Tokens of all that run here, wait, or are about to leave."""
-        leaving = (self.requests[request_id] for request_id in self._leaving)
-        return sum(map(_tokens, chain(self.running, self.waiting, self.kv_holding_waiting, leaving)))
+        here = chain(self.running, self.waiting, self.kv_holding_waiting, self._leaving.values())
+        return sum(map(_tokens, here))
 
     def load(self, block_size: int, ahead: int = 0) -> RankLoad:
         """What placement needs to know. Requests that wait without blocks count as if they had them.
@@ -288,14 +288,27 @@ class RankDoors(_Base):
             block_size: tokens a block holds.
             ahead: sharded requests that will have their home here.
         """
-        waiting = len(self.waiting) + len(self.kv_holding_waiting)
-        promised = sum(-(-request.num_tokens // block_size) for request in self.waiting if not self.holds(request))
+        # Sessions that wait for their client need a slot of the model runner and nothing else.
+        waiting = len(self.waiting) + len(self.kv_holding_waiting) - self.num_waiting_for_streaming_input
+        held = self._manager.req_to_blocks
+        promised = sum(
+            max(0, -(-request.num_tokens // block_size) - len(held.get(request.request_id, ())))
+            for request in chain(self.waiting, self.kv_holding_waiting)
+            if not is_idle(request)
+        )
         batch = len(self.running) + waiting + ahead + len(self._coming)
         total = self.num_blocks
         watermark = self.kv_cache_manager.watermark_blocks if self.running else 0
         free = max(0, self.num_free_blocks - promised - self.blocks_to_take - watermark)
         slots = self.max_num_active_reqs + len(self._coming) - batch - self.num_waiting_for_streaming_input
-        return RankLoad(free_blocks=free, used_blocks=total - free, batch=batch, slots=slots)
+        return RankLoad(
+            free_blocks=free,
+            used_blocks=total - free,
+            batch=batch,
+            slots=slots,
+            adapters=self.adapters(),
+            max_adapters=self.max_adapters,
+        )
 
 
 class RankScheduler(RankDoors, Scheduler):

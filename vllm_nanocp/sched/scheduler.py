@@ -18,13 +18,13 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
-from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
-from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -34,14 +34,17 @@ from ..errors import NanoCPConfigError, refuse
 from ..metrics.collector import Collector
 from ..placement import ShardMap
 from ..placement.moves import MoveConfig
-from . import kv_events
+from . import kv_events, sessions
+from .adapters import adapter_of
 from .cadence import PrefillCadence
+from .failures import Failures
 from .members import Members
 from .mover import Mover
-from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, describe, generators_in, merge
+from .output import NanoCPSchedulerOutput, describe, generators_in, merge
 from .placer import Placer, stripe_blocks
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .reporting import engine_stats
+from .together import RanksTogether
 
 logger = init_logger("vllm.nanocp.scheduler")
 
@@ -49,7 +52,7 @@ logger = init_logger("vllm.nanocp.scheduler")
 _REMEMBERED = 256
 
 
-class NanoCPScheduler(SchedulerInterface):
+class NanoCPScheduler(RanksTogether):
     """vLLM's scheduler interface over N ranks."""
 
     def __init__(
@@ -101,6 +104,7 @@ class NanoCPScheduler(SchedulerInterface):
                 kv_events.install(scheduler.kv_cache_manager)
             scheduler.on_preempt = self._on_preempt
             scheduler.on_free = self._on_free
+            scheduler.on_turn = self._on_turn
             self.ranks.append(scheduler)
         interval = vllm_config.scheduler_config.prefill_schedule_interval
         self.cadence = PrefillCadence(interval) if interval > 1 else None
@@ -111,11 +115,16 @@ class NanoCPScheduler(SchedulerInterface):
             moves=self.config.move_config is not None,
             generators=not vllm_config.use_v2_model_runner,  # V2 samples by seed and position
         )
+        max_model_len = vllm_config.model_config.max_model_len
+        # Other kinds of cache may hold more than their blocks have tokens; enough, as vLLM has made sure at start.
+        counted = one_group and isinstance(kv_cache_config.kv_cache_groups[0].kv_cache_spec, FullAttentionSpec)
+        for scheduler in self.ranks:
+            scheduler.most_tokens = scheduler.num_blocks * block_size if counted else max_model_len
         self.placer = Placer(
             self.ranks,
             self.config,
             block_size,
-            vllm_config.model_config.max_model_len,
+            max_model_len,
             one_group,
             self.mover.loads,
             stripe_blocks(vllm_config.scheduler_config, block_size, self.config.chunk_tokens)
@@ -132,6 +141,7 @@ class NanoCPScheduler(SchedulerInterface):
         self.members = Members(self.ranks, self.rank_of, block_size, self.config.decode_bench, log_stats)
         self.sharded = self.members.sharded
         self._preempted: list[Request] = []
+        self.failures = Failures()
         # Requests placed so far: whose turn it is, where that decides.
         self._num_placed = 0
         self._pause_state = PauseState.UNPAUSED
@@ -148,13 +158,17 @@ class NanoCPScheduler(SchedulerInterface):
     # -- requests come and go ----------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
+        if self.failures.refuse(request):
+            return
         rank = self.rank_of.get(request.request_id)
         if rank is not None:  # the next part of a streaming-input session, or a duplicate id, which vLLM refuses
             self.ranks[rank].add_request(request)
             return
-        assert request.request_id not in self.unplaced and request.request_id not in self.sharded, (
-            "duplicate request id"
-        )
+        if request.request_id in self.unplaced:
+            sessions.queue_chunk(self.unplaced[request.request_id], request)
+            return
+        assert request.request_id not in self.sharded, "duplicate request id"
+        sessions.begin(request)
         if self.log_stats:
             request.record_event(EngineCoreEventType.QUEUED)
         self._wait(request)
@@ -168,11 +182,30 @@ class NanoCPScheduler(SchedulerInterface):
         """Place waiting requests in their order, as long as there is room for the first."""
         if not self.waiting or self._pause_state != PauseState.UNPAUSED:
             return
+        passed: list[Request] = []
+        self._place(passed)
+        for request in reversed(passed):
+            self.waiting.prepend_request(request)
+
+    def _place(self, passed: list[Request]) -> None:
+        """Place the first of the queue, until one finds no room; ``passed`` gets those that wait for an adapter's slot,
+        behind which vLLM's scheduler goes on, too."""
+        full: set[tuple[int | None, int | None]] = set()  # an adapter for which there is no slot, and at which home
         while self.waiting:
             request = self.waiting.peek_request()
-            shard_map = self.placer.place(request, self.rank_of.get(request.request_id), self._num_placed)
+            home = self.rank_of.get(request.request_id)
+            adapter = adapter_of(request)
+            if (adapter, home) in full or self.placer.lacks_adapter_slot(adapter, home):
+                full.add((adapter, home))
+                passed.append(self.waiting.pop_request())
+                continue
+            shard_map = self.placer.place(request, home, self._num_placed)
             if shard_map is None:
-                return
+                if self.placer.ever_fits(request, home):
+                    sessions.make_way(self.ranks if home is None else [self.ranks[home]])
+                    return
+                self._fail(request)
+                continue
             self.waiting.pop_request()
             del self.unplaced[request.request_id]
             if len(shard_map.runs) == 1 and not self._bench(request, shard_map):
@@ -185,6 +218,25 @@ class NanoCPScheduler(SchedulerInterface):
                 hits, local = self.members.open(request, shard_map, self.placer.lookup_hashes(request))
                 self.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
             self._num_placed += 1
+
+    def _fail(self, request: Request) -> None:
+        """End a request that the ranks cannot hold, however empty."""
+        logger.warning(
+            "nanocp: request %s ends with an error: its %d tokens, and those it may make, can have room nowhere",
+            request.request_id,
+            request.num_tokens,
+        )
+        for ended in self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR):
+            self.failures.note(ended)
+
+    def _on_turn(self, session: Request) -> bool:
+        """A session has made its tokens after a rank had preempted it; says whether it waits in the queue here."""
+        if session.request_id not in self.unplaced:
+            return False
+        if not sessions.is_idle(session):
+            return True
+        self.waiting.remove_request(self.unplaced.pop(session.request_id))
+        return False
 
     def _bench(self, request: Request, shard_map: ShardMap) -> bool:
         """Whether a request of one run is to be taken as computed: then its blocks are allocated here, too."""
@@ -246,6 +298,7 @@ class NanoCPScheduler(SchedulerInterface):
             request_ids = [request_ids]
         ended: list[Request] = []
         for request_id in dict.fromkeys(request_ids):
+            self.failures.forget(request_id)
             rank = self.rank_of.get(request_id)
             sharded = self.sharded.get(request_id)
             if sharded is not None and not sharded.at_home:
@@ -271,6 +324,9 @@ class NanoCPScheduler(SchedulerInterface):
         if self.cadence is not None:
             throttle_prefills = self.cadence.throttles(self.get_num_unfinished_requests())
         self.members.begin_step()
+        for rank in self.ranks:
+            for session in rank.take_outgrown():
+                self._fail(session)
         self.mover.step()
         self._admit()
         now = time.monotonic()
@@ -300,19 +356,6 @@ class NanoCPScheduler(SchedulerInterface):
         output.work, output.scheduled = work, now
         return output
 
-    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> NanoCPGrammarOutput | None:  # type: ignore[override]
-        assert isinstance(scheduler_output, NanoCPSchedulerOutput)
-        if not scheduler_output.has_structured_output_requests:
-            return None
-        bitmasks: list[GrammarOutput | None] = []
-        for rank, part in zip(self.ranks, scheduler_output.ranks, strict=True):
-            bitmask = rank.get_grammar_bitmask(part)
-            if bitmask is not None:
-                # All ranks share the manager, which fills the same buffer for the next one.
-                bitmask.grammar_bitmask = bitmask.grammar_bitmask.copy()
-            bitmasks.append(bitmask)
-        return NanoCPGrammarOutput(bitmasks) if any(b is not None for b in bitmasks) else None
-
     def update_from_output(  # type: ignore[override]
         self, scheduler_output: SchedulerOutput, model_runner_output: list[ModelRunnerOutput]
     ) -> dict[int, EngineCoreOutputs]:
@@ -340,6 +383,7 @@ class NanoCPScheduler(SchedulerInterface):
                     so_far.outputs.extend(outputs.outputs)
                     if outputs.finished_requests:
                         so_far.finished_requests = (so_far.finished_requests or set()) | outputs.finished_requests
+        self.failures.add_to(merged)
         if self.cadence is not None and not self.get_num_unfinished_requests():
             self.cadence.rest()
         if stats:
@@ -347,48 +391,11 @@ class NanoCPScheduler(SchedulerInterface):
             first.scheduler_stats = engine_stats(self, stats)
         return merged
 
-    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        raise NotImplementedError("nanocp: speculative decoding is not supported")
-
-    def update_draft_token_ids_in_output(
-        self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
-    ) -> None:
-        raise NotImplementedError("nanocp: speculative decoding is not supported")
-
     # -- state -------------------------------------------------------------------------------------------------
-
-    def get_num_unfinished_requests(self) -> int:
-        waiting = len(self.unplaced) if self._pause_state == PauseState.UNPAUSED else 0
-        if self._pause_state != PauseState.PAUSED_ALL:
-            waiting += len(self.mover.leaving)
-        return waiting + sum(rank.get_num_unfinished_requests() for rank in self.ranks)
-
-    def has_finished_requests(self) -> bool:
-        return self.members.have_news or any(rank.has_finished_requests() for rank in self.ranks)
-
-    def get_request_counts(self) -> tuple[int, int]:
-        counts = [rank.get_request_counts() for rank in self.ranks]
-        return sum(c[0] for c in counts) + len(self.mover.leaving), sum(c[1] for c in counts) + len(self.unplaced)
-
-    def get_kv_cache_usage(self) -> float:
-        return sum(rank.get_kv_cache_usage() for rank in self.ranks) / len(self.ranks)
-
-    def free_blocks(self) -> list[int]:
-        """Free KV blocks of each rank."""
-        return [rank.num_free_blocks for rank in self.ranks]
 
     def make_stats(self) -> SchedulerStats | None:
         parts = [stats for rank in self.ranks if (stats := rank.make_stats()) is not None]
         return engine_stats(self, parts) if parts else None
-
-    @property
-    def pause_state(self) -> PauseState:
-        return self._pause_state
-
-    def set_pause_state(self, pause_state: PauseState) -> None:
-        self._pause_state = pause_state
-        for rank in self.ranks:
-            rank.set_pause_state(pause_state)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         if reset_running_requests:
@@ -396,20 +403,13 @@ class NanoCPScheduler(SchedulerInterface):
             self._resetting = True
             for rank in self.ranks:
                 rank.preempt_running()
+                rank.all_give_way()
             self._resetting = False
             self._settle()
             for sharded in list(self.sharded.values()):  # those whose active member waits with its blocks
                 self.members.take_back(sharded)
                 self._wait(sharded.request, first=True)
         return all([rank.reset_prefix_cache(False, reset_connector) for rank in self.ranks])
-
-    def reset_encoder_cache(self) -> None:
-        for rank in self.ranks:
-            rank.reset_encoder_cache()
-
-    def shutdown(self) -> None:
-        for rank in self.ranks:
-            rank.shutdown()
 
     def get_kv_event_publisher_config(self) -> Any:
         return self.ranks[0].get_kv_event_publisher_config()

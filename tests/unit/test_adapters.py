@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters at the scheduler: no rank ever runs more than ``max_loras`` at once, whatever moves, and nobody waits
+for ever."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from copy import copy
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.config import LoRAConfig
+from vllm.lora.request import LoRARequest
+from vllm.v1.request import Request
+
+from vllm_nanocp.sched import mover as mover_module
+from vllm_nanocp.sched import scheduler as scheduler_module
+from vllm_nanocp.sched.output import NanoCPSchedulerOutput
+
+from .scheduler_world import Device, Session, Truth, WorldError, base
+from .test_scheduler_world import MODES, Ask, Shape, World, vllm_config  # noqa: F401
+
+WORLDS = int(os.environ.get("NANOCP_ADAPTER_WORLDS", "12"))
+IDS = ["v1", "v1-async", "v2", "v2-async"]
+
+
+def adapter(number: int) -> LoRARequest:
+    return LoRARequest(f"adapter-{number}", number, f"adapter-{number}")
+
+
+def with_adapters(vllm_config: Any, most: int) -> Any:  # noqa: F811
+    config = copy(vllm_config)
+    config.lora_config = LoRAConfig(max_loras=most, max_lora_rank=8, max_cpu_loras=8)
+    return config
+
+
+class AdapterWorld(World):
+    """Most requests have an adapter; there are more of those than a rank may have active."""
+
+    def __init__(self, vllm_config: Any, seed: int, *args: Any) -> None:  # noqa: F811
+        self.most = 1 + seed % 3
+        super().__init__(with_adapters(vllm_config, self.most), seed, *args)
+        schedule = self.scheduler.schedule
+
+        def checked(*args: Any) -> NanoCPSchedulerOutput:
+            output = schedule(*args)
+            for rank, part in enumerate(output.ranks):
+                self.check(rank, {base(name) for name in part.num_scheduled_tokens})
+            return output
+
+        self.scheduler.schedule = checked  # type: ignore[method-assign]
+
+    def check(self, rank: int, names: set[str]) -> None:
+        requests = (self.asks[name].request for name in names)
+        active = {request.lora_request.lora_int_id for request in requests if request.lora_request is not None}
+        self.counts["full ranks"] += len(active) == self.most
+        if len(active) > self.most:
+            raise WorldError(f"rank {rank} runs the adapters {active}, and may run {self.most}")
+
+    def draw(self) -> list[Ask]:
+        asks = super().draw()
+        for ask in asks:
+            if number := self.rng.randrange(self.most + 3):
+                ask.request.lora_request = adapter(number)
+        return asks
+
+
+@pytest.mark.parametrize(("version", "asynchronous"), MODES, ids=IDS)
+def test_worlds(
+    vllm_config: Any,  # noqa: F811
+    version: int,
+    asynchronous: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.ERROR, "vllm")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(version - 1))
+    counts: Counter[str] = Counter()
+    for seed in range(WORLDS):
+        world = AdapterWorld(vllm_config, seed, version, asynchronous)
+        for module in (scheduler_module, mover_module):
+            monkeypatch.setattr(module, "time", world)
+        try:
+            counts += world.run()
+        except Exception as error:
+            raise AssertionError(f"world {seed}, step {world.now}, {world.shape}: {error!r}") from error
+    print(dict(counts))
+    assert counts["moves"] + counts["spills"] > 10 and counts["full ranks"] > 100, counts
+
+
+def test_requests_behind_one_that_waits_for_its_adapter_go_on(vllm_config: Any) -> None:  # noqa: F811
+    """As in vLLM's scheduler: there is room, and no slot for the first one's adapter."""
+    sizes = dict(seed=0, ranks=2, block_size=16, blocks=40, max_reqs=8, budget=512, segment=4096, degree=2)
+    rest = dict(moves=False, caching=False, priorities=False, chunk=0, reserve=0)
+    shape = Shape(**sizes, **rest)  # type: ignore[arg-type]
+    scheduler = shape.scheduler(with_adapters(vllm_config, 1), False)
+    truths = {name: Truth(i, [10 + i] * 40, 20, 1 + i, stops=False) for i, name in enumerate("abcde")}
+    device = Device(dict(truths), 2, 41, 16, 8, 2, 1, False)
+    adapters = {"a": adapter(1), "b": adapter(2), "c": adapter(3), "d": adapter(1), "e": None}
+    for name, truth in truths.items():
+        params = SamplingParams(max_tokens=20)
+        scheduler.add_request(Request(name, truth.tokens[:40], params, None, lora_request=adapters[name]))
+    ended: list[str] = []
+    for _ in range(100):
+        output = scheduler.schedule()
+        if scheduler.num_steps == 1:
+            assert sorted(output.num_scheduled_tokens) == ["a", "b", "d", "e"]
+        for outputs in scheduler.update_from_output(output, device.execute(output)).values():
+            ended += [answer.request_id for answer in outputs.outputs if answer.finish_reason is not None]
+    assert sorted(ended[:4]) == ["a", "b", "d", "e"] and ended[4:] == ["c"]
+
+
+@pytest.mark.parametrize("away", ["coming", "leaving"])
+def test_requests_between_ranks_keep_their_slot(vllm_config: Any, away: str) -> None:  # noqa: F811
+    """A session that goes on would else start beside them, and its rank then run one adapter too many."""
+    sizes = dict(seed=0, ranks=2, block_size=16, blocks=40, max_reqs=8, budget=512, segment=4096, degree=2)
+    rest = dict(moves=False, caching=False, priorities=False, chunk=0, reserve=0)
+    scheduler = Shape(**sizes, **rest).scheduler(with_adapters(vllm_config, 1), False)  # type: ignore[arg-type]
+    turns = [Truth(0, [10] * 20, 1, 1, stops=False), Truth(0, [10] * 40, 1, 1, stops=False)]
+    truths: dict[str, Any] = {"s": Session(turns), "a": Truth(1, [11] * 20, 40, 2, stops=False)}
+    device = Device(truths, 2, 41, 16, 8, 2, 1, False)
+
+    def step() -> list[str]:
+        output = scheduler.schedule()
+        scheduler.update_from_output(output, device.execute(output))
+        return sorted(output.num_scheduled_tokens)
+
+    def chunk() -> Request:
+        return Request("s", [10] * 20, SamplingParams(max_tokens=1), None, lora_request=adapter(1), resumable=True)
+
+    scheduler.add_request(chunk())
+    assert step() == ["s"]
+    rank = scheduler.ranks[scheduler.rank_of["s"]]
+    moving = Request("a", [11] * 20, SamplingParams(max_tokens=40), None, lora_request=adapter(2))
+    if away == "coming":
+        rank.expect(moving)
+    else:
+        scheduler.rank_of["a"] = scheduler.rank_of["s"]
+        rank.enter(moving)
+        assert step() == ["a"]
+        rank.leave(moving)
+    scheduler.add_request(chunk())
+    assert step() == []
+    if away == "coming":
+        rank.expect_no_more("a")
+        assert step() == ["s"]
+    else:
+        rank.stay(moving)
+        assert step() == ["a"]

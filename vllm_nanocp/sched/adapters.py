@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters at one rank: at most ``max_loras`` are active in a step, and requests from other ranks count.
+
+vLLM's scheduler lets waiting requests start as long as those that run leave a slot for their adapter, and takes for
+granted that those that run never have too many. Here requests also come to run from other ranks, and those that are
+about to leave may stay. Their adapters keep their slots. Touches vLLM 0.32's ``Scheduler.lora_config``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from .sessions import is_idle
+
+if TYPE_CHECKING:
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+def adapter_of(request: Request) -> int | None:
+    """By number; None if it has none."""
+    return request.lora_request.lora_int_id if request.lora_request is not None else None
+
+
+def _adapters(requests: Iterable[Request]) -> set[int]:
+    return {number for request in requests if (number := adapter_of(request)) is not None}
+
+
+@dataclass
+class Slots:
+    """What vLLM's scheduler asks of the LoRA configuration.
+
+    Attributes:
+        max_loras: adapters that may be active in the step at hand.
+    """
+
+    max_loras: int
+
+
+class AdapterDoors(_Base):
+    """Mixed into vLLM's scheduler: the slots of adapters."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_adapters = None if self.lora_config is None else self.lora_config.max_loras
+        if self.max_adapters is not None:
+            self.lora_config: Any = Slots(self.max_adapters)
+        # Requests that will run here and do not yet: about to leave, and to arrive.
+        self._leaving: dict[str, Request] = {}
+        self._coming: dict[str, Request] = {}
+
+    def reserve_adapters(self) -> None:
+        """Before a step: those of requests that do not run now and may in the next step keep their slots."""
+        if self.max_adapters is not None:
+            reserved = _adapters(chain(self._leaving.values(), self._coming.values()))
+            self.lora_config.max_loras = self.max_adapters - len(reserved - _adapters(self.running))
+
+    def adapters(self) -> frozenset[int]:
+        """Those that run here or are about to. Sessions that wait for their client need none."""
+        if self.max_adapters is None:
+            return frozenset()
+        queued = (request for request in chain(self.waiting, self.kv_holding_waiting) if not is_idle(request))
+        return frozenset(_adapters(chain(self.running, queued, self._leaving.values(), self._coming.values())))

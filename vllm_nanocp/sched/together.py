@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What EngineCore asks of a scheduler and all ranks answer together, without a decision."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.request import Request
+
+from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput
+
+if TYPE_CHECKING:
+    from .failures import Failures
+    from .members import Members
+    from .mover import Mover
+    from .rank_scheduler import AsyncRankScheduler, RankScheduler
+
+
+class RanksTogether(SchedulerInterface):
+    """Of vLLM's scheduler interface, what only sums up or passes on. ``NanoCPScheduler`` has the attributes."""
+
+    ranks: list[AsyncRankScheduler | RankScheduler]
+    unplaced: dict[str, Request]
+    members: Members
+    mover: Mover
+    failures: Failures
+    _pause_state: PauseState
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> NanoCPGrammarOutput | None:  # type: ignore[override]
+        assert isinstance(scheduler_output, NanoCPSchedulerOutput)
+        if not scheduler_output.has_structured_output_requests:
+            return None
+        bitmasks: list[GrammarOutput | None] = []
+        for rank, part in zip(self.ranks, scheduler_output.ranks, strict=True):
+            bitmask = rank.get_grammar_bitmask(part)
+            if bitmask is not None:
+                # All ranks share the manager, which fills the same buffer for the next one.
+                bitmask.grammar_bitmask = bitmask.grammar_bitmask.copy()
+            bitmasks.append(bitmask)
+        return NanoCPGrammarOutput(bitmasks) if any(b is not None for b in bitmasks) else None
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        raise NotImplementedError("nanocp: speculative decoding is not supported")
+
+    def update_draft_token_ids_in_output(
+        self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
+    ) -> None:
+        raise NotImplementedError("nanocp: speculative decoding is not supported")
+
+    def get_num_unfinished_requests(self) -> int:
+        waiting = len(self.unplaced) if self._pause_state == PauseState.UNPAUSED else 0
+        if self._pause_state != PauseState.PAUSED_ALL:
+            waiting += len(self.mover.leaving)
+        return waiting + sum(rank.get_num_unfinished_requests() for rank in self.ranks)
+
+    def has_finished_requests(self) -> bool:
+        news = self.members.have_news or self.failures.pending
+        return news or any(rank.has_finished_requests() for rank in self.ranks)
+
+    def get_request_counts(self) -> tuple[int, int]:
+        counts = [rank.get_request_counts() for rank in self.ranks]
+        return sum(c[0] for c in counts) + len(self.mover.leaving), sum(c[1] for c in counts) + len(self.unplaced)
+
+    def get_kv_cache_usage(self) -> float:
+        return sum(rank.get_kv_cache_usage() for rank in self.ranks) / len(self.ranks)
+
+    def free_blocks(self) -> list[int]:
+        """Free KV blocks of each rank."""
+        return [rank.num_free_blocks for rank in self.ranks]
+
+    def reset_encoder_cache(self) -> None:
+        for rank in self.ranks:
+            rank.reset_encoder_cache()
+
+    def shutdown(self) -> None:
+        for rank in self.ranks:
+            rank.shutdown()
+
+    @property
+    def kv_cache_manager(self) -> Any:
+        """The first rank's: EngineCore reads the layout of the KV cache groups from it, the same on all ranks."""
+        return self.ranks[0].kv_cache_manager
+
+    @property
+    def pause_state(self) -> PauseState:
+        return self._pause_state
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        self._pause_state = pause_state
+        for rank in self.ranks:
+            rank.set_pause_state(pause_state)

@@ -122,7 +122,7 @@ def test_the_smallest_graph_that_fits(managers: dict[CUDAGraphMode, NanoCPCudaGr
         desc = manager.sharded_graph(tokens, visits)
         return None if desc is None else (desc.num_tokens, desc.capacity)
 
-    assert found(1, 1) == (1, 2) and found(3, 2) == (4, 2) and found(3, 3) == (8, 8) and found(9, 8) == (16, 8)
+    assert found(1, 1) == (1, 2) and found(3, 2) == (4, 2) and found(3, 3) == (4, 8) and found(9, 8) == (16, 8)
     assert found(24, 1) == (24, 2) and found(25, 1) is None and found(4, 9) is None
     manager.graphs = {}  # not captured yet
     assert found(1, 1) is None

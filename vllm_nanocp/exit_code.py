@@ -18,6 +18,8 @@ from typing import Any
 
 _MARK = "_nanocp_installed"
 _failed = False
+# Those whose engines this process watches.
+_managers: list[Any] = []
 
 
 def watched(serve: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
@@ -30,9 +32,9 @@ def _run(serve: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
     try:
         serve(args)
     except Exception:  # by which the launcher of several API servers ends; it has logged it
-        if not _failed:
+        if not _has_failed():
             raise
-    if _failed:
+    if _has_failed():
         print("error: nanocp: the engine has failed; the log above says why", file=sys.stderr, flush=True)
         raise SystemExit(1)
 
@@ -40,6 +42,11 @@ def _run(serve: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
 def _note_failure() -> None:
     global _failed
     _failed = True
+
+
+def _has_failed() -> bool:
+    # A manager says so before it has shut down what is left, which takes a while: others may end this process first.
+    return _failed or any(manager.failed_proc_name is not None for manager in _managers)
 
 
 def _install() -> None:
@@ -63,9 +70,8 @@ def _install() -> None:
 
     @functools.wraps(monitor)
     def monitor_engine_liveness(self: Any) -> None:
+        _managers.append(self)
         monitor(self)
-        if self.failed_proc_name is not None:
-            _note_failure()
 
     BackgroundResources.validate_alive = validate_alive  # type: ignore[method-assign]
     CoreEngineProcManager.monitor_engine_liveness = monitor_engine_liveness  # type: ignore[method-assign]

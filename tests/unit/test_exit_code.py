@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm serve --nanocp`` ends with one line when its engine has failed, whoever notices first."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.engine.core_client import BackgroundResources
+from vllm.v1.engine.utils import CoreEngineProcManager
+
+from vllm_nanocp import exit_code
+
+LINE = "error: nanocp: the engine has failed; the log above says why\n"
+LIMIT_S = 20.0
+
+
+@pytest.fixture
+def monitored(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """vLLM's monitor, which sees an engine die and then takes its time to end what is left: seen, and all ended."""
+    seen, ended = threading.Event(), threading.Event()
+
+    def monitor(manager: Any) -> None:
+        manager.failed_proc_name = "EngineCore"
+        seen.set()
+        assert ended.wait(LIMIT_S)
+
+    monkeypatch.setattr(CoreEngineProcManager, "monitor_engine_liveness", monitor)
+    monkeypatch.setattr(BackgroundResources, "validate_alive", BackgroundResources.validate_alive)
+    monkeypatch.setattr(BackgroundResources, exit_code._MARK, False, raising=False)
+    monkeypatch.setattr(exit_code, "_failed", False)
+    monkeypatch.setattr(exit_code, "_managers", [])
+    return seen, ended
+
+
+def run(serve: Callable[[argparse.Namespace], None]) -> None:
+    exit_code.watched(serve)(argparse.Namespace())
+
+
+def test_the_launcher_ends_before_its_monitor(
+    monitored: tuple[threading.Event, threading.Event], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An API server ends when it has heard of the failure, and by that vLLM's launcher wakes up."""
+    seen, ended = monitored
+    manager = SimpleNamespace(failed_proc_name=None)
+    threads = []
+
+    def serve(args: argparse.Namespace) -> None:
+        threads.append(threading.Thread(target=CoreEngineProcManager.monitor_engine_liveness, args=(manager,)))
+        threads[0].start()
+        assert seen.wait(LIMIT_S)
+        raise RuntimeError("Engine core process EngineCore died unexpectedly.")
+
+    with pytest.raises(SystemExit) as end:
+        run(serve)
+    assert end.value.code == 1 and capsys.readouterr().err == LINE
+    ended.set()
+    threads[0].join(LIMIT_S)
+
+
+@pytest.mark.usefixtures("monitored")
+def test_other_failures_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    def serve(args: argparse.Namespace) -> None:
+        raise RuntimeError("Process ApiServer_0 died with exit code 3")
+
+    with pytest.raises(RuntimeError, match="ApiServer_0"):
+        run(serve)
+    run(lambda args: None)
+    assert not capsys.readouterr().err

@@ -21,7 +21,8 @@ from vllm_nanocp.sched import scheduler as scheduler_module
 from vllm_nanocp.sched.output import NanoCPSchedulerOutput
 
 from .scheduler_world import Device, Session, Truth, WorldError, base
-from .test_scheduler_world import MODES, Ask, Shape, World, vllm_config  # noqa: F401
+from .test_scheduler_world import MODES, Ask, Shape, vllm_config  # noqa: F401
+from .test_sessions import SessionWorld
 
 WORLDS = int(os.environ.get("NANOCP_ADAPTER_WORLDS", "12"))
 IDS = ["v1", "v1-async", "v2", "v2-async"]
@@ -37,8 +38,8 @@ def with_adapters(vllm_config: Any, most: int) -> Any:  # noqa: F811
     return config
 
 
-class AdapterWorld(World):
-    """Most requests have an adapter; there are more of those than a rank may have active."""
+class AdapterWorld(SessionWorld):
+    """Most requests and sessions have an adapter; there are more of those than a rank may have active."""
 
     def __init__(self, vllm_config: Any, seed: int, *args: Any) -> None:  # noqa: F811
         self.most = 1 + seed % 3

@@ -143,6 +143,44 @@ def test_moves_keep_to_every_bound(world: World) -> None:
         assert world.loads[rank].slots + departures[rank] >= arrivals[rank]
 
 
+@given(worlds(), st.integers(1, 3))
+def test_no_rank_gets_more_adapters_than_it_has_slots(world: World, most: int) -> None:
+    """Moves of one step count for each other; spills look at the same loads."""
+    kinds = [None, *range(1, most + 3)]
+    candidates = [replace(c, adapter=kinds[int(c.request_id) % len(kinds)]) for c in world.candidates]
+    there: list[set[int]] = [set() for _ in world.loads]
+    for c in candidates:
+        if c.adapter is not None and len(there[c.home] | {c.adapter}) <= most:
+            there[c.home].add(c.adapter)
+    loads = [
+        replace(load, adapters=frozenset(adapters), max_adapters=most)
+        for load, adapters in zip(world.loads, there, strict=True)
+    ]
+    by_id = {c.request_id: c for c in candidates}
+    for move in replace(world, loads=loads, candidates=candidates).plan():
+        adapter = by_id[move.request_id].adapter
+        if adapter is not None:
+            there[move.target].add(adapter)
+            assert len(there[move.target]) <= most
+    for c in candidates:
+        target = spill_target(loads, c, block_size=BLOCK, config=world.config)
+        assert target is None or loads[target].takes(c.adapter)
+        free = spill_target(
+            [replace(load, max_adapters=None) for load in loads], c, block_size=BLOCK, config=world.config
+        )
+        assert target is not None or free is None or not loads[free].takes(c.adapter)
+
+
+@pytest.mark.parametrize(("adapters", "moved"), [((None, None), 2), ((1, 1), 2), ((1, 2), 1)])
+def test_moves_of_one_step_share_the_slots_for_adapters(adapters: tuple[int | None, int | None], moved: int) -> None:
+    loads = [RankLoad(100, 100, 8, 9), RankLoad(200, 0, 0, 9, max_adapters=1)]
+    work = [StepLoad(1600, 8, exchange=True), StepLoad(0, 0, exchange=True)]
+    candidates = [Candidate(str(i), 0, (0,), 100, 1000, adapter=adapter) for i, adapter in enumerate(adapters)]
+    config = MoveConfig(batch_margin=0.0, growth_blocks=1)
+    moves = plan_moves(loads, work, candidates, step=NOW, block_size=BLOCK, model=CostModel(), config=config)
+    assert len(moves) == moved
+
+
 @given(worlds())
 def test_moves_make_nothing_worse(world: World) -> None:
     """Neither the spread of the batches, nor the largest batch, nor the predicted step."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_nanocp.placement import RankLoad, Run, ShardMap, place, place_after_prefix
+from vllm_nanocp.placement import Prefix, RankLoad, Run, ShardMap, place, place_after_prefix
 from vllm_nanocp.placement.prefix import KV_SLACK
 
 BLOCK = 16
@@ -56,7 +56,7 @@ def test_reads_count_instead_of_blocks_held() -> None:
 
 def after(prefix_rank: int, blocks: int, loads: Sequence[RankLoad], weight: float | None) -> ShardMap | None:
     return place_after_prefix(
-        [Run(prefix_rank, 0, blocks // 2)],
+        Prefix((Run(prefix_rank, 0, blocks // 2),), (0,)),
         blocks * BLOCK,
         BLOCK,
         loads,

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .place import RankLoad, cdiv, place
 from .shard_map import Run, ShardMap, join
@@ -13,6 +14,38 @@ from .shard_map import Run, ShardMap, join
 BATCH_SLACK = 4
 # The same for KV, as a fraction of the ranks' mean; used where KV is weighed.
 KV_SLACK = 0.05
+# A request does not wait, nor is one of one segment spread over ranks, for a smaller part of its tokens than one in so
+# many: it computes them again.
+LEAST_PART = 10
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Where a request's first blocks are cached.
+
+    Attributes:
+        runs: from block 0 on; not all of the request's blocks. May be none.
+        held: for each run, how many of its blocks requests hold now: sharing those takes no room.
+
+    Raises:
+        ValueError: not one number for each run.
+    """
+
+    runs: tuple[Run, ...] = ()
+    held: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.runs) != len(self.held):
+            raise ValueError(f"{len(self.runs)} runs, but {self.held} are held of them")
+
+    @property
+    def num_blocks(self) -> int:
+        return self.runs[-1].end_block if self.runs else 0
+
+
+def worthwhile(blocks: int, num_tokens: int, block_size: int) -> bool:
+    """Whether so many blocks are a part of a request for which it should wait, or be spread over ranks."""
+    return blocks * block_size * LEAST_PART >= num_tokens
 
 
 def _light(loads: Sequence[RankLoad], rank: int, blocks: int) -> bool:
@@ -26,27 +59,65 @@ def _light(loads: Sequence[RankLoad], rank: int, blocks: int) -> bool:
 
 
 def _follow(
-    rank: int, need: int, block_size: int, loads: Sequence[RankLoad], home: int | None, headroom: int, weighed: bool
+    rank: int, need: int, block_size: int, loads: Sequence[RankLoad], home: int | None, room: int, weighed: bool
 ) -> ShardMap | None:
-    """The whole request on the rank of its prefix, unless that is too busy."""
+    """The whole request on the rank of its prefix, unless that is too busy or has less room than needed."""
     load = loads[rank]
     batches = [other.batch for other in loads]
     # Where KV is weighed, home moves even out the batches: around the mean, not down to the smallest.
     least = max(min(batches), sum(batches) // len(batches) if weighed else 0)
     near = load.batch <= least + BATCH_SLACK
-    if near and home in (None, rank) and load.slots > 0 and load.free_blocks >= need + headroom:
+    if near and home in (None, rank) and load.slots > 0 and load.free_blocks >= room:
         return ShardMap(block_size, (Run(rank, 0, need),))
     return None
 
 
-def _taken(load: RankLoad, blocks: int) -> RankLoad:
-    """A rank's load once a request has blocks of its prefix cache."""
+def _taken(load: RankLoad, blocks: int, held: int) -> RankLoad:
+    """A rank's load once a request has blocks of its prefix cache, of which others hold some already."""
     read = None if load.read_blocks is None else load.read_blocks + blocks
-    return replace(load, free_blocks=load.free_blocks - blocks, used_blocks=load.used_blocks + blocks, read_blocks=read)
+    more = blocks - held
+    return replace(load, free_blocks=load.free_blocks - more, used_blocks=load.used_blocks + more, read_blocks=read)
+
+
+def _leading(runs: Sequence[Run], max_degree: int, home: int | None) -> list[Run]:
+    """The first of these runs that lie on at most ``max_degree`` ranks, the home among them if it is given."""
+    ranks = set() if home is None else {home}
+    kept: list[Run] = []
+    for run in runs:
+        ranks.add(run.rank)
+        if len(ranks) > max_degree:
+            break
+        kept.append(run)
+    return kept
+
+
+def _around(
+    prefix: Prefix, num_tokens: int, block_size: int, loads: Sequence[RankLoad], max_degree: int, **rules: Any
+) -> ShardMap | None:
+    """Every cached block stays where it is, and the rest of the request is placed as one of its own."""
+    runs = _leading(prefix.runs, max_degree, rules["home"])
+    if not runs:
+        return None
+    rest_loads = list(loads)
+    for run, held in zip(runs, prefix.held, strict=False):
+        if rest_loads[run.rank].free_blocks < run.num_blocks - held:
+            return None
+        rest_loads[run.rank] = _taken(rest_loads[run.rank], run.num_blocks, held)
+    known, holders = runs[-1].end_block, {run.rank for run in runs}
+    # Anywhere first; where that makes too many ranks of it, on those that hold it already.
+    for allowed in (range(len(loads)), holders):
+        able = [load if rank in allowed else replace(load, slots=0) for rank, load in enumerate(rest_loads)]
+        rest = place(num_tokens - known * block_size, block_size, able, max_degree=max_degree, **rules)
+        if rest is not None:
+            moved = [Run(run.rank, run.first_block + known, run.end_block + known) for run in rest.runs]
+            whole = ShardMap(block_size, join([*runs, *moved]))
+            if whole.degree <= max_degree:
+                return whole
+    return None
 
 
 def place_after_prefix(
-    prefix: Sequence[Run],
+    prefix: Prefix,
     num_tokens: int,
     block_size: int,
     loads: Sequence[RankLoad],
@@ -64,37 +135,28 @@ def place_after_prefix(
 
     A request of one segment stays on one rank: it follows the part of its prefix that the first of these ranks
     holds, unless that rank is too busy. A longer one keeps every cached block where it is, and the rest of it is
-    placed as a request of its own.
+    placed as a request of its own; so does one of a segment that would have to compute much again otherwise.
 
     Args:
-        prefix: where the request's first blocks are cached, from block 0 on; not all of its blocks.
+        prefix: where the request's first blocks are cached; at least one of them is.
         num_tokens: tokens the request has now.
         block_size, loads, segment_size, max_degree, home, headroom_blocks, kv_weight, stripe_blocks: as for ``place``.
     """
-    need = cdiv(num_tokens, block_size)
-    if kv_weight is not None and not all(_light(loads, run.rank, run.num_blocks) for run in prefix):
+    need, first = cdiv(num_tokens, block_size), prefix.runs[0]
+    if kv_weight is not None and not all(_light(loads, run.rank, run.num_blocks) for run in prefix.runs):
         return None
-    if num_tokens <= segment_size or max_degree == 1:
-        return _follow(prefix[0].rank, need, block_size, loads, home, headroom_blocks, weighed=kv_weight is not None)
-    rest_loads = list(loads)
-    for run in prefix:
-        if rest_loads[run.rank].free_blocks < run.num_blocks:
-            return None
-        rest_loads[run.rank] = _taken(rest_loads[run.rank], run.num_blocks)
-    known = prefix[-1].end_block
-    rest = place(
-        num_tokens - known * block_size,
-        block_size,
-        rest_loads,
+    rules = dict(
         segment_size=segment_size,
-        max_degree=max_degree,
         home=home,
         headroom_blocks=headroom_blocks,
         kv_weight=kv_weight,
         stripe_blocks=stripe_blocks,
     )
-    if rest is None:
-        return None
-    moved = [Run(run.rank, run.first_block + known, run.end_block + known) for run in rest.runs]
-    whole = ShardMap(block_size, join([*prefix, *moved]))
-    return whole if whole.degree <= max_degree else None
+    one_rank = num_tokens <= segment_size or max_degree == 1
+    lost = prefix.num_blocks - first.num_blocks
+    if not one_rank or (max_degree > 1 and lost and worthwhile(lost, num_tokens, block_size)):
+        whole = _around(prefix, num_tokens, block_size, loads, max_degree, **rules)
+        if whole is not None or not one_rank:
+            return whole
+    room = need + headroom_blocks - prefix.held[0]
+    return _follow(first.rank, need, block_size, loads, home, room, weighed=kv_weight is not None)

@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from ..config import NanoCPConfig
-from ..placement import RankLoad, Run, ShardMap, cdiv, place, place_after_prefix, queue_at
+from ..placement import Prefix, RankLoad, Run, ShardMap, cdiv, place, place_after_prefix, queue_at
 from ..placement.moves import with_reserve
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .sharded import can_shard
@@ -60,13 +60,14 @@ class Placer:
         self._stripe_blocks = stripe_blocks
         self._moves = config.move_config
 
-    def place(self, request: Request, home: int | None, turn: int) -> ShardMap | None:
+    def place(self, request: Request, home: int | None, turn: int, prefix: Prefix) -> ShardMap | None:
         """A shard map for a request, or None when it has to wait.
 
         Args:
             request: waiting.
             home: the rank that has its sampling state, if it has run before.
             turn: how many requests were placed before.
+            prefix: where its first blocks are cached, or will be.
         """
         loads = self._loads()
         weight = None
@@ -84,20 +85,22 @@ class Placer:
             headroom_blocks=max(0, min(1, growth)),
             stripe_blocks=self._stripe_blocks,
         )
+        if prefix.runs:
+            after = place_after_prefix(
+                prefix, request.num_tokens, self.block_size, loads, kv_weight=weight, **rules
+            )
+            if after is not None:
+                return after
         policy = self.config.placement
         fresh = place(request.num_tokens, self.block_size, loads, policy=policy, turn=turn, kv_weight=weight, **rules)
-        if fresh is None:
-            if request.num_tokens > self.config.segment_size and degree_limit > 1:
-                return None
-            idle = [not rank.waiting for rank in self.ranks]
-            return queue_at(request.num_tokens, self.block_size, loads, idle, home)
-        if policy == "round_robin":
+        if fresh is not None or (request.num_tokens > self.config.segment_size and degree_limit > 1):
             return fresh
-        prefix = self._find_prefix(request)
-        if not prefix:
-            return fresh
-        after = place_after_prefix(prefix, request.num_tokens, self.block_size, loads, kv_weight=weight, **rules)
-        return fresh if after is None else after
+        idle = [not rank.waiting for rank in self.ranks]
+        return queue_at(request.num_tokens, self.block_size, loads, idle, home)
+
+    def one_rank(self, request: Request) -> bool:
+        """Whether a request cannot be spread over ranks."""
+        return self.config.degree_limit == 1 or not can_shard(request)
 
     def lookup_hashes(self, request: Request) -> list[BlockHash]:
         """Hashes of the blocks that may come from a prefix cache.
@@ -108,16 +111,21 @@ class Placer:
             return []
         return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
 
-    def _find_prefix(self, request: Request) -> list[Run]:
+    def find_prefix(self, request: Request) -> Prefix:
         """Where the request's first blocks are cached, on as few ranks as that takes."""
+        if self.config.placement == "round_robin":
+            return Prefix()
         hashes = self.lookup_hashes(request)
-        prefix: list[Run] = []
+        runs: list[Run] = []
+        held: list[int] = []
         at = 0
         while at < len(hashes):
             lengths = [rank.cached_run(hashes, at) for rank in self.ranks]
             longest = max(lengths)
             if not longest:
                 break
-            prefix.append(Run(lengths.index(longest), at, at + longest))
+            rank = lengths.index(longest)
+            runs.append(Run(rank, at, at + longest))
+            held.append(self.ranks[rank].held_blocks(hashes[at : at + longest]))
             at += longest
-        return prefix
+        return Prefix(tuple(runs), tuple(held))

@@ -49,9 +49,13 @@ class RankDoors(_Base):
         # Requests that do not run here and yet need a slot in the model runner: about to leave, and to arrive.
         self._leaving: set[str] = set()
         self._coming: set[str] = set()
+        # Blocks that requests which wait here without any will share with others, by id.
+        self._to_share: dict[str, int] = {}
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
+        for request_id in self._to_share.keys() & output.num_scheduled_tokens.keys():
+            del self._to_share[request_id]
         self.introduced = {}
         if self._strangers:
             for request_id in self._strangers & output.num_scheduled_tokens.keys():
@@ -83,6 +87,7 @@ class RankDoors(_Base):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)
         self._strangers.discard(request.request_id)
+        self._to_share.pop(request.request_id, None)
         self._left(request)
         self.on_free(request)
         return result
@@ -104,6 +109,10 @@ class RankDoors(_Base):
         while end < len(hashes) and self.block_pool.get_cached_block(hashes[end], [0]) is not None:
             end += 1
         return end - first_block
+
+    def held_blocks(self, hashes: Sequence[BlockHash]) -> int:
+        """How many of these blocks of this rank's prefix cache requests hold now."""
+        return sum(self.block_pool.get_cached_block(h, [0])[0].ref_cnt > 0 for h in hashes)  # type: ignore[index]
 
     def adopt_cached(self, member_id: str, hashes: Sequence[BlockHash]) -> None:
         """Begin a shard with blocks of this rank's prefix cache.
@@ -173,8 +182,15 @@ class RankDoors(_Base):
 
     # -- members -----------------------------------------------------------------------------------------------
 
-    def enter(self, request: Request) -> None:
-        """Let a request wait here: a new one, a member with its shard open, or one that was preempted here."""
+    def enter(self, request: Request, to_share: int = 0) -> None:
+        """Let a request wait here: a new one, a member with its shard open, or one that was preempted here.
+
+        Args:
+            request: waits nowhere.
+            to_share: blocks that others hold and that it will share when it is scheduled.
+        """
+        if to_share:
+            self._to_share[request.request_id] = to_share
         events = len(request.events)
         if request.request_id in self.requests:
             self._enqueue_waiting_request(request)
@@ -276,6 +292,12 @@ class RankDoors(_Base):
         )
 
     @property
+    def tokens_to_compute(self) -> int:
+        """Tokens of all that run here or wait that are yet to be computed."""
+        present = chain(self.running, self.waiting, self.kv_holding_waiting)
+        return sum(max(0, request.num_tokens - request.num_computed_tokens) for request in present)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all that run here, wait, or are about to leave."""
         leaving = (self.requests[request_id] for request_id in self._leaving)
@@ -289,7 +311,11 @@ class RankDoors(_Base):
             ahead: sharded requests that will have their home here.
         """
         waiting = len(self.waiting) + len(self.kv_holding_waiting)
-        promised = sum(-(-request.num_tokens // block_size) for request in self.waiting if not self.holds(request))
+        promised = sum(
+            -(-request.num_tokens // block_size) - self._to_share.get(request.request_id, 0)
+            for request in self.waiting
+            if not self.holds(request)
+        )
         batch = len(self.running) + waiting + ahead + len(self._coming)
         total = self.num_blocks
         watermark = self.kv_cache_manager.watermark_blocks if self.running else 0

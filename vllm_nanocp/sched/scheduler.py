@@ -32,7 +32,7 @@ from .. import config as nanocp_config
 from .. import status
 from ..errors import NanoCPConfigError
 from ..metrics.collector import Collector
-from ..placement import ShardMap
+from ..placement import Prefix, ShardMap, cdiv
 from ..placement.moves import MoveConfig
 from .members import Members
 from .mover import Mover
@@ -40,6 +40,7 @@ from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput, describe, genera
 from .placer import Placer, stripe_blocks
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .reporting import engine_stats
+from .shared_prefix import SharedPrefixes
 
 logger = init_logger("vllm.nanocp.scheduler")
 
@@ -119,6 +120,11 @@ class NanoCPScheduler(SchedulerInterface):
         self.rank_of: dict[str, int] = {}
         self.members = Members(self.ranks, self.rank_of, block_size, self.config.decode_bench, log_stats)
         self.sharded = self.members.sharded
+        self.prefixes = SharedPrefixes(
+            self.ranks, self.members, block_size, self.config.segment_size, self.waiting.prepend_request
+        )
+        # The first of the queue, if it found no room, and the ranks' free blocks then.
+        self._blocked: tuple[str, list[int]] | None = None
         self._preempted: list[Request] = []
         # Requests placed so far: whose turn it is, where that decides.
         self._num_placed = 0
@@ -147,6 +153,7 @@ class NanoCPScheduler(SchedulerInterface):
 
     def _wait(self, request: Request, first: bool = False) -> None:
         request.num_computed_tokens = 0
+        self.prefixes.leads_no_more(request.request_id)
         self.unplaced[request.request_id] = request
         (self.waiting.prepend_request if first else self.waiting.add_request)(request)
 
@@ -156,21 +163,57 @@ class NanoCPScheduler(SchedulerInterface):
             return
         while self.waiting:
             request = self.waiting.peek_request()
-            shard_map = self.placer.place(request, self.rank_of.get(request.request_id), self._num_placed)
+            prefix = self._prefix(request)
+            if prefix is None:  # it waits for another one, aside
+                self.waiting.pop_request()
+                continue
+            shard_map = self._place(request, prefix)
             if shard_map is None:
+                self._blocked = request.request_id, self.free_blocks()
                 return
             self.waiting.pop_request()
             del self.unplaced[request.request_id]
-            if len(shard_map.runs) == 1 and not self._bench(request, shard_map):
-                self.rank_of[request.request_id] = shard_map.home
-                rank = self.ranks[shard_map.home]
-                hits = rank.cached_run(self.placer.lookup_hashes(request), 0) * self.block_size
-                self.collector.admitted(1, hits, 0, request.num_tokens - hits)
-                rank.enter(request)
-            else:
-                hits, local = self.members.open(request, shard_map, self.placer.lookup_hashes(request))
-                self.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
+            self._enter(request, shard_map, prefix)
             self._num_placed += 1
+
+    def _prefix(self, request: Request) -> Prefix | None:
+        """Where the first blocks of a waiting request are or will be cached; None if it has been set aside.
+
+        Not looked for again, block by block, each step in which the first of the queue finds no more room than before.
+        """
+        if self._blocked is not None and self._blocked[0] == request.request_id:
+            if all(now <= then for now, then in zip(self.free_blocks(), self._blocked[1], strict=True)):
+                return Prefix()
+        self._blocked = None
+        found = self.placer.find_prefix(request)
+        return self.prefixes.follow(
+            request, self.placer.lookup_hashes(request), found, self.placer.one_rank(request)
+        )
+
+    def _place(self, request: Request, prefix: Prefix) -> ShardMap | None:
+        """A shard map; None when there is no room, or only what those that are set aside will need."""
+        claimed = self.prefixes.blocks_to_take
+        if claimed and sum(self.free_blocks()) < claimed + cdiv(request.num_tokens, self.block_size):
+            return None
+        return self.placer.place(request, self.rank_of.get(request.request_id), self._num_placed, prefix)
+
+    def _enter(self, request: Request, shard_map: ShardMap, prefix: Prefix) -> None:
+        """A placed request goes to its rank, or gets its blocks on all its ranks."""
+        hashes = self.placer.lookup_hashes(request)
+        if len(shard_map.runs) == 1 and not self._bench(request, shard_map):
+            self.rank_of[request.request_id] = shard_map.home
+            rank = self.ranks[shard_map.home]
+            known, to_share = rank.cached_run(hashes, 0), 0
+            if prefix.runs and prefix.runs[0].rank == shard_map.home:
+                to_share = prefix.held[0]
+            hits = max(known, to_share) * self.block_size
+            self.collector.admitted(1, hits, 0, request.num_tokens - hits)
+            rank.enter(request, to_share)
+        else:
+            hits, local = self.members.open(request, shard_map, hashes)
+            self.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
+            known = hits // self.block_size
+        self.prefixes.lead(request, shard_map, known)
 
     def _bench(self, request: Request, shard_map: ShardMap) -> bool:
         """Whether a request of one run is to be taken as computed: then its blocks are allocated here, too."""
@@ -181,7 +224,7 @@ class NanoCPScheduler(SchedulerInterface):
         """A rank's scheduler has freed a finished request."""
         request_id = self.members.owner_of(request.request_id)
         if request_id in self.unplaced:  # it ended by output that was in flight when it was preempted
-            self.waiting.remove_request(self.unplaced.pop(request_id))
+            self._unqueue(request_id)
         sharded = self.sharded.get(request_id)
         if sharded is not None:
             held = sharded.shard_map.tokens_by_rank(len(self.ranks), sharded.num_computed_tokens)
@@ -192,6 +235,14 @@ class NanoCPScheduler(SchedulerInterface):
             self.members.close(sharded)
         self.rank_of.pop(request_id, None)
         self.mover.forget(request_id)
+        self.prefixes.leads_no_more(request_id)
+
+    def _unqueue(self, request_id: str) -> Request:
+        """A request that waits to be placed has ended."""
+        request = self.unplaced.pop(request_id)
+        if not self.prefixes.leave(request_id):
+            self.waiting.remove_request(request)
+        return request
 
     def _on_preempt(self, member: Request) -> None:
         """A rank's scheduler has preempted a request; it is in the middle of a step, so this waits."""
@@ -244,8 +295,7 @@ class NanoCPScheduler(SchedulerInterface):
                 self.ranks[sharded.rank].note_finished(request)
                 ended.append(request)
             elif request_id in self.unplaced:
-                request = self.unplaced.pop(request_id)
-                self.waiting.remove_request(request)
+                request = self._unqueue(request_id)
                 request.status = finished_status
                 self.ranks[0].note_finished(request)
                 ended.append(request)
@@ -272,6 +322,8 @@ class NanoCPScheduler(SchedulerInterface):
         self.mover.last_work = work = self.mover.work()
         if self._preempted:
             self._settle()
+        if not throttle_prefills and self._pause_state == PauseState.UNPAUSED:
+            self.prefixes.observe(parts)
         plan = self.members.take_plan()
         self.num_steps += 1
         plan.serial = self.num_steps

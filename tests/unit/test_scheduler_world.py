@@ -281,6 +281,7 @@ class World:
             moves=scheduler.mover.num_moves,
             spills=scheduler.mover.num_spills,
             preemptions=scheduler.num_preemptions,
+            set_aside=scheduler.prefixes.num_set_aside,
             rows=device.num_rows,
             together=device.num_together,
             arrivals=device.num_arrivals,
@@ -370,6 +371,7 @@ class World:
         assert scheduler.free_blocks() == [self.shape.blocks] * self.shape.ranks
         left = {
             "members": scheduler.members.leftovers(),
+            "prefixes": scheduler.prefixes.leftovers(),
             "unplaced": scheduler.unplaced,
             "waiting": list(scheduler.waiting),
             "rank_of": scheduler.rank_of,
@@ -390,6 +392,7 @@ class World:
                 *rank._inflight_prefills,
                 *rank._leaving,
                 *rank._coming,
+                *rank._to_share,
             ]
         found = {name: value for name, value in left.items() if value} | self.device.leftovers()
         if found:
@@ -418,7 +421,7 @@ def test_worlds(
             raise AssertionError(f"world {seed}, step {world.now}, {world.shape}: {error!r}") from error
     print(dict(counts))
     assert counts["moves"] > 25 and counts["spills"] > 25 and counts["preemptions"] > 0, counts
-    assert counts["together"] > 25, counts
+    assert counts["together"] > 25 and counts["set_aside"] > 25, counts
     assert counts["aborts"] and counts["resets"] and counts["pauses"], counts
     assert (counts["generators"] > 0) == (version == 1), counts
 

@@ -12,8 +12,14 @@ from .shard_map import Run, ShardMap, join
 
 # A short request follows its prefix to a rank with at most this many more requests than the emptiest.
 BATCH_SLACK = 4
-# The same for KV, as a fraction of the ranks' mean; used where KV is weighed.
+# The same where the prefix is being computed: those that came with the first one would else compute it again.
+COMING_SLACK = 12
+# Where KV is weighed, a rank that has a prefix may have so much more than the ranks' mean: a fraction of that; the
+# prefix so many times, since to compute a token takes as long as to read it in some hundred steps; or tokens whose
+# reading takes no part of a step that counts (0.4 ms on an H200).
 KV_SLACK = 0.05
+KV_SLACK_PREFIXES = 4
+KV_SLACK_TOKENS = 16384
 # A request does not wait, nor is one of one segment spread over ranks, for a smaller part of its tokens than one in so
 # many: it computes them again.
 LEAST_PART = 10
@@ -26,6 +32,7 @@ class Prefix:
     Attributes:
         runs: from block 0 on; not all of the request's blocks. May be none.
         held: for each run, how many of its blocks requests hold now: sharing those takes no room.
+        coming: whether a part of it that counts is yet to be computed, by a request that came before.
 
     Raises:
         ValueError: not one number for each run.
@@ -33,6 +40,7 @@ class Prefix:
 
     runs: tuple[Run, ...] = ()
     held: tuple[int, ...] = ()
+    coming: bool = False
 
     def __post_init__(self) -> None:
         if len(self.runs) != len(self.held):
@@ -48,26 +56,29 @@ def worthwhile(blocks: int, num_tokens: int, block_size: int) -> bool:
     return blocks * block_size * LEAST_PART >= num_tokens
 
 
-def _light(loads: Sequence[RankLoad], rank: int, blocks: int) -> bool:
-    """Whether a rank's KV is near or below the mean, so that ``blocks`` more may be read there.
+def light(prefix: Prefix, loads: Sequence[RankLoad], block_size: int) -> bool:
+    """Whether the KV of all ranks that have a prefix is near or below the mean, so that it may be read there once more.
 
     Popular prefixes would else draw request after request to the rank that has them. Home moves keep its batch small
     meanwhile, so that the batch alone would never stop it.
     """
     mean = sum(load.kv_level for load in loads) / len(loads)
-    return loads[rank].kv_level <= mean + max(KV_SLACK * mean, blocks)
+    least = max(KV_SLACK * mean, KV_SLACK_TOKENS // block_size)
+    return all(loads[run.rank].kv_level <= mean + max(least, KV_SLACK_PREFIXES * run.num_blocks) for run in prefix.runs)
 
 
 def _follow(
-    rank: int, need: int, block_size: int, loads: Sequence[RankLoad], home: int | None, room: int, weighed: bool
+    prefix: Prefix, need: int, block_size: int, loads: Sequence[RankLoad], home: int | None, spare: int, weighed: bool
 ) -> ShardMap | None:
-    """The whole request on the rank of its prefix, unless that is too busy or has less room than needed."""
+    """The whole request on the rank of its prefix, unless that is too busy or has no room."""
+    rank = prefix.runs[0].rank
     load = loads[rank]
     batches = [other.batch for other in loads]
     # Where KV is weighed, home moves even out the batches: around the mean, not down to the smallest.
     least = max(min(batches), sum(batches) // len(batches) if weighed else 0)
-    near = load.batch <= least + BATCH_SLACK
-    if near and home in (None, rank) and load.slots > 0 and load.free_blocks >= room:
+    near = load.batch <= least + (COMING_SLACK if prefix.coming else BATCH_SLACK)
+    room = load.slots > 0 and load.free_blocks >= need + spare - prefix.held[0]
+    if near and room and home in (None, rank):
         return ShardMap(block_size, (Run(rank, 0, need),))
     return None
 
@@ -143,7 +154,7 @@ def place_after_prefix(
         block_size, loads, segment_size, max_degree, home, headroom_blocks, kv_weight, stripe_blocks: as for ``place``.
     """
     need, first = cdiv(num_tokens, block_size), prefix.runs[0]
-    if kv_weight is not None and not all(_light(loads, run.rank, run.num_blocks) for run in prefix.runs):
+    if kv_weight is not None and not light(prefix, loads, block_size):
         return None
     rules = dict(
         segment_size=segment_size,
@@ -158,5 +169,4 @@ def place_after_prefix(
         whole = _around(prefix, num_tokens, block_size, loads, max_degree, **rules)
         if whole is not None or not one_rank:
             return whole
-    room = need + headroom_blocks - prefix.held[0]
-    return _follow(first.rank, need, block_size, loads, home, room, weighed=kv_weight is not None)
+    return _follow(prefix, need, block_size, loads, home, headroom_blocks, weighed=kv_weight is not None)

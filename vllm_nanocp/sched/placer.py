@@ -13,6 +13,7 @@ from vllm.v1.request import Request
 from ..config import NanoCPConfig
 from ..placement import Prefix, RankLoad, Run, ShardMap, cdiv, place, place_after_prefix, queue_at
 from ..placement.moves import with_reserve
+from ..placement.prefix import light
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .sharded import can_shard
 
@@ -59,6 +60,8 @@ class Placer:
         self._loads = loads
         self._stripe_blocks = stripe_blocks
         self._moves = config.move_config
+        # Whether requests go where their prefix is.
+        self.follows_prefixes = find_prefixes and config.placement != "round_robin"
 
     def place(self, request: Request, home: int | None, turn: int, prefix: Prefix) -> ShardMap | None:
         """A shard map for a request, or None when it has to wait.
@@ -86,9 +89,7 @@ class Placer:
             stripe_blocks=self._stripe_blocks,
         )
         if prefix.runs:
-            after = place_after_prefix(
-                prefix, request.num_tokens, self.block_size, loads, kv_weight=weight, **rules
-            )
+            after = place_after_prefix(prefix, request.num_tokens, self.block_size, loads, kv_weight=weight, **rules)
             if after is not None:
                 return after
         policy = self.config.placement
@@ -112,8 +113,9 @@ class Placer:
         return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
 
     def find_prefix(self, request: Request) -> Prefix:
-        """Where the request's first blocks are cached, on as few ranks as that takes."""
-        if self.config.placement == "round_robin":
+        """Where the request's first blocks are cached, on as few ranks as that takes; nowhere, if it should not go
+        there."""
+        if not self.follows_prefixes:
             return Prefix()
         hashes = self.lookup_hashes(request)
         runs: list[Run] = []
@@ -124,8 +126,12 @@ class Placer:
             longest = max(lengths)
             if not longest:
                 break
-            rank = lengths.index(longest)
+            able = [rank for rank, length in enumerate(lengths) if length == longest]
+            rank = able[0] if len(able) == 1 else min(able, key=lambda r: self.ranks[r].num_tokens)
             runs.append(Run(rank, at, at + longest))
             held.append(self.ranks[rank].held_blocks(hashes[at : at + longest]))
             at += longest
-        return Prefix(tuple(runs), tuple(held))
+        prefix = Prefix(tuple(runs), tuple(held))
+        if runs and self._moves is not None and not light(prefix, self._loads(), self.block_size):
+            return Prefix()
+        return prefix

@@ -295,7 +295,8 @@ class RankDoors(_Base):
     def tokens_to_compute(self) -> int:
         """Tokens of all that run here or wait that are yet to be computed."""
         present = chain(self.running, self.waiting, self.kv_holding_waiting)
-        return sum(max(0, request.num_tokens - request.num_computed_tokens) for request in present)
+        tokens = sum(max(0, request.num_tokens - request.num_computed_tokens) for request in present)
+        return tokens - sum(self._to_share.values()) * self._manager.block_size
 
     @property
     def num_tokens(self) -> int:

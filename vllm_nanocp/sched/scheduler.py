@@ -32,7 +32,7 @@ from .. import config as nanocp_config
 from .. import status
 from ..errors import NanoCPConfigError
 from ..metrics.collector import Collector
-from ..placement import Prefix, ShardMap, cdiv
+from ..placement import ShardMap
 from ..placement.moves import MoveConfig
 from .members import Members
 from .mover import Mover
@@ -121,10 +121,8 @@ class NanoCPScheduler(SchedulerInterface):
         self.members = Members(self.ranks, self.rank_of, block_size, self.config.decode_bench, log_stats)
         self.sharded = self.members.sharded
         self.prefixes = SharedPrefixes(
-            self.ranks, self.members, block_size, self.config.segment_size, self.waiting.prepend_request
+            self.ranks, self.members, self.placer, self.config.segment_size, self.waiting.prepend_request
         )
-        # The first of the queue, if it found no room, and the ranks' free blocks then.
-        self._blocked: tuple[str, list[int]] | None = None
         self._preempted: list[Request] = []
         # Requests placed so far: whose turn it is, where that decides.
         self._num_placed = 0
@@ -163,57 +161,32 @@ class NanoCPScheduler(SchedulerInterface):
             return
         while self.waiting:
             request = self.waiting.peek_request()
-            prefix = self._prefix(request)
-            if prefix is None:  # it waits for another one, aside
+            prefix = self.prefixes.find(request)
+            if prefix is None:  # set aside, for another one that computes what it begins with
                 self.waiting.pop_request()
                 continue
-            shard_map = self._place(request, prefix)
-            if shard_map is None:
-                self._blocked = request.request_id, self.free_blocks()
+            home = self.rank_of.get(request.request_id)
+            shard_map = self.placer.place(request, home, self._num_placed, prefix)
+            if shard_map is None or self.prefixes.claim(shard_map, prefix):
+                self.prefixes.note_blocked(request)
                 return
+            if self.prefixes.look_again():
+                continue
             self.waiting.pop_request()
             del self.unplaced[request.request_id]
-            self._enter(request, shard_map, prefix)
+            hashes = self.placer.lookup_hashes(request)
+            if len(shard_map.runs) == 1 and not self._bench(request, shard_map):
+                self.rank_of[request.request_id] = shard_map.home
+                rank = self.ranks[shard_map.home]
+                to_share = prefix.held[0] if prefix.runs and prefix.runs[0].rank == shard_map.home else 0
+                hits = max(rank.cached_run(hashes, 0), to_share) * self.block_size
+                self.collector.admitted(1, hits, 0, request.num_tokens - hits)
+                rank.enter(request, to_share)
+            else:
+                hits, local = self.members.open(request, shard_map, hashes)
+                self.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
+            self.prefixes.lead(request, shard_map, hits // self.block_size)
             self._num_placed += 1
-
-    def _prefix(self, request: Request) -> Prefix | None:
-        """Where the first blocks of a waiting request are or will be cached; None if it has been set aside.
-
-        Not looked for again, block by block, each step in which the first of the queue finds no more room than before.
-        """
-        if self._blocked is not None and self._blocked[0] == request.request_id:
-            if all(now <= then for now, then in zip(self.free_blocks(), self._blocked[1], strict=True)):
-                return Prefix()
-        self._blocked = None
-        found = self.placer.find_prefix(request)
-        return self.prefixes.follow(
-            request, self.placer.lookup_hashes(request), found, self.placer.one_rank(request)
-        )
-
-    def _place(self, request: Request, prefix: Prefix) -> ShardMap | None:
-        """A shard map; None when there is no room, or only what those that are set aside will need."""
-        claimed = self.prefixes.blocks_to_take
-        if claimed and sum(self.free_blocks()) < claimed + cdiv(request.num_tokens, self.block_size):
-            return None
-        return self.placer.place(request, self.rank_of.get(request.request_id), self._num_placed, prefix)
-
-    def _enter(self, request: Request, shard_map: ShardMap, prefix: Prefix) -> None:
-        """A placed request goes to its rank, or gets its blocks on all its ranks."""
-        hashes = self.placer.lookup_hashes(request)
-        if len(shard_map.runs) == 1 and not self._bench(request, shard_map):
-            self.rank_of[request.request_id] = shard_map.home
-            rank = self.ranks[shard_map.home]
-            known, to_share = rank.cached_run(hashes, 0), 0
-            if prefix.runs and prefix.runs[0].rank == shard_map.home:
-                to_share = prefix.held[0]
-            hits = max(known, to_share) * self.block_size
-            self.collector.admitted(1, hits, 0, request.num_tokens - hits)
-            rank.enter(request, to_share)
-        else:
-            hits, local = self.members.open(request, shard_map, hashes)
-            self.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
-            known = hits // self.block_size
-        self.prefixes.lead(request, shard_map, known)
 
     def _bench(self, request: Request, shard_map: ShardMap) -> bool:
         """Whether a request of one run is to be taken as computed: then its blocks are allocated here, too."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
 
     from .members import Members
+    from .placer import Placer
     from .rank_scheduler import AsyncRankScheduler, RankScheduler
 
 _arrival = attrgetter("arrival_time")
@@ -59,7 +60,7 @@ class Leader:
         hashes: of the blocks that others may find.
         end: tokens of it that are computed when all of these are.
         computed: tokens of it after the last step.
-        stuck: whether it got nothing in the last step although its rank had tokens to give: it waits for room.
+        stuck: whether it waits for room: it got nothing in the last step although its rank had tokens to give.
         followers: that are set aside for it.
     """
 
@@ -78,7 +79,7 @@ class SharedPrefixes:
     Args:
         ranks: their schedulers.
         members: of the sharded requests.
-        block_size: tokens a block holds.
+        placer: finds what is cached.
         segment_size: tokens up to which a request stays on one rank.
         requeue: puts a request that was set aside back to the head of the queue.
     """
@@ -87,13 +88,14 @@ class SharedPrefixes:
         self,
         ranks: Sequence[AsyncRankScheduler | RankScheduler],
         members: Members,
-        block_size: int,
+        placer: Placer,
         segment_size: int,
         requeue: Callable[[Request], None],
     ) -> None:
         self.ranks = ranks
         self.members = members
-        self.block_size = block_size
+        self.placer = placer
+        self.block_size = placer.block_size
         self.segment_size = segment_size
         self._requeue = requeue
         self._budget = ranks[0].max_num_scheduled_tokens
@@ -104,30 +106,60 @@ class SharedPrefixes:
         self._followed: dict[str, Leader] = {}
         # Requests that have waited long enough, until they are placed.
         self._impatient: set[str] = set()
+        # The first of the queue, if it found no room, and the ranks' free blocks then.
+        self._blocked: tuple[str, list[int]] | None = None
+        self._unsought = False
         # Blocks that those set aside will take.
-        self.blocks_to_take = 0
+        self._blocks_to_take = 0
+        self.num_set_aside = 0
 
     # -- requests come and go ----------------------------------------------------------------------------------
 
-    def follow(self, request: Request, hashes: Sequence[BlockHash], prefix: Prefix, one_rank: bool) -> Prefix | None:
-        """What a request should be placed around.
-
-        Args:
-            request: in no queue, or about to be taken out of it.
-            hashes: of its blocks that may come from prefix caches.
-            prefix: where its first blocks are cached.
-            one_rank: whether it cannot be spread over ranks.
+    def find(self, request: Request) -> Prefix | None:
+        """What the first of the queue should be placed around.
 
         Returns:
-            The prefix, perhaps with blocks that will be cached when its turn has come; None if it is set aside now.
+            Where its first blocks are cached, or will be when its turn has come; None if it is set aside now.
         """
+        free = [rank.num_free_blocks for rank in self.ranks]
+        self._unsought = (
+            self._blocked is not None
+            and self._blocked[0] == request.request_id
+            and all(now <= then for now, then in zip(free, self._blocked[1], strict=True))
+        )
+        if self._unsought:
+            return Prefix()
+        self._blocked = None
+        return self._follow(request, self.placer.lookup_hashes(request), self.placer.find_prefix(request))
+
+    def note_blocked(self, request: Request) -> None:
+        """The first of the queue has found no room: its prefix, a long one perhaps, is not looked for again in each
+        step, but when there is more room."""
+        self._blocked = request.request_id, [rank.num_free_blocks for rank in self.ranks]
+
+    def look_again(self) -> bool:
+        """Whether there is room, but what it is for was not looked for in the caches."""
+        if self._unsought:
+            self._blocked = None
+        return self._unsought
+
+    def claim(self, shard_map: ShardMap, prefix: Prefix) -> bool:
+        """Whether a request, so placed, would take the room that those who came before it, and are set aside, need."""
+        if not self._blocks_to_take:
+            return False
+        needed = self._blocks_to_take + shard_map.num_blocks - sum(prefix.held)
+        return sum(rank.num_free_blocks for rank in self.ranks) < needed
+
+    def _follow(self, request: Request, hashes: Sequence[BlockHash], prefix: Prefix) -> Prefix | None:
+        """The prefix, longer perhaps by what others compute; None if the request has been set aside."""
         known = prefix.num_blocks
         end = self._end(hashes, known)
         if end == known or request.request_id in self._impatient:
             return prefix
+        one_rank = self.placer.one_rank(request)
         if one_rank or request.num_tokens <= self.segment_size:
-            longer = self._on_first_rank(hashes, prefix, end)
-            lost = end - (longer.runs[0].end_block if longer.runs else 0)
+            longer = self._on_first_rank(request, hashes, prefix, end)
+            lost = end - longer.runs[0].end_block
             if one_rank or not worthwhile(lost, request.num_tokens, self.block_size):
                 return longer if self._in_time(longer, (end - known) * self.block_size) else prefix
         elif not worthwhile(end - known, request.num_tokens, self.block_size):
@@ -139,7 +171,8 @@ class SharedPrefixes:
         patience = cdiv(until - known * self.block_size, self._budget)
         leader.followers.append(Follower(request, until, own, patience))
         self._followed[request.request_id] = leader
-        self.blocks_to_take += own
+        self._blocks_to_take += own
+        self.num_set_aside += 1
         return None
 
     def _end(self, hashes: Sequence[BlockHash], known: int) -> int:
@@ -153,7 +186,7 @@ class SharedPrefixes:
             return known
         return bisect_left(hashes, True, lo=known, key=nobody)
 
-    def _on_first_rank(self, hashes: Sequence[BlockHash], prefix: Prefix, end: int) -> Prefix:
+    def _on_first_rank(self, request: Request, hashes: Sequence[BlockHash], prefix: Prefix, end: int) -> Prefix:
         """The prefix with the blocks that its rank, or if there is none the leader's first, will have up to ``end``."""
         known = prefix.num_blocks
         shard_map = self._pending[hashes[known]].shard_map
@@ -162,22 +195,29 @@ class SharedPrefixes:
             return prefix
         ends = (run.end_block for run in shard_map.runs[:-1] if run.end_block > known)
         covered = min(end, next(ends, end))
-        return Prefix((Run(rank, 0, covered),), (sum(prefix.held) + covered - known,))
+        coming = covered - known
+        return Prefix(
+            (Run(rank, 0, covered),),
+            (sum(prefix.held) + coming,),
+            worthwhile(coming, request.num_tokens, self.block_size),
+        )
 
     def _in_time(self, prefix: Prefix, tokens: int) -> bool:
-        """Whether a rank computes what is before a request there not much later than another one would, plus so many
-        tokens of its own."""
+        """Whether a request that shares so many tokens is answered about as soon at the rank of its prefix, behind the
+        work there, as where there is least and it would compute them itself."""
         work = [rank.tokens_to_compute for rank in self.ranks]
-        return work[prefix.runs[0].rank] - min(work) <= tokens + self._budget
+        return work[prefix.runs[0].rank] - min(work) <= tokens * 3 // 2 + self._budget // 4
 
     def lead(self, request: Request, shard_map: ShardMap, known_blocks: int) -> None:
         """A request has been placed, so many of whose first blocks are cached there."""
         self._impatient.discard(request.request_id)
         end_block = request.num_tokens // self.block_size
         hashes = request.block_hashes[known_blocks:end_block]
-        if not hashes or self.members.taken_as_computed(request):
+        if not hashes or not self.placer.follows_prefixes or self.members.taken_as_computed(request):
             return
         leader = Leader(request, shard_map, hashes, end_block * self.block_size)
+        if request.request_id not in self.members.sharded:  # it may have been placed to wait at its rank
+            leader.stuck = self.ranks[shard_map.home].num_free_blocks < shard_map.num_blocks - known_blocks
         self._leaders[request.request_id] = leader
         for block_hash in hashes:
             self._pending.setdefault(block_hash, leader)
@@ -258,7 +298,7 @@ class SharedPrefixes:
         for follower in gone:
             leader.followers.remove(follower)
             del self._followed[follower.request.request_id]
-            self.blocks_to_take -= follower.own_blocks
+            self._blocks_to_take -= follower.own_blocks
 
     def leftovers(self) -> list[str]:
         """Ids that are still remembered; for tests, when no request is left."""

@@ -201,7 +201,29 @@ def draw_asks(rng: random.Random, shape: Shape) -> list[Ask]:
             block_hasher=hasher,
         )
         asks.append(Ask(request, truth, now, now + rng.randint(0, 80) if rng.random() < 0.15 else None))
-    return asks
+    return with_siblings(asks, random.Random(shape.seed), hasher, shape.caching)
+
+
+def with_siblings(asks: list[Ask], rng: random.Random, hasher: Any, caching: bool) -> list[Ask]:
+    """Some ask for several answers, each of which is a request."""
+    many = list(asks)
+    for ask in asks:
+        for _ in range(rng.choice([1, 3]) if rng.random() < 0.15 else 0):
+            number, first, outputs = len(many), ask.request, ask.truth.outputs
+            prompt = ask.truth.tokens[: ask.truth.num_prompt]
+            twin = Truth(number, prompt, len(outputs), 0 if caching else 1 + number, stops=outputs[-1] == STOP)
+            twin.seeded = ask.truth.seeded
+            request = Request(
+                f"r{number}",
+                prompt,
+                first.sampling_params,
+                None,
+                arrival_time=first.arrival_time,
+                priority=first.priority,
+                block_hasher=hasher,
+            )
+            many.append(Ask(request, twin, ask.comes, None))
+    return sorted(many, key=lambda ask: ask.comes)
 
 
 class Events:

@@ -127,7 +127,7 @@ class NanoCPScheduler(SchedulerInterface):
         # Requests placed so far: whose turn it is, where that decides.
         self._num_placed = 0
         self._pause_state = PauseState.UNPAUSED
-        self.num_steps = self.num_sharded_steps = self.num_preemptions = 0
+        self.num_steps = self.num_sharded_steps = self.num_tokens = self.num_preemptions = 0
         # Preemptions while a rank still had blocks to spare.
         self.num_avoidable_preemptions = 0
         self._resetting = False
@@ -306,6 +306,7 @@ class NanoCPScheduler(SchedulerInterface):
             for request_id, tokens in rank.introduced.items():
                 plan.arrived[request_id] = self.mover.arrival(request_id, tokens)
         output = merge(parts, plan)
+        self.num_tokens += output.total_num_scheduled_tokens
         output.work, output.scheduled = work, now
         return output
 

@@ -96,15 +96,15 @@ def burst() -> Load:
 
 
 def stream(seed: int = 3) -> Load:
-    """32 requests, each of which shares so much with an earlier one."""
+    """32 requests, each of which shares so much with one that came not long before."""
     rng = random.Random(seed)
     prompts = [words(rng, rng.randint(300, 2000))]
     comes = [1]
     while len(prompts) < 32:
-        stem = rng.choice(prompts)
+        stem = rng.choice(prompts[-4:])
         length = rng.randint(20, 2000)
         prompts.append((stem[: rng.randint(0, len(stem))] + words(rng, length))[:length])
-        comes.append(comes[-1] + rng.choice([0, 0, 1, 1, 2, 6]))
+        comes.append(comes[-1] + rng.choice([0, 0, 0, 1, 2]))
     return Load(prompts, comes)
 
 

@@ -115,16 +115,21 @@ def _around(
             return None
         rest_loads[run.rank] = _taken(rest_loads[run.rank], run.num_blocks, held)
     known, holders = runs[-1].end_block, {run.rank for run in runs}
-    # Anywhere first; where that makes too many ranks of it, on those that hold it already.
-    for allowed in (range(len(loads)), holders):
+
+    def rest_on(allowed: set[int]) -> ShardMap | None:
         able = [load if rank in allowed else replace(load, slots=0) for rank, load in enumerate(rest_loads)]
-        rest = place(num_tokens - known * block_size, block_size, able, max_degree=max_degree, **rules)
-        if rest is not None:
-            moved = [Run(run.rank, run.first_block + known, run.end_block + known) for run in rest.runs]
-            whole = ShardMap(block_size, join([*runs, *moved]))
-            if whole.degree <= max_degree:
-                return whole
-    return None
+        most = min(max_degree, len(allowed))
+        return place(num_tokens - known * block_size, block_size, able, max_degree=most, **rules)
+
+    rest = rest_on(set(range(len(loads))))
+    if rest is not None and len(holders | {run.rank for run in rest.runs}) > max_degree:
+        # Too many ranks: those that hold the prefix, and as many of the others as there may be, the home first.
+        others = [rank for rank in dict.fromkeys(run.rank for run in rest.runs[::-1]) if rank not in holders]
+        rest = rest_on(holders.union(others[: max_degree - len(holders)]))
+    if rest is None:
+        return None
+    moved = [Run(run.rank, run.first_block + known, run.end_block + known) for run in rest.runs]
+    return ShardMap(block_size, join([*runs, *moved]))
 
 
 def place_after_prefix(

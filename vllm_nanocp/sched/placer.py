@@ -122,14 +122,14 @@ class Placer:
         held: list[int] = []
         at = 0
         while at < len(hashes):
-            lengths = [rank.cached_run(hashes, at) for rank in self.ranks]
-            longest = max(lengths)
+            found = [rank.cached_run(hashes, at) for rank in self.ranks]
+            longest = max(length for length, _ in found)
             if not longest:
                 break
-            able = [rank for rank, length in enumerate(lengths) if length == longest]
+            able = [rank for rank, (length, _) in enumerate(found) if length == longest]
             rank = able[0] if len(able) == 1 else min(able, key=lambda r: self.ranks[r].num_tokens)
             runs.append(Run(rank, at, at + longest))
-            held.append(self.ranks[rank].held_blocks(hashes[at : at + longest]))
+            held.append(found[rank][1])
             at += longest
         prefix = Prefix(tuple(runs), tuple(held))
         if runs and self._moves is not None and not light(prefix, self._loads(), self.block_size):

@@ -103,33 +103,39 @@ class RankDoors(_Base):
     def block_pool(self) -> BlockPool:
         return self.kv_cache_manager.block_pool
 
-    def cached_run(self, hashes: Sequence[BlockHash], first_block: int) -> int:
-        """How many blocks from ``first_block`` on, one after another, are in this rank's prefix cache."""
-        end = first_block
-        while end < len(hashes) and self.block_pool.get_cached_block(hashes[end], [0]) is not None:
+    def cached_run(self, hashes: Sequence[BlockHash], first_block: int) -> tuple[int, int]:
+        """How many blocks from ``first_block`` on, one after another, are in this rank's prefix cache; and how many of
+        them requests hold now."""
+        get, group = self.block_pool.get_cached_block, [0]
+        end, held = first_block, 0
+        while end < len(hashes) and (found := get(hashes[end], group)) is not None:
+            held += found[0].ref_cnt > 0
             end += 1
-        return end - first_block
+        return end - first_block, held
 
-    def held_blocks(self, hashes: Sequence[BlockHash]) -> int:
-        """How many of these blocks of this rank's prefix cache requests hold now."""
-        return sum(self.block_pool.get_cached_block(h, [0])[0].ref_cnt > 0 for h in hashes)  # type: ignore[index]
-
-    def adopt_cached(self, member_id: str, hashes: Sequence[BlockHash]) -> None:
+    def adopt_cached(self, member_id: str, hashes: Sequence[BlockHash]) -> int:
         """Begin a shard with blocks of this rank's prefix cache.
 
         Args:
             member_id: of the request as this rank's scheduler will know it; it must hold no blocks here.
-            hashes: of blocks that ``cached_run`` has found; may be none.
+            hashes: of its blocks; may be none.
+
+        Returns:
+            How many of them, one after another, are cached and begin the shard.
         """
         manager = self._manager
         assert not manager.req_to_blocks.get(member_id)
+        get, group = self.block_pool.get_cached_block, [0]
         blocks = []
         for block_hash in hashes:
-            (block,) = self.block_pool.get_cached_block(block_hash, [0])  # type: ignore[misc]
-            blocks.append(block)
+            found = get(block_hash, group)
+            if found is None:
+                break
+            blocks.append(found[0])
         self.block_pool.touch(blocks)
         manager.req_to_blocks[member_id] = blocks
         manager.num_cached_block[member_id] = len(blocks)
+        return len(blocks)
 
     def allocate(self, member_id: str, num_blocks: int) -> None:
         """Complete a shard that ``adopt_cached`` began, to so many blocks.

@@ -179,7 +179,7 @@ class NanoCPScheduler(SchedulerInterface):
                 self.rank_of[request.request_id] = shard_map.home
                 rank = self.ranks[shard_map.home]
                 to_share = prefix.held[0] if prefix.runs and prefix.runs[0].rank == shard_map.home else 0
-                hits = max(rank.cached_run(hashes, 0), to_share) * self.block_size
+                hits = max(rank.cached_run(hashes, 0)[0], to_share) * self.block_size
                 self.collector.admitted(1, hits, 0, request.num_tokens - hits)
                 rank.enter(request, to_share)
             else:

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.simulated_load import COUNTS, RATIOS, Arrivals, Averages, Scenario
 from benchmarks.simulated_prefixes import HASHED, PrefixCaches
-from vllm_nanocp.placement import RankLoad, ShardMap, place, place_after_prefix
+from vllm_nanocp.placement import Prefix, RankLoad, ShardMap, place, place_after_prefix
 from vllm_nanocp.placement.cost import CostModel, StepLoad
 from vllm_nanocp.placement.moves import Candidate, drifted, plan_moves, spill_target, with_reserve
 
@@ -98,8 +98,9 @@ class Simulation:
         fresh = place(tokens, self.s.block_size, loads, **rules)
         if fresh is None or self.caches is None or self.policy == "round_robin":
             return fresh
-        prefix = self.caches.find(self.hashes(request))
-        after = place_after_prefix(prefix, tokens, self.s.block_size, loads, **rules) if prefix else None
+        runs = self.caches.find(self.hashes(request))
+        prefix = Prefix(tuple(runs), (0,) * len(runs))
+        after = place_after_prefix(prefix, tokens, self.s.block_size, loads, **rules) if runs else None
         return fresh if after is None else after
 
     def hashes(self, request: int) -> Sequence[int]:

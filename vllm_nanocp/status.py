@@ -33,6 +33,7 @@ def describe(scheduler: NanoCPScheduler) -> dict[str, Any]:
         "sharded_steps": scheduler.num_sharded_steps,
         "parallel_parts": scheduler.members.num_parallel_parts,
         "steps": scheduler.num_steps,
+        "computed_tokens": scheduler.num_tokens,
         "sharded": {
             request_id: sharded.shard_map.tokens_by_rank(len(scheduler.ranks), sharded.num_computed_tokens)
             for request_id, sharded in scheduler.sharded.items()

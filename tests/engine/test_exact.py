@@ -129,6 +129,19 @@ def test_shared_prefix(stock: Engine, three: Engine) -> None:
     assert ours[-1].cached >= 0.9 * 480
 
 
+def test_shared_prefixes_that_come_together(stock: Engine, three: Engine) -> None:
+    """Several answers to a prompt, and requests that share most of theirs: computed once, up to their last blocks."""
+    stem = prompt(1400, 84)
+    many = [Ask(prompt(1500, 83), dict(n=6, temperature=0.9, seed=5, max_tokens=12))]
+    burst = [Ask([*stem, *prompt(100, 85 + i)], dict(max_tokens=12)) for i in range(6)]
+    for requests, shared in ((many, 1499), (burst, 1400)):
+        before = three.status()["computed_tokens"]
+        ours = three.ask(requests)
+        assert [a.tokens for a in ours] == [a.tokens for a in stock.ask(requests)]
+        computed = three.status()["computed_tokens"] - before
+        assert computed <= 1.1 * (1500 + 5 * (1500 - shared // BLOCK * BLOCK) + 6 * 11)
+
+
 def test_shares(three: Engine) -> None:
     """No rank holds more than 40 % of a 7,000-token request on three."""
     before = set(three.status()["finished"])

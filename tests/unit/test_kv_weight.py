@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_nanocp.placement import RankLoad, Run, ShardMap, place, place_after_prefix
+from vllm_nanocp.placement import Prefix, RankLoad, Run, ShardMap, place, place_after_prefix
 from vllm_nanocp.placement.prefix import KV_SLACK
 
 BLOCK = 16
@@ -56,7 +56,7 @@ def test_reads_count_instead_of_blocks_held() -> None:
 
 def after(prefix_rank: int, blocks: int, loads: Sequence[RankLoad], weight: float | None) -> ShardMap | None:
     return place_after_prefix(
-        [Run(prefix_rank, 0, blocks // 2)],
+        Prefix((Run(prefix_rank, 0, blocks // 2),), (0,)),
         blocks * BLOCK,
         BLOCK,
         loads,
@@ -71,11 +71,14 @@ def test_a_prefix_draws_no_request_to_a_rank_with_too_much_kv(weight: float | No
     """With home moves its batch stays small, whatever is read there."""
     loads = [RankLoad(5000, 1000, 2, 99), RankLoad(5000, 1000, 2, 99), RankLoad(5000, 1000, 2, 99)]
     assert after(0, 10, loads, weight) == ShardMap(BLOCK, (Run(0, 0, 10),))
-    heavy = [RankLoad(5000, 1000, 2, 99, read_blocks=2000), *loads[1:]]
+    heavy = [RankLoad(5000, 1000, 2, 99, read_blocks=5000), *loads[1:]]
     assert (after(0, 10, heavy, weight) is None) == (weight is not None)
     assert after(1, 10, heavy, weight) is not None
     within = [RankLoad(5000, int(1000 * (1 + KV_SLACK)), 2, 99), *loads[1:]]
     assert after(0, 10, within, weight) is not None
+    # Reading a prefix some times more is less work than computing it: five of 1,000 blocks where the mean is 1,333.
+    long = [RankLoad(9000, 5000, 2, 99), RankLoad(9000, 0, 2, 99), RankLoad(9000, 0, 2, 99)]
+    assert after(0, 2000, long, weight) is not None
 
 
 def test_an_empty_system_follows_prefixes() -> None:

@@ -206,7 +206,29 @@ def draw_asks(rng: random.Random, shape: Shape) -> list[Ask]:
         if number % 5 == 0:  # its client wishes for a rank
             prefer_rank(request, number // 5 % shape.ranks)
         asks.append(Ask(request, truth, now, now + rng.randint(0, 80) if rng.random() < 0.15 else None))
-    return asks
+    return with_siblings(asks, random.Random(shape.seed), hasher, shape.caching)
+
+
+def with_siblings(asks: list[Ask], rng: random.Random, hasher: Any, caching: bool) -> list[Ask]:
+    """Some ask for several answers, each of which is a request."""
+    many = list(asks)
+    for ask in asks:
+        for _ in range(rng.choice([1, 3]) if rng.random() < 0.15 else 0):
+            number, first, outputs = len(many), ask.request, ask.truth.outputs
+            prompt = ask.truth.tokens[: ask.truth.num_prompt]
+            twin = Truth(number, prompt, len(outputs), 0 if caching else 1 + number, stops=outputs[-1] == STOP)
+            twin.seeded = ask.truth.seeded
+            request = Request(
+                f"r{number}",
+                prompt,
+                first.sampling_params,
+                None,
+                arrival_time=first.arrival_time,
+                priority=first.priority,
+                block_hasher=hasher,
+            )
+            many.append(Ask(request, twin, ask.comes, None))
+    return sorted(many, key=lambda ask: ask.comes)
 
 
 class Events:
@@ -228,7 +250,7 @@ class Events:
         self.index.follow(self.rank.kv_cache_manager.take_events())
         usable: set[Any] = set()
         for request in requests:
-            has = self.rank.cached_run(request.block_hashes, 0)
+            has, _ = self.rank.cached_run(request.block_hashes, 0)
             hashes = [maybe_convert_block_hash(block_hash) for block_hash in request.block_hashes[:has]]
             found = self.index.match(list(request.all_token_ids)[: len(request.block_hashes) * self.index.block_size])
             if found != hashes:
@@ -294,6 +316,7 @@ class World:
             moves=scheduler.mover.num_moves,
             spills=scheduler.mover.num_spills,
             preemptions=scheduler.num_preemptions,
+            set_aside=scheduler.prefixes.num_set_aside,
             rows=device.num_rows,
             together=device.num_together,
             arrivals=device.num_arrivals,
@@ -386,6 +409,7 @@ class World:
         assert scheduler.free_blocks() == [self.shape.blocks] * self.shape.ranks
         left = {
             "members": scheduler.members.leftovers(),
+            "prefixes": scheduler.prefixes.leftovers(),
             "unplaced": scheduler.unplaced,
             "failures": scheduler.failures.leftovers(),
             "waiting": list(scheduler.waiting),
@@ -409,6 +433,7 @@ class World:
                 *rank._leaving,
                 *rank._coming,
                 *rank.outgrown,
+                *rank._to_share,
             ]
         found = {name: value for name, value in left.items() if value} | self.device.leftovers()
         if found:
@@ -437,7 +462,7 @@ def test_worlds(
             raise AssertionError(f"world {seed}, step {world.now}, {world.shape}: {error!r}") from error
     print(dict(counts))
     assert counts["moves"] > 25 and counts["spills"] > 25 and counts["preemptions"] > 0, counts
-    assert counts["together"] > 25 and counts["withheld"] > 25, counts
+    assert min(counts[kind] for kind in ("together", "withheld", "set_aside")) > 25, counts
     assert counts["aborts"] and counts["resets"] and counts["pauses"], counts
     assert (counts["generators"] > 0) == (version == 1), counts
 

@@ -2,7 +2,7 @@
 """Policy: which ranks hold which blocks of a request. Pure Python over plain numbers: no torch, no vLLM."""
 
 from .place import RankLoad, cdiv, place, queue_at
-from .prefix import place_after_prefix
+from .prefix import Prefix, place_after_prefix
 from .shard_map import Run, ShardMap
 
-__all__ = ["RankLoad", "Run", "ShardMap", "cdiv", "place", "place_after_prefix", "queue_at"]
+__all__ = ["Prefix", "RankLoad", "Run", "ShardMap", "cdiv", "place", "place_after_prefix", "queue_at"]

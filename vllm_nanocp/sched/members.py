@@ -138,8 +138,8 @@ class Members:
         starts: list[int] = []  # where each member begins to compute
         for member, run in zip(sharded.members, shard_map.runs, strict=True):
             rank = self.ranks[run.rank]
-            cached = rank.cached_run(hashes[: run.end_block], run.first_block) if known == run.first_block else 0
-            rank.adopt_cached(member.request_id, hashes[run.first_block : run.first_block + cached])
+            so_far = known == run.first_block
+            cached = rank.adopt_cached(member.request_id, hashes[run.first_block : run.end_block] if so_far else [])
             starts.append((run.first_block + cached) * self.block_size)
             self._owner[member.request_id] = request.request_id
             known += cached

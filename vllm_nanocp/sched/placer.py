@@ -11,8 +11,9 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from ..config import NanoCPConfig
-from ..placement import RankLoad, Run, ShardMap, cdiv, place, place_after_prefix, queue_at
+from ..placement import Prefix, RankLoad, Run, ShardMap, cdiv, place, place_after_prefix, queue_at
 from ..placement.moves import with_reserve
+from ..placement.prefix import light
 from ..rank_hint import preferred_rank
 from .adapters import adapter_of
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
@@ -74,14 +75,17 @@ class Placer:
         self._moves = config.move_config
         # Ranks may hold more than their blocks have tokens.
         self._uncounted = any(rank.most_tokens > rank.num_blocks * block_size for rank in ranks)
+        # Whether requests go where their prefix is.
+        self.follows_prefixes = find_prefixes and config.placement != "round_robin"
 
-    def place(self, request: Request, home: int | None, turn: int) -> ShardMap | None:
+    def place(self, request: Request, home: int | None, turn: int, prefix: Prefix) -> ShardMap | None:
         """A shard map for a request, or None when it has to wait.
 
         Args:
             request: waiting.
             home: the rank that has its sampling state, if it has run before.
             turn: how many requests were placed before.
+            prefix: where its first blocks are cached, or will be.
         """
         loads = [load.for_adapter(adapter_of(request)) for load in self._loads()]
         weight = None
@@ -93,20 +97,26 @@ class Placer:
         preferred = self._preferred(request) if home is None else None
         rules = self._rules(request, home)
         turns: dict[str, Any] = dict(policy=policy, turn=turn, preferred=preferred, kv_weight=weight)
-        fresh = place(request.num_tokens, self.block_size, loads, **turns, **rules)
-        if fresh is None:
-            idle = [all(map(is_idle, rank.waiting)) for rank in self.ranks]
-            wished = None if preferred is None else self._queue_at(request, preferred, loads, idle)
-            return wished or self._queue_at(request, home, loads, idle)
-        if policy == "round_robin":
+        size = (request.num_tokens, self.block_size, loads)
+        if prefix.runs:
+            around = rules
+            if preferred is not None:  # a cached prefix elsewhere does not outweigh the client's wish
+                fresh = place(*size, **turns, **rules)
+                around = rules if fresh is None or fresh.home != preferred else rules | {"home": preferred}
+            after = place_after_prefix(prefix, *size, kv_weight=weight, **around)
+            if after is not None:
+                return after
+        fresh = place(*size, **turns, **rules)
+        if fresh is not None:
             return fresh
-        prefix = self._find_prefix(request)
-        if not prefix:
-            return fresh
-        if fresh.home == preferred:  # a cached prefix elsewhere does not outweigh the client's wish
-            rules["home"] = preferred
-        after = place_after_prefix(prefix, request.num_tokens, self.block_size, loads, kv_weight=weight, **rules)
-        return fresh if after is None else after
+        idle = [all(map(is_idle, rank.waiting)) for rank in self.ranks]
+        wished = None if preferred is None else self._queue_at(request, preferred, loads, idle)
+        return wished or self._queue_at(request, home, loads, idle)
+
+    def one_rank(self, request: Request) -> bool:
+        """Whether a request cannot be spread over ranks."""
+        return self.config.degree_limit == 1 or not can_shard(request)
+
 
     def _preferred(self, request: Request) -> int | None:
         """The rank that the client wishes for; front-ends refuse those that there are not."""
@@ -165,16 +175,26 @@ class Placer:
             return []
         return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
 
-    def _find_prefix(self, request: Request) -> list[Run]:
-        """Where the request's first blocks are cached, on as few ranks as that takes."""
+    def find_prefix(self, request: Request) -> Prefix:
+        """Where the request's first blocks are cached, on as few ranks as that takes; nowhere, if it should not go
+        there."""
+        if not self.follows_prefixes:
+            return Prefix()
         hashes = self.lookup_hashes(request)
-        prefix: list[Run] = []
+        runs: list[Run] = []
+        held: list[int] = []
         at = 0
         while at < len(hashes):
-            lengths = [rank.cached_run(hashes, at) for rank in self.ranks]
-            longest = max(lengths)
+            found = [rank.cached_run(hashes, at) for rank in self.ranks]
+            longest = max(length for length, _ in found)
             if not longest:
                 break
-            prefix.append(Run(lengths.index(longest), at, at + longest))
+            able = [rank for rank, (length, _) in enumerate(found) if length == longest]
+            rank = able[0] if len(able) == 1 else min(able, key=lambda r: self.ranks[r].num_tokens)
+            runs.append(Run(rank, at, at + longest))
+            held.append(found[rank][1])
             at += longest
+        prefix = Prefix(tuple(runs), tuple(held))
+        if runs and self._moves is not None and not light(prefix, self._loads(), self.block_size):
+            return Prefix()
         return prefix

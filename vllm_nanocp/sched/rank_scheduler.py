@@ -44,6 +44,8 @@ class RankDoors(SessionDoors, AdapterDoors):
         self._strangers: set[str] = set()
         # Those that it meets with this step's output: their tokens so far, by id.
         self.introduced: dict[str, list[int]] = {}
+        # Blocks that requests which wait here without any will share with others, by id.
+        self._to_share: dict[str, int] = {}
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.reserve_adapters()
@@ -51,6 +53,8 @@ class RankDoors(SessionDoors, AdapterDoors):
         output = super().schedule(*args, **kwargs)
         if idle and not self.running:
             self.give_way_if_stuck()
+        for request_id in self._to_share.keys() & output.num_scheduled_tokens.keys():
+            del self._to_share[request_id]
         self.introduced = {}
         if self._strangers:
             for request_id in self._strangers & output.num_scheduled_tokens.keys():
@@ -82,6 +86,7 @@ class RankDoors(SessionDoors, AdapterDoors):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)
         self._strangers.discard(request.request_id)
+        self._to_share.pop(request.request_id, None)
         self._left(request)
         self.on_free(request)
         return result
@@ -97,29 +102,39 @@ class RankDoors(SessionDoors, AdapterDoors):
     def block_pool(self) -> BlockPool:
         return self.kv_cache_manager.block_pool
 
-    def cached_run(self, hashes: Sequence[BlockHash], first_block: int) -> int:
-        """How many blocks from ``first_block`` on, one after another, are in this rank's prefix cache."""
-        end = first_block
-        while end < len(hashes) and self.block_pool.get_cached_block(hashes[end], [0]) is not None:
+    def cached_run(self, hashes: Sequence[BlockHash], first_block: int) -> tuple[int, int]:
+        """How many blocks from ``first_block`` on, one after another, are in this rank's prefix cache; and how many of
+        them requests hold now."""
+        get, group = self.block_pool.get_cached_block, [0]
+        end, held = first_block, 0
+        while end < len(hashes) and (found := get(hashes[end], group)) is not None:
+            held += found[0].ref_cnt > 0
             end += 1
-        return end - first_block
+        return end - first_block, held
 
-    def adopt_cached(self, member_id: str, hashes: Sequence[BlockHash]) -> None:
+    def adopt_cached(self, member_id: str, hashes: Sequence[BlockHash]) -> int:
         """Begin a shard with blocks of this rank's prefix cache.
 
         Args:
             member_id: of the request as this rank's scheduler will know it; it must hold no blocks here.
-            hashes: of blocks that ``cached_run`` has found; may be none.
+            hashes: of its blocks; may be none.
+
+        Returns:
+            How many of them, one after another, are cached and begin the shard.
         """
         manager = self._manager
         assert not manager.req_to_blocks.get(member_id)
+        get, group = self.block_pool.get_cached_block, [0]
         blocks = []
         for block_hash in hashes:
-            (block,) = self.block_pool.get_cached_block(block_hash, [0])  # type: ignore[misc]
-            blocks.append(block)
+            found = get(block_hash, group)
+            if found is None:
+                break
+            blocks.append(found[0])
         self.block_pool.touch(blocks)
         manager.req_to_blocks[member_id] = blocks
         manager.num_cached_block[member_id] = len(blocks)
+        return len(blocks)
 
     def allocate(self, member_id: str, num_blocks: int) -> None:
         """Complete a shard that ``adopt_cached`` began, to so many blocks.
@@ -172,8 +187,15 @@ class RankDoors(SessionDoors, AdapterDoors):
 
     # -- members -----------------------------------------------------------------------------------------------
 
-    def enter(self, request: Request) -> None:
-        """Let a request wait here: a new one, a member with its shard open, or one that was preempted here."""
+    def enter(self, request: Request, to_share: int = 0) -> None:
+        """Let a request wait here: a new one, a member with its shard open, or one that was preempted here.
+
+        Args:
+            request: waits nowhere.
+            to_share: blocks that others hold and that it will share when it is scheduled.
+        """
+        if to_share:
+            self._to_share[request.request_id] = to_share
         events = len(request.events)
         if request.request_id in self.requests:
             self._enqueue_waiting_request(request)
@@ -276,6 +298,13 @@ class RankDoors(SessionDoors, AdapterDoors):
         )
 
     @property
+    def tokens_to_compute(self) -> int:
+        """Tokens of all that run here or wait that are yet to be computed."""
+        present = chain(self.running, self.waiting, self.kv_holding_waiting)
+        tokens = sum(max(0, request.num_tokens - request.num_computed_tokens) for request in present)
+        return tokens - sum(self._to_share.values()) * self._manager.block_size
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all that run here, wait, or are about to leave."""
         here = chain(self.running, self.waiting, self.kv_holding_waiting, self._leaving.values())
@@ -290,11 +319,11 @@ class RankDoors(SessionDoors, AdapterDoors):
         """
         # Sessions that wait for their client need a slot of the model runner and nothing else.
         waiting = len(self.waiting) + len(self.kv_holding_waiting) - self.num_waiting_for_streaming_input
-        held = self._manager.req_to_blocks
+        held, shared = self._manager.req_to_blocks, self._to_share
         promised = sum(
-            max(0, -(-request.num_tokens // block_size) - len(held.get(request.request_id, ())))
-            for request in chain(self.waiting, self.kv_holding_waiting)
-            if not is_idle(request)
+            max(0, -(-r.num_tokens // block_size) - len(held.get(r.request_id, ())) - shared.get(r.request_id, 0))
+            for r in chain(self.waiting, self.kv_holding_waiting)
+            if not is_idle(r)
         )
         batch = len(self.running) + waiting + ahead + len(self._coming)
         total = self.num_blocks

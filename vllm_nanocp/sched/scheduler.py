@@ -13,7 +13,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from copy import copy
-from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -44,6 +43,7 @@ from .output import NanoCPSchedulerOutput, describe, generators_in, merge
 from .placer import Placer, stripe_blocks
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .reporting import engine_stats
+from .shared_prefix import SharedPrefixes
 from .together import RanksTogether
 
 logger = init_logger("vllm.nanocp.scheduler")
@@ -140,12 +140,15 @@ class NanoCPScheduler(RanksTogether):
         self.rank_of: dict[str, int] = {}
         self.members = Members(self.ranks, self.rank_of, block_size, self.config.decode_bench, log_stats)
         self.sharded = self.members.sharded
+        self.prefixes = SharedPrefixes(
+            self.ranks, self.members, self.placer, self.config.segment_size, self.waiting.prepend_request
+        )
         self._preempted: list[Request] = []
         self.failures = Failures()
         # Requests placed so far: whose turn it is, where that decides.
         self._num_placed = 0
         self._pause_state = PauseState.UNPAUSED
-        self.num_steps = self.num_sharded_steps = self.num_preemptions = 0
+        self.num_steps = self.num_sharded_steps = self.num_tokens = self.num_preemptions = 0
         # Preemptions while a rank still had blocks to spare.
         self.num_avoidable_preemptions = 0
         self._resetting = False
@@ -175,6 +178,7 @@ class NanoCPScheduler(RanksTogether):
 
     def _wait(self, request: Request, first: bool = False) -> None:
         request.num_computed_tokens = 0
+        self.prefixes.leads_no_more(request.request_id)
         self.unplaced[request.request_id] = request
         (self.waiting.prepend_request if first else self.waiting.add_request)(request)
 
@@ -199,24 +203,35 @@ class NanoCPScheduler(RanksTogether):
                 full.add((adapter, home))
                 passed.append(self.waiting.pop_request())
                 continue
-            shard_map = self.placer.place(request, home, self._num_placed)
-            if shard_map is None:
-                if self.placer.ever_fits(request, home):
-                    sessions.make_way(self.ranks if home is None else [self.ranks[home]])
-                    return
+            prefix = self.prefixes.find(request)
+            if prefix is None:  # set aside, for another one that computes what it begins with
+                self.waiting.pop_request()
+                continue
+            shard_map = self.placer.place(request, home, self._num_placed, prefix)
+            if shard_map is None and not self.placer.ever_fits(request, home):
                 self._fail(request)
+                continue
+            if shard_map is None:
+                sessions.make_way(self.ranks if home is None else [self.ranks[home]])
+            if shard_map is None or self.prefixes.claim(shard_map, prefix):
+                self.prefixes.note_blocked(request)
+                return
+            if self.prefixes.look_again():
                 continue
             self.waiting.pop_request()
             del self.unplaced[request.request_id]
+            hashes = self.placer.lookup_hashes(request)
             if len(shard_map.runs) == 1 and not self._bench(request, shard_map):
                 self.rank_of[request.request_id] = shard_map.home
                 rank = self.ranks[shard_map.home]
-                hits = rank.cached_run(self.placer.lookup_hashes(request), 0) * self.block_size
+                to_share = prefix.held[0] if prefix.runs and prefix.runs[0].rank == shard_map.home else 0
+                hits = max(rank.cached_run(hashes, 0)[0], to_share) * self.block_size
                 self.collector.admitted(1, hits, 0, request.num_tokens - hits)
-                rank.enter(request)
+                rank.enter(request, to_share)
             else:
-                hits, local = self.members.open(request, shard_map, self.placer.lookup_hashes(request))
+                hits, local = self.members.open(request, shard_map, hashes)
                 self.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
+            self.prefixes.lead(request, shard_map, hits // self.block_size)
             self._num_placed += 1
 
     def _fail(self, request: Request) -> None:
@@ -235,7 +250,7 @@ class NanoCPScheduler(RanksTogether):
             return False
         if not sessions.is_idle(session):
             return True
-        self.waiting.remove_request(self.unplaced.pop(session.request_id))
+        self._unqueue(session.request_id)
         return False
 
     def _bench(self, request: Request, shard_map: ShardMap) -> bool:
@@ -247,7 +262,7 @@ class NanoCPScheduler(RanksTogether):
         """A rank's scheduler has freed a finished request."""
         request_id = self.members.owner_of(request.request_id)
         if request_id in self.unplaced:  # it ended by output that was in flight when it was preempted
-            self.waiting.remove_request(self.unplaced.pop(request_id))
+            self._unqueue(request_id)
         sharded = self.sharded.get(request_id)
         if sharded is not None:
             held = sharded.shard_map.tokens_by_rank(len(self.ranks), sharded.num_computed_tokens)
@@ -258,6 +273,14 @@ class NanoCPScheduler(RanksTogether):
             self.members.close(sharded)
         self.rank_of.pop(request_id, None)
         self.mover.forget(request_id)
+        self.prefixes.leads_no_more(request_id)
+
+    def _unqueue(self, request_id: str) -> Request:
+        """A request that waits to be placed has ended."""
+        request = self.unplaced.pop(request_id)
+        if not self.prefixes.leave(request_id):
+            self.waiting.remove_request(request)
+        return request
 
     def _on_preempt(self, member: Request) -> None:
         """A rank's scheduler has preempted a request; it is in the middle of a step, so this waits."""
@@ -311,8 +334,7 @@ class NanoCPScheduler(RanksTogether):
                 self.ranks[sharded.rank].note_finished(request)
                 ended.append(request)
             elif request_id in self.unplaced:
-                request = self.unplaced.pop(request_id)
-                self.waiting.remove_request(request)
+                request = self._unqueue(request_id)
                 request.status = finished_status
                 self.ranks[0].note_finished(request)
                 ended.append(request)
@@ -344,6 +366,8 @@ class NanoCPScheduler(RanksTogether):
         self.mover.last_work = work = self.mover.work()
         if self._preempted:
             self._settle()
+        if not throttle_prefills and self._pause_state == PauseState.UNPAUSED:
+            self.prefixes.observe(parts)
         plan = self.members.take_plan()
         self.num_steps += 1
         plan.serial = self.num_steps
@@ -353,6 +377,7 @@ class NanoCPScheduler(RanksTogether):
             for request_id, tokens in rank.introduced.items():
                 plan.arrived[request_id] = self.mover.arrival(request_id, tokens)
         output = merge(parts, plan)
+        self.num_tokens += output.total_num_scheduled_tokens
         output.work, output.scheduled = work, now
         return output
 
@@ -410,15 +435,3 @@ class NanoCPScheduler(RanksTogether):
                 self.members.take_back(sharded)
                 self._wait(sharded.request, first=True)
         return all([rank.reset_prefix_cache(False, reset_connector) for rank in self.ranks])
-
-    def get_kv_event_publisher_config(self) -> Any:
-        return self.ranks[0].get_kv_event_publisher_config()
-
-    def kv_event_publisher_configs(self) -> list[Any]:
-        """Where each rank publishes its KV events; None for those that do not."""
-        return [rank.get_kv_event_publisher_config() for rank in self.ranks]
-
-    @property
-    def kv_cache_manager(self) -> Any:
-        """The first rank's: EngineCore reads the layout of the KV cache groups from it, the same on all ranks."""
-        return self.ranks[0].kv_cache_manager

@@ -79,6 +79,13 @@ class RanksTogether(SchedulerInterface):
         for rank in self.ranks:
             rank.shutdown()
 
+    def get_kv_event_publisher_config(self) -> Any:
+        return self.ranks[0].get_kv_event_publisher_config()
+
+    def kv_event_publisher_configs(self) -> list[Any]:
+        """Where each rank publishes its KV events; None for those that do not."""
+        return [rank.get_kv_event_publisher_config() for rank in self.ranks]
+
     @property
     def kv_cache_manager(self) -> Any:
         """The first rank's: EngineCore reads the layout of the KV cache groups from it, the same on all ranks."""

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prefix that several requests share is computed once, also when they come before any of it is cached.
+
+A request that is placed and has blocks to compute leads: those blocks are known here by their hashes. A request whose
+next block is one of them follows. If it is to be spread over ranks it is set aside, holding nothing, until the leader
+has computed the last block that both have, and is then placed around what is cached. If it fits on one rank it goes to
+the leader's, where vLLM's scheduler finds the blocks when its turn has come.
+
+Nobody waits for one that waits for room, and for one that only has no turn no longer than computing would take.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from ..placement import Prefix, Run, ShardMap, cdiv
+from ..placement.prefix import worthwhile
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import BlockHash
+
+    from .members import Members
+    from .placer import Placer
+    from .rank_scheduler import AsyncRankScheduler, RankScheduler
+
+_arrival = attrgetter("arrival_time")
+
+
+@dataclass(eq=False, slots=True)
+class Follower:
+    """A request that is set aside.
+
+    Attributes:
+        request: in no queue.
+        until: tokens of it that the leader will have computed.
+        own_blocks: that it will take once it is placed.
+        patience: steps without a token for the leader that it still waits.
+    """
+
+    request: Request
+    until: int
+    own_blocks: int
+    patience: int
+
+
+@dataclass(eq=False, slots=True)
+class Leader:
+    """A placed request that has blocks to compute.
+
+    Attributes:
+        request: in a rank's scheduler, or sharded.
+        shard_map: where its blocks go.
+        hashes: of the blocks that others may find.
+        end: tokens of it that are computed when all of these are.
+        computed: tokens of it after the last step.
+        stuck: whether it waits for room: it got nothing in the last step although its rank had tokens to give.
+        followers: that are set aside for it.
+    """
+
+    request: Request
+    shard_map: ShardMap
+    hashes: Sequence[BlockHash]
+    end: int
+    computed: int = 0
+    stuck: bool = False
+    followers: list[Follower] = field(default_factory=list)
+
+
+class SharedPrefixes:
+    """Who computes what others wait for.
+
+    Args:
+        ranks: their schedulers.
+        members: of the sharded requests.
+        placer: finds what is cached.
+        segment_size: tokens up to which a request stays on one rank.
+        requeue: puts a request that was set aside back to the head of the queue.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[AsyncRankScheduler | RankScheduler],
+        members: Members,
+        placer: Placer,
+        segment_size: int,
+        requeue: Callable[[Request], None],
+    ) -> None:
+        self.ranks = ranks
+        self.members = members
+        self.placer = placer
+        self.block_size = placer.block_size
+        self.segment_size = segment_size
+        self._requeue = requeue
+        self._budget = ranks[0].max_num_scheduled_tokens
+        self._leaders: dict[str, Leader] = {}
+        # Block hash -> who computes it.
+        self._pending: dict[BlockHash, Leader] = {}
+        # Requests that are set aside -> whom they follow.
+        self._followed: dict[str, Leader] = {}
+        # Requests that have waited long enough, until they are placed.
+        self._impatient: set[str] = set()
+        # The first of the queue, if it found no room, and the ranks' free blocks then.
+        self._blocked: tuple[str, list[int]] | None = None
+        self._unsought = False
+        # Blocks that those set aside will take.
+        self._blocks_to_take = 0
+        self.num_set_aside = 0
+
+    # -- requests come and go ----------------------------------------------------------------------------------
+
+    def find(self, request: Request) -> Prefix | None:
+        """What the first of the queue should be placed around.
+
+        Returns:
+            Where its first blocks are cached, or will be when its turn has come; None if it is set aside now.
+        """
+        free = [rank.num_free_blocks for rank in self.ranks]
+        self._unsought = (
+            self._blocked is not None
+            and self._blocked[0] == request.request_id
+            and all(now <= then for now, then in zip(free, self._blocked[1], strict=True))
+        )
+        if self._unsought:
+            return Prefix()
+        self._blocked = None
+        return self._follow(request, self.placer.lookup_hashes(request), self.placer.find_prefix(request))
+
+    def note_blocked(self, request: Request) -> None:
+        """The first of the queue has found no room: its prefix, a long one perhaps, is not looked for again in each
+        step, but when there is more room."""
+        self._blocked = request.request_id, [rank.num_free_blocks for rank in self.ranks]
+
+    def look_again(self) -> bool:
+        """Whether there is room, but what it is for was not looked for in the caches."""
+        if self._unsought:
+            self._blocked = None
+        return self._unsought
+
+    def claim(self, shard_map: ShardMap, prefix: Prefix) -> bool:
+        """Whether a request, so placed, would take the room that those who came before it, and are set aside, need."""
+        if not self._blocks_to_take:
+            return False
+        needed = self._blocks_to_take + shard_map.num_blocks - sum(prefix.held)
+        return sum(rank.num_free_blocks for rank in self.ranks) < needed
+
+    def _follow(self, request: Request, hashes: Sequence[BlockHash], prefix: Prefix) -> Prefix | None:
+        """The prefix, longer perhaps by what others compute; None if the request has been set aside."""
+        known = prefix.num_blocks
+        end = self._end(hashes, known)
+        if end == known or request.request_id in self._impatient:
+            return prefix
+        one_rank = self.placer.one_rank(request)
+        if one_rank or request.num_tokens <= self.segment_size:
+            longer = self._on_first_rank(request, hashes, prefix, end)
+            lost = end - longer.runs[0].end_block
+            if one_rank or not worthwhile(lost, request.num_tokens, self.block_size):
+                return longer if self._in_time(longer, (end - known) * self.block_size) else prefix
+        elif not worthwhile(end - known, request.num_tokens, self.block_size):
+            return prefix
+        leader, until = self._pending[hashes[end - 1]], end * self.block_size
+        if self._computed(leader) >= until:
+            return prefix
+        own = cdiv(request.num_tokens, self.block_size) + 1 - end
+        patience = cdiv(until - known * self.block_size, self._budget)
+        leader.followers.append(Follower(request, until, own, patience))
+        self._followed[request.request_id] = leader
+        self._blocks_to_take += own
+        self.num_set_aside += 1
+        return None
+
+    def _end(self, hashes: Sequence[BlockHash], known: int) -> int:
+        """The end of the blocks from ``known`` on that somebody computes."""
+
+        def nobody(block_hash: BlockHash) -> bool:
+            leader = self._pending.get(block_hash)
+            return leader is None or leader.stuck
+
+        if not self._pending or known >= len(hashes) or nobody(hashes[known]):
+            return known
+        return bisect_left(hashes, True, lo=known, key=nobody)
+
+    def _on_first_rank(self, request: Request, hashes: Sequence[BlockHash], prefix: Prefix, end: int) -> Prefix:
+        """The prefix with the blocks that its rank, or if there is none the leader's first, will have up to ``end``."""
+        known = prefix.num_blocks
+        shard_map = self._pending[hashes[known]].shard_map
+        rank = shard_map.rank_of(known)
+        if len(prefix.runs) > 1 or (prefix.runs and prefix.runs[0].rank != rank):
+            return prefix
+        ends = (run.end_block for run in shard_map.runs[:-1] if run.end_block > known)
+        covered = min(end, next(ends, end))
+        coming = covered - known
+        return Prefix(
+            (Run(rank, 0, covered),),
+            (sum(prefix.held) + coming,),
+            worthwhile(coming, request.num_tokens, self.block_size),
+        )
+
+    def _in_time(self, prefix: Prefix, tokens: int) -> bool:
+        """Whether a request that shares so many tokens is answered about as soon at the rank of its prefix, behind the
+        work there, as where there is least and it would compute them itself."""
+        work = [rank.tokens_to_compute for rank in self.ranks]
+        return work[prefix.runs[0].rank] - min(work) <= tokens * 3 // 2 + self._budget // 4
+
+    def lead(self, request: Request, shard_map: ShardMap, known_blocks: int) -> None:
+        """A request has been placed, so many of whose first blocks are cached there."""
+        self._impatient.discard(request.request_id)
+        end_block = request.num_tokens // self.block_size
+        hashes = request.block_hashes[known_blocks:end_block]
+        if not hashes or not self.placer.follows_prefixes or self.members.taken_as_computed(request):
+            return
+        leader = Leader(request, shard_map, hashes, end_block * self.block_size)
+        if request.request_id not in self.members.sharded:  # it may have been placed to wait at its rank
+            leader.stuck = self.ranks[shard_map.home].num_free_blocks < shard_map.num_blocks - known_blocks
+        self._leaders[request.request_id] = leader
+        for block_hash in hashes:
+            self._pending.setdefault(block_hash, leader)
+
+    def leads_no_more(self, request_id: str) -> None:
+        """A request has computed all it had to, has ended, or has been preempted."""
+        leader = self._leaders.pop(request_id, None)
+        if leader is None:
+            return
+        for block_hash in leader.hashes:
+            if self._pending.get(block_hash) is leader:
+                del self._pending[block_hash]
+        self._release(leader, leader.followers)
+
+    def leave(self, request_id: str) -> bool:
+        """A request that waits to be placed has ended; whether it was set aside."""
+        self._impatient.discard(request_id)
+        leader = self._followed.get(request_id)
+        if leader is None:
+            return False
+        follower = next(f for f in leader.followers if f.request.request_id == request_id)
+        self._drop(leader, [follower])
+        return True
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def observe(self, parts: Sequence[SchedulerOutput]) -> None:
+        """After a step in which prompts could be computed: those whose leader has come far enough, or does not come
+        on, go back to the queue.
+
+        Args:
+            parts: what each rank's scheduler has scheduled.
+        """
+        if not self._leaders:
+            return
+        spare = [self._budget - part.total_num_scheduled_tokens for part in parts]
+        idle = max(spare) * 2 >= self._budget
+        for request_id, leader in list(self._leaders.items()):
+            computed = self._computed(leader)
+            moved, leader.computed = computed > leader.computed, computed
+            if computed >= leader.end:
+                self.leads_no_more(request_id)
+                continue
+            rank, waits = self._stands(leader)
+            leader.stuck = waits and not moved and spare[rank] > 0
+            if leader.followers:
+                self._let_go(leader, lost=idle and not moved)
+
+    def _let_go(self, leader: Leader, lost: bool) -> None:
+        """Release those who need wait no longer, or will not."""
+        ready: list[Follower] = []
+        for follower in leader.followers:
+            follower.patience -= lost
+            if leader.stuck or follower.patience < 0:
+                self._impatient.add(follower.request.request_id)
+            elif leader.computed < follower.until:
+                continue
+            ready.append(follower)
+        self._release(leader, ready)
+
+    def _computed(self, leader: Leader) -> int:
+        sharded = self.members.sharded.get(leader.request.request_id)
+        return leader.request.num_computed_tokens if sharded is None else sharded.num_computed_tokens
+
+    def _stands(self, leader: Leader) -> tuple[int, bool]:
+        """At which rank a leader is, and whether it waits there."""
+        sharded = self.members.sharded.get(leader.request.request_id)
+        rank, request = (leader.shard_map.home, leader.request) if sharded is None else (sharded.rank, sharded.member)
+        return rank, request.status != RequestStatus.RUNNING
+
+    def _release(self, leader: Leader, ready: Sequence[Follower]) -> None:
+        ready = list(ready)
+        self._drop(leader, ready)
+        for request in sorted((follower.request for follower in ready), key=_arrival, reverse=True):
+            self._requeue(request)
+
+    def _drop(self, leader: Leader, gone: Sequence[Follower]) -> None:
+        for follower in gone:
+            leader.followers.remove(follower)
+            del self._followed[follower.request.request_id]
+            self._blocks_to_take -= follower.own_blocks
+
+    def leftovers(self) -> list[str]:
+        """Ids that are still remembered; for tests, when no request is left."""
+        return [*self._leaders, *self._followed, *self._impatient, *(str(h) for h in self._pending)]

@@ -248,6 +248,7 @@ def parse_args() -> argparse.Namespace:
     add("--extra", default="", help="more vllm serve flags")
     add("--seed", default="0")
     add("--start-timeout", type=float, default=420.0)
+    add("--gate", type=Path, help="no load begins before this file is there: until then others may use the machine")
     add("--until", type=float, default=1e9, help="seconds after which no load is begun")
     add("--limit", type=float, default=120.0, help="seconds until a stream is given up")
     return parser.parse_args()
@@ -274,6 +275,8 @@ def main() -> int:
     ):
         record["start_s"] = server.wait(args.start_timeout)
         print(name, "healthy after", record["start_s"], flush=True)
+        while args.gate is not None and not args.gate.exists():
+            time.sleep(0.1)
         loads = Loads(args, server.url, pool)
         loads.run("flat:16")  # warm
         for load in args.loads:
@@ -292,6 +295,7 @@ def main() -> int:
             if server.process.poll() is not None:
                 print(server.tail(), flush=True)
                 return 1
+        print(name, "is done", flush=True)
     return 0
 
 

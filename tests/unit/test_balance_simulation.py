@@ -14,6 +14,7 @@ import pytest
 from benchmarks import balance_simulation
 from benchmarks.simulated_load import POLICIES, Arrivals, Scenario, replay
 from benchmarks.simulated_ranks import Simulation
+from vllm_nanocp.placement import prefix
 from vllm_nanocp.placement.moves import MoveConfig
 
 RANKS = 8
@@ -91,7 +92,9 @@ def test_shared_prefixes_are_counted_once_and_come_back(policy: str) -> None:
     assert 0.02 < simulation.figures()["cached_prompt"] < 0.9
 
 
-def test_popular_prefixes_do_not_draw_everything_to_one_rank() -> None:
+def test_popular_prefixes_do_not_draw_everything_to_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A rank here is a nineteenth of a real one, and so are the tokens whose reading does not count.
+    monkeypatch.setattr(prefix, "KV_SLACK_TOKENS", prefix.KV_SLACK_TOKENS * WORLD.capacity // 1_130_656)
     load = with_prefixes(arrivals(1200, 50.0), 40)
     figures = {p: Simulation(replace(WORLD, prefixes=True), load, p).run().figures() for p in POLICIES}
     assert figures["moves"]["kv_ratio"] <= 1.25 and figures["moves"]["batch_ratio"] <= 1.25

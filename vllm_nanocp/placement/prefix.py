@@ -18,7 +18,7 @@ COMING_SLACK = 12
 # prefix so many times, since to compute a token takes as long as to read it in some hundred steps; or tokens whose
 # reading takes no part of a step that counts (0.4 ms on an H200).
 KV_SLACK = 0.05
-KV_SLACK_PREFIXES = 4
+KV_SLACK_PREFIXES = 3
 KV_SLACK_TOKENS = 16384
 # A request does not wait, nor is one of one segment spread over ranks, for a smaller part of its tokens than one in so
 # many: it computes them again.

@@ -25,18 +25,16 @@ KV_WEIGHT = 0.8
 
 
 def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | None) -> int:
-    """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs.
-
-    Half of what a step may have, if not set: decoding requests fit beside it, and the step, in which all ranks exchange
-    their chunks' queries, takes no longer than one of a whole chunk by itself.
+    """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs, beside as many decoding
+    requests as there may be.
 
     Args:
         config: vLLM's.
         block_size: tokens a block holds.
         chunk_tokens: most tokens of a chunk, if set.
     """
-    most = max(config.max_num_batched_tokens - config.max_num_seqs, config.max_num_batched_tokens // 2)
-    tokens = min(most, chunk_tokens or config.max_num_batched_tokens // 2)
+    tokens = max(config.max_num_batched_tokens - config.max_num_seqs, config.max_num_batched_tokens // 2)
+    tokens = min(tokens, chunk_tokens or tokens)
     if config.long_prefill_token_threshold > 0:
         tokens = min(tokens, config.long_prefill_token_threshold)
     return max(1, tokens // block_size)
@@ -96,17 +94,16 @@ class Placer:
         policy = self.config.placement
         preferred = self._preferred(request) if home is None else None
         rules = self._rules(request, home)
-        turns: dict[str, Any] = dict(policy=policy, turn=turn, preferred=preferred, kv_weight=weight)
-        size = (request.num_tokens, self.block_size, loads)
+        tokens, block_size = request.num_tokens, self.block_size
+        afresh: dict[str, Any] = dict(policy=policy, turn=turn, preferred=preferred, kv_weight=weight, **rules)
         if prefix.runs:
-            around = rules
             if preferred is not None:  # a cached prefix elsewhere does not outweigh the client's wish
-                fresh = place(*size, **turns, **rules)
-                around = rules if fresh is None or fresh.home != preferred else rules | {"home": preferred}
-            after = place_after_prefix(prefix, *size, kv_weight=weight, **around)
+                wish = place(tokens, block_size, loads, **afresh)
+                rules["home"] = preferred if wish is not None and wish.home == preferred else home
+            after = place_after_prefix(prefix, tokens, block_size, loads, kv_weight=weight, **rules)
             if after is not None:
                 return after
-        fresh = place(*size, **turns, **rules)
+        fresh = place(tokens, block_size, loads, **afresh)
         if fresh is not None:
             return fresh
         idle = [all(map(is_idle, rank.waiting)) for rank in self.ranks]

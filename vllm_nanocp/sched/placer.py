@@ -25,8 +25,8 @@ KV_WEIGHT = 0.8
 
 
 def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | None) -> int:
-    """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs, beside as many decoding
-    requests as there may be.
+    """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs, beside as many
+    decoding requests as there may be.
 
     Args:
         config: vLLM's.

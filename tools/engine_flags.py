@@ -124,8 +124,8 @@ ENGINE = (
     Group(WORKS, "the mode with full graphs for mixed batches is refused, and graphs with the V1 runner",
           "compilation_config cudagraph_capture_sizes max_cudagraph_capture_size optimization_level",
           "gpu/test_exact.py::test_tokens"),
-    Group(WORKS, "on CUDA `auto`, 16 bits and fp8; what the attention of shards cannot read is refused",
-          "kv_cache_dtype", "server/test_refusals.py::test_models_that_cannot_be_sharded"),
+    Group(WORKS, "16 bits and fp8, on CPU fp8_e5m2 too; what the attention of shards cannot read is refused",
+          "kv_cache_dtype", "engine/test_cache_dtypes.py::test_sharded_requests_with_another_cache_dtype"),
     Group(REFUSED, "the line that is printed says why", _ONLY_REFUSED),
     Group(VLLM, "only `enable_return_routed_experts` in it is refused; the rest has no effect without it",
           "aux_output_config"),
@@ -228,7 +228,8 @@ FRONT_END = (
           "enable_tokenizer_info_endpoint enable_log_outputs enable_log_deltas cohere_is_reasoning_model cohere_format "
           "anthropic_disabled_thinking_effort log_error_stack enable_scale_out fingerprint_value "
           "enable_flash_late_interaction"),
-    Group(VLLM, "`full` names one data-parallel rank, since there is one engine", "fingerprint_mode"),
+    Group(WORKS, "`full` names the ranks, as in stock", "fingerprint_mode",
+          "unit/test_world_size.py::test_a_configuration_tells_of_all_ranks"),
     Group(NOTHING, "only with `--data-parallel-multi-port-external-lb`, which is refused",
           "data_parallel_supervisor_port dp_supervisor_probe_interval_s dp_supervisor_probe_timeout_s "
           "dp_supervisor_probe_failure_threshold"),

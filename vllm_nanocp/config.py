@@ -145,6 +145,16 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
             "nanocp: exchange 'routed' has places for as many visits as graph_capacities say, which is empty; leave "
             "graph_capacities out, or use 'collective'"
         )
+    if values.get("max_degree") == 1:
+        for key, given in (
+            ("parallel_prefill", values.get("parallel_prefill")),
+            ("graph_capacities", values.get("graph_capacities")),
+            ("exchange", values.get("exchange") == "routed"),
+        ):
+            if given:
+                raise NanoCPConfigError(
+                    f"nanocp: {key} has no effect with max_degree 1, for nothing is sharded; leave it out"
+                )
     if "decode_bench" in raw:
         values["decode_bench"] = _decode_bench(raw["decode_bench"])
     return NanoCPConfig(**values)

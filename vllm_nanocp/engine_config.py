@@ -142,10 +142,13 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
         worker = CPU_WORKER
         if config.exchange == "routed":
             refuse("exchange 'routed' on CPU", "it is made of GPU kernels", "use 'auto' or 'collective'")
+        if config.graph_capacities:
+            refuse("graph_capacities on CPU", "there are no CUDA graphs", "leave it out")
     else:
         refuse(f"the platform {current_platform.device_name}", "there is no attention path for it", "use CUDA or CPU")
-    # On GPUs tokens are right with both (tests/gpu), but moves won nothing there, and the other was not timed.
-    verified = current_platform.is_cpu()
+    # On GPUs tokens are right with both (tests/gpu), but moves won nothing there, and what other requests wait beside a
+    # prompt that all its ranks compute was not timed.
+    verified = current_platform.is_cpu() and config.degree_limit > 1
     unset: dict[str, Any] = {k: verified for k in ("moves", "parallel_prefill") if getattr(config, k) is None}
     config = replace(config, **unset)
     engine_args.additional_config = {**engine_args.additional_config, nanocp_config.KEY: config.to_dict()}

@@ -166,7 +166,7 @@ def test_merge_is_flashinfer_s() -> None:
 
 
 def fullest_step(rank: int, size: int, tokens: int) -> tuple[int, int]:
-    """Every rank's chunk of so many tokens visits all others: bytes that a layer took, and what is reserved."""
+    """Every rank's chunk of so many tokens visits all ranks, its own too: bytes that a layer takes, and has."""
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from vllm_nanocp.attention.context import Guest, OwnRow, ShardedStep, context
@@ -176,7 +176,7 @@ def fullest_step(rank: int, size: int, tokens: int) -> tuple[int, int]:
 
     shape, device = Shape(32, 4, 128, BF16, 16), torch.device("cuda", rank)
     builder, impl, layer = make_builder(shape, device), make_impl(shape), make_layer(device)
-    others = [r for r in range(size) if r != rank]
+    holders = range(size)
     cache = torch.zeros((tokens // 16, 4, 16, 256), dtype=BF16, device=device)
     query, output = (torch.zeros((tokens, 32, 128), dtype=BF16, device=device) for _ in "qo")
     starts = torch.tensor([0, tokens], dtype=torch.int32)
@@ -191,11 +191,11 @@ def fullest_step(rank: int, size: int, tokens: int) -> tuple[int, int]:
         block_table_tensor=torch.arange(tokens // 16, dtype=torch.int32, device=device)[None],
         slot_mapping=torch.zeros(tokens, dtype=torch.int64, device=device),
     )
-    counts = [0 if r == rank else tokens for r in range(size)]
+    counts = [tokens] * size
     step = ShardedStep(rank, send_counts=counts, recv_counts=list(counts))
-    step.own = [OwnRow(lambda: 0, tokens, 0, 0, [(r, 0) for r in others])]
+    step.own = [OwnRow(lambda: 0, tokens, 0, 0, [(r, 0) for r in holders])]
     held = torch.arange(64, dtype=torch.int32, device=device)
-    step.guests = [Guest(home, 0, tokens, str(home), held, 1024) for home in others]
+    step.guests = [Guest(home, 0, tokens, str(home), held, 1024) for home in holders]
     context.exchange = CollectiveExchange(dist.group.WORLD)
     peak = 0
     for _ in range(2):

@@ -187,8 +187,8 @@ def make_scenario(
         # Any degree; now and then several shards at one rank, or one at the home besides its own.
         others = [r for r in range(num_ranks) if r != home]
         holders = dice.sample(others, dice.randint(1, len(others)))
-        if dice.random() < 0.3 and not (decode_only and len(holders) == num_ranks - 1):
-            holders.append(dice.randrange(num_ranks))
+        if dice.random() < 0.3:
+            holders.append(home if decode_only else dice.randrange(num_ranks))
         whole = [dice.randint(1, 4) for _ in holders]
         held = dice.choice([1, dice.randint(1, 3 * size), size, 2 * size])
         request = add([*holders, home], whole, held)

@@ -27,14 +27,20 @@ from vllm_nanocp.worker.runner import V1Runner, V2Runner
 SIZES = [1, 2, 4, 8, 16, 24, 32]
 
 
-def make_manager(monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, degree: int = 2) -> NanoCPCudaGraphManager:
+def make_manager(
+    monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, degree: int = 2, lora: Any = None
+) -> NanoCPCudaGraphManager:
     """With graphs 'captured' for all it would capture."""
     monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: SimpleNamespace(is_first_rank=1, is_last_rank=1))
     nanocp = {"ranks": 2, "max_degree": degree}
     monkeypatch.setattr(context, "capacities", (2, 8))
     config: Any = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=24),
-        compilation_config=SimpleNamespace(cudagraph_capture_sizes=SIZES, max_cudagraph_capture_size=32),
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=mode, cudagraph_capture_sizes=SIZES, max_cudagraph_capture_size=32
+        ),
+        lora_config=lora,
+        model_config=SimpleNamespace(is_encoder_decoder=False),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=2, data_parallel_rank=1),
         speculative_config=None,
         cache_config=SimpleNamespace(use_kda_recoverssm=False),
@@ -113,6 +119,12 @@ def test_what_is_captured(managers: dict[CUDAGraphMode, NanoCPCudaGraphManager])
 
 def test_nothing_more_is_captured_without_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not make_manager(monkeypatch, CUDAGraphMode.FULL_AND_PIECEWISE, degree=1).sharded
+
+
+def test_no_graph_is_captured_that_no_step_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With LoRA the ranks ask each other, and know nothing of these graphs."""
+    assert make_manager(monkeypatch, CUDAGraphMode.FULL_AND_PIECEWISE).sharded
+    assert not make_manager(monkeypatch, CUDAGraphMode.FULL_AND_PIECEWISE, lora=SimpleNamespace(max_loras=1)).sharded
 
 
 def test_the_smallest_graph_that_fits(managers: dict[CUDAGraphMode, NanoCPCudaGraphManager]) -> None:

@@ -250,6 +250,17 @@ def test_parallel_prefill() -> None:
             parse({"parallel_prefill": wrong}, 2)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("parallel_prefill", True), ("graph_capacities", [4]), ("exchange", "routed")]
+)
+def test_what_has_no_effect_without_shards_is_refused(key: str, value: Any) -> None:
+    line = refusal({key: value, "max_degree": 1}, 2)
+    assert line == f"nanocp: {key} has no effect with max_degree 1, for nothing is sharded; leave it out"
+    assert parse({key: value, "max_degree": 2}, 2)
+    config = parse({"max_degree": 1, "parallel_prefill": False, "graph_capacities": []}, 2)
+    assert parse(config.to_dict(), 1) == config
+
+
 def test_the_routed_exchange_needs_places() -> None:
     assert parse({"exchange": "routed"}, 2).exchange == "routed"
     with pytest.raises(NanoCPConfigError, match="graph_capacities"):

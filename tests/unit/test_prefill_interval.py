@@ -182,3 +182,49 @@ def test_the_work_of_a_gpu_is_estimated_for_all_ranks(vllm_config: Any) -> None:
     for rank in shape(ranks=3).scheduler(vllm_config, False).ranks:
         assert rank.vllm_config.parallel_config.data_parallel_size == 3
     assert vllm_config.parallel_config.data_parallel_size == 1
+
+
+def backlog() -> list[Request]:
+    return [
+        Request(
+            f"r{i}",
+            [10 + i] * 30,
+            SamplingParams(temperature=0.0, max_tokens=10 + i * 37 % 100, ignore_eos=True),
+            None,
+            arrival_time=float(i),
+        )
+        for i in range(60)
+    ]
+
+
+@pytest.mark.parametrize("interval", [1, 8, 32])
+def test_a_backlog_is_served_as_fast_as_in_stock(vllm_config: Any, interval: int) -> None:  # noqa: F811
+    """More requests wait than may run: slots that come free are taken at once, whatever the interval."""
+    sizes = shape(max_reqs=4, budget=256)
+    config = sizes.config(with_interval(vllm_config, interval), False)
+    scheduler = sizes.scheduler(with_interval(vllm_config, interval), False)
+    truths: dict[str, Truth] = {}
+    device = Device(truths, RANKS, sizes.blocks + 1, sizes.block_size, sizes.max_reqs, 1, 1, False)
+    ranks: dict[str, int] = {}
+    for request in backlog():
+        truth = Truth(len(truths), list(request.prompt_token_ids or ()), request.max_tokens, salt=1, stops=False)
+        truths[request.request_id] = truth
+        scheduler.add_request(request)
+    here = 0
+    while scheduler.has_requests():
+        output = scheduler.schedule()
+        ranks.update(scheduler.rank_of)
+        scheduler.update_from_output(output, device.execute(output))
+        here += 1
+    stock = [StockRank(config, scheduler.kv_cache_config) for _ in range(RANKS)]
+    engine: Any = SimpleNamespace(prefill_schedule_interval=interval, step_counter=0)
+    for request in backlog():
+        stock[ranks[request.request_id]].scheduler.add_request(request)
+    there = 0
+    while any(rank.scheduler.has_requests() for rank in stock):
+        throttle = DPEngineCoreProc._should_throttle_prefills(engine)
+        for rank in stock:
+            rank.step(throttle)
+        engine.step_counter += 1
+        there += 1
+    assert here <= there + 3, (here, there)

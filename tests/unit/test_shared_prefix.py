@@ -303,7 +303,7 @@ def test_a_follower_that_is_aborted_is_forgotten(config: Any) -> None:
     for number in range(1, 6):
         (ended,) = scheduler.finish_requests(f"r{number}", RequestStatus.FINISHED_ABORTED)
         assert ended.request_id == f"r{number}"
-    assert not scheduler.unplaced and scheduler.prefixes._blocks_to_take == 0
+    assert not scheduler.unplaced and not scheduler.prefixes._followed
     scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
     assert not scheduler.prefixes.leftovers()
     assert scheduler.free_blocks() == [BLOCKS, BLOCKS]
@@ -335,12 +335,12 @@ def test_patience_ends(config: Any) -> None:
     fan_out(scheduler)
     idle = [SimpleNamespace(total_num_scheduled_tokens=0)] * 2
     busy = [SimpleNamespace(total_num_scheduled_tokens=CHUNK)] * 2
-    scheduler.prefixes.observe(busy)  # it has come on since it was placed
+    scheduler.prefixes.observe(busy, True)  # it has come on since it was placed
     for _ in range(-(-1400 // CHUNK)):
-        scheduler.prefixes.observe(busy)
-        scheduler.prefixes.observe(idle)
+        scheduler.prefixes.observe(busy, True)
+        scheduler.prefixes.observe(idle, True)
         assert not scheduler.waiting
-    scheduler.prefixes.observe(idle)
+    scheduler.prefixes.observe(idle, True)
     assert [r.request_id for r in scheduler.waiting] == ["r1", "r2", "r3", "r4", "r5"]
     scheduler.schedule()
     assert len(scheduler.sharded) == 6

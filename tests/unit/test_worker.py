@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -98,7 +99,11 @@ def test_memory_of_a_sharded_step_is_set_aside(monkeypatch: pytest.MonkeyPatch) 
     scheduler = SimpleNamespace(max_num_batched_tokens=8192, max_num_seqs=4)
     monkeypatch.setattr(context, "capacities", (3,))
     monkeypatch.setattr(context, "tables", {})
-    worker.vllm_config = SimpleNamespace(model_config=model, scheduler_config=scheduler)
+    graphs = SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
+    model.is_encoder_decoder = False
+    worker.vllm_config = SimpleNamespace(
+        model_config=model, scheduler_config=scheduler, compilation_config=graphs, lora_config=None
+    )
     worker.nanocp = SimpleNamespace(degree_limit=2, ranks=2)
     worker.parallel_config, worker.device = None, torch.device("cpu")
     impl, output = make_impl(Shape(32, 4, 128, torch.bfloat16, 16)), torch.ones((4, 32, 128))
@@ -127,10 +132,14 @@ def test_memory_of_a_sharded_step_is_set_aside(monkeypatch: pytest.MonkeyPatch) 
     assert worker.determine_available_memory() == 7
     # A copy of each query that goes, comes or stays, its float32 result; pieces of 8,192 queries and their rounded sum.
     row, query = 4 * 32 * 129, 2 * 32 * 128
-    assert taken == [3 * 8192 * (row + query) + 8192 * (2 * row + query)]
+    assert taken == [5 * 8192 * (row + query) + 8192 * (2 * row + query)]
     tables = dict(context.tables)
     assert list(tables) == [3] and tables[3].max_tokens == 4 and tables[3].num_ranks == 2
     with pytest.raises(RuntimeError):
         worker.determine_available_memory()
     dummy_step()
     assert len(taken) == 2 and context.tables == tables
+    context.tables.clear()
+    graphs.cudagraph_mode = CUDAGraphMode.NONE  # then no step has tables of fixed size, but with the routed exchange
+    taken.clear()
+    assert worker.determine_available_memory() == 7 and not context.tables

@@ -237,8 +237,9 @@ class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
         if stored.dtype == query.dtype:
             keys, values = key[row.tokens], value[row.tokens]
         else:  # what the cache keeps of them, as for all that come later
-            held = gather_shard(stored, row.blocks, row.past + len(queries), query.dtype)
-            keys, values = (part[:, row.past :].transpose(0, 1) for part in held)
+            whole, cut = divmod(row.past, stored.shape[2])
+            held = gather_shard(stored, row.blocks[whole:], cut + len(queries), query.dtype)
+            keys, values = (part[:, cut:].transpose(0, 1) for part in held)
         parts = [attend_causal(queries, keys, values, scale)]
         if row.past:
             parts.append(attend_shard(queries, stored, row.blocks, row.past, scale))

@@ -137,7 +137,7 @@ def _launch(
 
 def most_memory(num_ranks: int, max_tokens: int, layout: RowLayout, num_kv_heads: int, dtype: torch.dtype) -> int:
     """Bytes that attention outside of graphs takes in a layer beside stock attention's, in the fullest step: all tokens
-    of every rank visit all other ranks.
+    of every rank visit all ranks, for a home may hold earlier runs too.
 
     Args:
         num_ranks: N.
@@ -147,8 +147,9 @@ def most_memory(num_ranks: int, max_tokens: int, layout: RowLayout, num_kv_heads
         dtype: of queries.
     """
     query_bytes, heads, head_size = layout.query_bytes(dtype), layout.num_heads, layout.head_size
-    # A copy of each query that is sent, for its own rank too, and its partial result; each that comes, and its answer.
-    rows = (2 * (num_ranks - 1) + 1) * max_tokens
+    # A copy of each query that is sent, also to its own rank, and its partial result; each that comes, and its answer;
+    # and those over what is held here of the last run.
+    rows = (2 * num_ranks + 1) * max_tokens
     launch = min(max_tokens, queries_at_once(heads, head_size))
     pieces = pieces_that_fit(launch, heads, head_size, num_kv_heads)
     return rows * (query_bytes + 4 * layout.size) + launch * (pieces * 4 * layout.size + query_bytes)

@@ -7,6 +7,12 @@ counted alike from when all were idle. Here the one engine over all ranks is of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
 
 class PrefillCadence:
     """Counts steps.
@@ -18,19 +24,34 @@ class PrefillCadence:
     def __init__(self, interval: int) -> None:
         self.interval = interval
         self.steps = 0
+        # Ranks that may start prompts in the step at hand.
+        self._open: list[Scheduler] = []
 
-    def throttles(self, unfinished: int) -> bool:
+    def throttles(self, unfinished: int, ranks: Sequence[Scheduler]) -> bool:
         """Whether the step that begins now defers prompts, on ranks that have something to decode.
 
         Args:
             unfinished: requests that are to be scheduled.
+            ranks: their schedulers.
         """
-        if not unfinished:
-            self.steps = 0
-            return False
-        throttled = self.steps % self.interval != 0
-        self.steps += 1
+        throttled = bool(unfinished) and self.steps % self.interval != 0
+        self.steps = self.steps + 1 if unfinished else 0
+        self._open = [
+            rank
+            for rank in ranks
+            if not throttled or rank.prefill_capacity_bound or all(r.is_prefill_chunk for r in rank.running)
+        ]
         return throttled
+
+    def note_backlog(self, backlog: bool) -> None:
+        """After the step: as vLLM's scheduler does of its own queue, the ranks that could start prompts in it remember
+        that more requests wait than there is room for. Then they defer none, so that no slot stays empty.
+
+        Args:
+            backlog: whether requests wait that found no room.
+        """
+        for rank in self._open:
+            rank.prefill_capacity_bound |= backlog
 
     def rest(self) -> None:
         """All requests have ended: the next one's prompt starts at once."""

@@ -141,7 +141,12 @@ class NanoCPScheduler(RanksTogether):
         self.members = Members(self.ranks, self.rank_of, block_size, self.config.decode_bench, log_stats)
         self.sharded = self.members.sharded
         self.prefixes = SharedPrefixes(
-            self.ranks, self.members, self.placer, self.config.segment_size, self.waiting.prepend_request
+            self.ranks,
+            self.members,
+            self.placer,
+            self.config.segment_size,
+            self.waiting.prepend_request,
+            self.by_priority,
         )
         self._preempted: list[Request] = []
         self.failures = Failures()
@@ -213,7 +218,7 @@ class NanoCPScheduler(RanksTogether):
                 continue
             if shard_map is None:
                 sessions.make_way(self.ranks if home is None else [self.ranks[home]])
-            if shard_map is None or self.prefixes.claim(shard_map, prefix):
+            if shard_map is None or self.prefixes.claim(request, shard_map, prefix):
                 self.prefixes.note_blocked(request)
                 return
             if self.prefixes.look_again():
@@ -344,7 +349,7 @@ class NanoCPScheduler(RanksTogether):
 
     def schedule(self, throttle_prefills: bool = False) -> NanoCPSchedulerOutput:
         if self.cadence is not None:
-            throttle_prefills = self.cadence.throttles(self.get_num_unfinished_requests())
+            throttle_prefills = self.cadence.throttles(self.get_num_unfinished_requests(), self.ranks)
         self.members.begin_step()
         for rank in self.ranks:
             for session in rank.take_outgrown():
@@ -366,8 +371,9 @@ class NanoCPScheduler(RanksTogether):
         self.mover.last_work = work = self.mover.work()
         if self._preempted:
             self._settle()
-        if not throttle_prefills and self._pause_state == PauseState.UNPAUSED:
-            self.prefixes.observe(parts)
+        self.prefixes.observe(parts, not throttle_prefills and self._pause_state == PauseState.UNPAUSED)
+        if self.cadence is not None:
+            self.cadence.note_backlog(bool(self.waiting))
         plan = self.members.take_plan()
         self.num_steps += 1
         plan.serial = self.num_steps

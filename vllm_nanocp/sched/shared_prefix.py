@@ -82,6 +82,7 @@ class SharedPrefixes:
         placer: finds what is cached.
         segment_size: tokens up to which a request stays on one rank.
         requeue: puts a request that was set aside back to the head of the queue.
+        by_priority: whether the queues go by priority, not by arrival.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class SharedPrefixes:
         placer: Placer,
         segment_size: int,
         requeue: Callable[[Request], None],
+        by_priority: bool,
     ) -> None:
         self.ranks = ranks
         self.members = members
@@ -98,6 +100,7 @@ class SharedPrefixes:
         self.block_size = placer.block_size
         self.segment_size = segment_size
         self._requeue = requeue
+        self._by_priority = by_priority
         self._budget = ranks[0].max_num_scheduled_tokens
         self._leaders: dict[str, Leader] = {}
         # Block hash -> who computes it.
@@ -109,8 +112,6 @@ class SharedPrefixes:
         # The first of the queue, if it found no room, and the ranks' free blocks then.
         self._blocked: tuple[str, list[int]] | None = None
         self._unsought = False
-        # Blocks that those set aside will take.
-        self._blocks_to_take = 0
         self.num_set_aside = 0
 
     # -- requests come and go ----------------------------------------------------------------------------------
@@ -143,12 +144,22 @@ class SharedPrefixes:
             self._blocked = None
         return self._unsought
 
-    def claim(self, shard_map: ShardMap, prefix: Prefix) -> bool:
-        """Whether a request, so placed, would take the room that those who came before it, and are set aside, need."""
-        if not self._blocks_to_take:
+    def claim(self, request: Request, shard_map: ShardMap, prefix: Prefix) -> bool:
+        """Whether a request, so placed, would take the room that those who come before it, and are set aside, need."""
+        taken = sum(
+            follower.own_blocks
+            for leader in set(self._followed.values())
+            for follower in leader.followers
+            if not self._before(request, follower.request)
+        )
+        if not taken:
             return False
-        needed = self._blocks_to_take + shard_map.num_blocks - sum(prefix.held)
+        needed = taken + shard_map.num_blocks - sum(prefix.held)
         return sum(rank.num_free_blocks for rank in self.ranks) < needed
+
+    def _before(self, request: Request, other: Request) -> bool:
+        """Whether a request's turn is before another one's."""
+        return request < other if self._by_priority else request.arrival_time < other.arrival_time
 
     def _follow(self, request: Request, hashes: Sequence[BlockHash], prefix: Prefix) -> Prefix | None:
         """The prefix, longer perhaps by what others compute; None if the request has been set aside."""
@@ -165,13 +176,12 @@ class SharedPrefixes:
         elif not worthwhile(end - known, request.num_tokens, self.block_size):
             return prefix
         leader, until = self._pending[hashes[end - 1]], end * self.block_size
-        if self._computed(leader) >= until:
-            return prefix
+        if self._computed(leader) >= until or (self._by_priority and request < leader.request):
+            return prefix  # one that is less important may not come to its turn for long
         own = cdiv(request.num_tokens, self.block_size) + 1 - end
         patience = cdiv(until - known * self.block_size, self._budget)
         leader.followers.append(Follower(request, until, own, patience))
         self._followed[request.request_id] = leader
-        self._blocks_to_take += own
         self.num_set_aside += 1
         return None
 
@@ -244,12 +254,12 @@ class SharedPrefixes:
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def observe(self, parts: Sequence[SchedulerOutput]) -> None:
-        """After a step in which prompts could be computed: those whose leader has come far enough, or does not come
-        on, go back to the queue.
+    def observe(self, parts: Sequence[SchedulerOutput], prompts: bool) -> None:
+        """After a step: those whose leader has come far enough, or does not come on, go back to the queue.
 
         Args:
             parts: what each rank's scheduler has scheduled.
+            prompts: whether prompts could be computed.
         """
         if not self._leaders:
             return
@@ -262,9 +272,11 @@ class SharedPrefixes:
                 self.leads_no_more(request_id)
                 continue
             rank, waits = self._stands(leader)
-            leader.stuck = waits and not moved and spare[rank] > 0
+            if prompts:
+                leader.stuck = waits and not moved and spare[rank] > 0
             if leader.followers:
-                self._let_go(leader, lost=idle and not moved)
+                # By priority, others may go before the leader for ever.
+                self._let_go(leader, lost=prompts and not moved and (idle or (waits and self._by_priority)))
 
     def _let_go(self, leader: Leader, lost: bool) -> None:
         """Release those who need wait no longer, or will not."""
@@ -298,7 +310,6 @@ class SharedPrefixes:
         for follower in gone:
             leader.followers.remove(follower)
             del self._followed[follower.request.request_id]
-            self._blocks_to_take -= follower.own_blocks
 
     def leftovers(self) -> list[str]:
         """Ids that are still remembered; for tests, when no request is left."""

@@ -19,7 +19,7 @@ from ..attention.partial_rows import RowLayout, warm_up
 from ..exchange.choose import choose
 from ..exchange.routes import Routes
 from ..exchange.symmetric import allocate, first_problem, reachable
-from .graphs import capacities
+from .graphs import capacities, replays
 from .worker import OneRank
 
 logger = init_logger("vllm.nanocp.worker")  # vLLM shows what is under its own name
@@ -96,7 +96,8 @@ class NanoCPGPUWorker(OneRank, Worker):
         ranks, shape = self.nanocp.ranks, self._attention_shape()
         layout, kv_heads, _ = shape
         most = self.vllm_config.scheduler_config
-        for capacity in context.capacities:
+        used = context.capacities if context.routes or replays(self.vllm_config) else ()
+        for capacity in used:
             if capacity not in context.tables:
                 context.tables[capacity] = CapturedTables(
                     capacity, ranks, most.max_num_seqs, layout, kv_heads, self.device

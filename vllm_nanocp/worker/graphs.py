@@ -34,8 +34,9 @@ class ShardedDescriptor(BatchExecutionDescriptor):
 SPARED = 0.2
 # Most visits where vLLM has no graphs whose sizes would say.
 _EAGER = 512
-# With the collective exchange a graph exchanges as many rows as its capacity, used or not.
-_COLLECTIVE = (16, 64, 256)
+# With the collective exchange a graph exchanges as many rows as its capacity with each rank, used or not: several, and
+# none for more rows than this over all ranks, whose memory nobody foresees.
+_COLLECTIVE, _COLLECTIVE_ROWS = (16, 64, 256), 8192
 
 
 def capacities(vllm_config: Any, routed: bool) -> tuple[int, ...]:
@@ -51,7 +52,17 @@ def capacities(vllm_config: Any, routed: bool) -> tuple[int, ...]:
         return config.graph_capacities
     sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [_EAGER]
     most = min(vllm_config.scheduler_config.max_num_seqs, max(sizes), most_visits(config.ranks))
-    return (most,) if routed else (*(c for c in _COLLECTIVE if c < most), most)
+    if routed:
+        return (most,)
+    most = min(most, max(_COLLECTIVE[0], _COLLECTIVE_ROWS // config.ranks))
+    return (*(c for c in _COLLECTIVE if c < most), most)
+
+
+def replays(vllm_config: Any) -> bool:
+    """Whether sharded steps may replay graphs: not where the ranks must ask each other which graph they take."""
+    mode = vllm_config.compilation_config.cudagraph_mode
+    full = mode is not None and mode.decode_mode() == CUDAGraphMode.FULL
+    return full and vllm_config.lora_config is None and not vllm_config.model_config.is_encoder_decoder
 
 
 def sharded_sizes(sizes: Iterable[int], capacities: Sequence[int]) -> list[tuple[int, int]]:
@@ -86,7 +97,7 @@ class ShardedCapture(CudaGraphManager):
         config = nanocp_config.of(self.vllm_config)
         full = self._capture_descs.get(CUDAGraphMode.FULL, [])
         decode = [d.num_tokens for d in full if d.uniform_token_count == 1 and not d.num_active_loras]
-        if not decode or config.degree_limit == 1:
+        if not decode or config.degree_limit == 1 or not replays(self.vllm_config):
             return
         self.sharded = [
             ShardedDescriptor(

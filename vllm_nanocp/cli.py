@@ -50,7 +50,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help='Settings, for example \'{"segment_size": 65536, "max_degree": 4}\'. '
         "segment_size: tokens a shard should hold before another rank is used. "
         "max_degree: most ranks one request may use (default: all). "
-        f"placement: {' or '.join(nanocp_config.PLACEMENTS)}. exchange: {' or '.join(nanocp_config.EXCHANGES)}.",
+        f"placement: {' or '.join(nanocp_config.PLACEMENTS)}. exchange: {' or '.join(nanocp_config.EXCHANGES)}. "
+        "moves, parallel_prefill, graph_capacities: see the user guide.",
     )
 
 

@@ -14,7 +14,7 @@ from .harness import RESTLESS, Engine
 SMALL_BLOCKS = 49
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # then their memory is free for the servers
 def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
     """Starts engines by name, once."""
     running: dict[str, Engine] = {}

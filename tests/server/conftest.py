@@ -11,7 +11,7 @@ import pytest
 from .serving import FLAGS, IDLE_LIMIT_S, Server, serving, wait_for
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # then its memory is free for other tests
 def _server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # The developers' routes: tests call workers, and reset the prefix cache.
     env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}

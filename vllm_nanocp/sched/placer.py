@@ -99,7 +99,10 @@ class Placer:
         if prefix.runs:
             if preferred is not None:  # a cached prefix elsewhere does not outweigh the client's wish
                 wish = place(tokens, block_size, loads, **afresh)
-                rules["home"] = preferred if wish is not None and wish.home == preferred else home
+                if wish is not None and wish.home == preferred:
+                    if wish.degree == 1 and prefix.runs[0].rank != preferred:
+                        return wish
+                    rules["home"] = preferred
             after = place_after_prefix(prefix, tokens, block_size, loads, kv_weight=weight, **rules)
             if after is not None:
                 return after

@@ -17,14 +17,14 @@ METHOD = "nanocp_status"
 
 def describe(scheduler: NanoCPScheduler) -> dict[str, Any]:
     """Plain data: per-rank lists, and per-request maps by request id."""
-    counts = [rank.get_request_counts() for rank in scheduler.ranks]
+    views = [rank.view for rank in scheduler.ranks]
     return {
         "ranks": len(scheduler.ranks),
         "block_size": scheduler.block_size,
-        "total_blocks": [rank.num_blocks for rank in scheduler.ranks],
+        "total_blocks": [view.total_blocks for view in views],
         "free_blocks": scheduler.free_blocks(),
-        "running": [running for running, _ in counts],
-        "waiting": [waiting for _, waiting in counts],
+        "running": [view.running for view in views],
+        "waiting": [view.queued for view in views],
         "unplaced": len(scheduler.unplaced),
         "preemptions": scheduler.num_preemptions,
         "avoidable_preemptions": scheduler.num_avoidable_preemptions,

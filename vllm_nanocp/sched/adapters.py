@@ -52,14 +52,14 @@ class AdapterDoors(_Base):
         self.max_adapters = None if self.lora_config is None else self.lora_config.max_loras
         if self.max_adapters is not None:
             self.lora_config: Any = Slots(self.max_adapters)
-        # Requests that will run here and do not yet: about to leave, and to arrive.
+        # Requests that do not run here and may in the next step: those about to leave; adapters of those to arrive.
         self._leaving: dict[str, Request] = {}
-        self._coming: dict[str, Request] = {}
+        self._coming: dict[str, int | None] = {}
 
     def reserve_adapters(self) -> None:
         """Before a step: those of requests that do not run now and may in the next step keep their slots."""
         if self.max_adapters is not None:
-            reserved = _adapters(chain(self._leaving.values(), self._coming.values()))
+            reserved = _adapters(self._leaving.values()) | self._coming_adapters()
             self.lora_config.max_loras = self.max_adapters - len(reserved - _adapters(self.running))
 
     def adapters(self) -> frozenset[int]:
@@ -67,4 +67,7 @@ class AdapterDoors(_Base):
         if self.max_adapters is None:
             return frozenset()
         queued = (request for request in chain(self.waiting, self.kv_holding_waiting) if not is_idle(request))
-        return frozenset(_adapters(chain(self.running, queued, self._leaving.values(), self._coming.values())))
+        return frozenset(_adapters(chain(self.running, queued, self._leaving.values())) | self._coming_adapters())
+
+    def _coming_adapters(self) -> set[int]:
+        return {adapter for adapter in self._coming.values() if adapter is not None}

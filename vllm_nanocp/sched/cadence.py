@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.scheduler import Scheduler
+    from .rank import Rank
 
 
 class PrefillCadence:
@@ -25,9 +25,9 @@ class PrefillCadence:
         self.interval = interval
         self.steps = 0
         # Ranks that may start prompts in the step at hand.
-        self._open: list[Scheduler] = []
+        self._open: list[Rank] = []
 
-    def throttles(self, unfinished: int, ranks: Sequence[Scheduler]) -> bool:
+    def throttles(self, unfinished: int, ranks: Sequence[Rank]) -> bool:
         """Whether the step that begins now defers prompts, on ranks that have something to decode.
 
         Args:
@@ -39,7 +39,7 @@ class PrefillCadence:
         self._open = [
             rank
             for rank in ranks
-            if not throttled or rank.prefill_capacity_bound or all(r.is_prefill_chunk for r in rank.running)
+            if not throttled or rank.view.capacity_bound or rank.view.only_chunks
         ]
         return throttled
 
@@ -51,7 +51,7 @@ class PrefillCadence:
             backlog: whether requests wait that found no room.
         """
         for rank in self._open:
-            rank.prefill_capacity_bound |= backlog
+            rank.note_backlog(backlog)
 
     def rest(self) -> None:
         """All requests have ended: the next one's prompt starts at once."""

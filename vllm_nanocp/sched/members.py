@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.request import Request
 
@@ -18,7 +17,7 @@ from .sharded import ShardedRequest
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
 
-    from .rank_scheduler import AsyncRankScheduler, RankScheduler
+    from .rank import Part, Rank
 
 
 class Members:
@@ -35,7 +34,7 @@ class Members:
 
     def __init__(
         self,
-        ranks: Sequence[AsyncRankScheduler | RankScheduler],
+        ranks: Sequence[Rank],
         rank_of: dict[str, int],
         block_size: int,
         decode_bench: bool,
@@ -75,12 +74,16 @@ class Members:
         self._computing.clear()
 
     def order(self) -> list[int]:
-        """Ranks as they are to be scheduled where they compute together: as the runs of the first prompt follow each
-        other, from the one that is computed now."""
-        first = next((sharded.rank for sharded in self.sharded.values() if not sharded.at_home), 0)
-        return [*range(first, len(self.ranks)), *range(first)]
+        """Ranks that are to be scheduled one after another where they compute prompts together: those of prompts that
+        are being computed, as the runs of the first one follow each other, from the one that is computed now."""
+        active = [sharded for sharded in self.sharded.values() if not sharded.at_home]
+        if not active:
+            return []
+        involved = {run.rank for sharded in active for run in sharded.shard_map.runs[sharded.active :]}
+        first, count = active[0].rank, len(self.ranks)
+        return [rank for rank in (*range(first, count), *range(first)) if rank in involved]
 
-    def advance(self, parts: Mapping[int, SchedulerOutput]) -> None:
+    def advance(self, parts: Mapping[int, Part]) -> None:
         """Write the rows of some ranks; park members that reached the end of their run and let the next ones enter. One
         whose rank has yet to be scheduled computes in the same step.
 
@@ -91,7 +94,7 @@ class Members:
             part = parts.get(sharded.rank)
             if part is None:
                 continue
-            num_queries = part.num_scheduled_tokens.get(sharded.member.request_id, 0)
+            num_queries = part.scheduled.get(sharded.member.request_id, 0)
             if num_queries:
                 if not sharded.started and self.log_stats:
                     sharded.request.record_event(EngineCoreEventType.SCHEDULED)
@@ -103,7 +106,7 @@ class Members:
                 if row is not None:
                     self.plan.rows.append(row)
             if sharded.run_done:
-                self.ranks[sharded.rank].park(sharded.member, sharded.run.first_block)
+                self.ranks[sharded.rank].park(sharded.member.request_id, sharded.run.first_block)
                 sharded.park()
                 self._publish(sharded)
                 self._enter(sharded, sharded.local_start)
@@ -150,7 +153,7 @@ class Members:
             self.ranks[run.rank].allocate(member.request_id, run.num_blocks)
         hits = known * self.block_size
         if not request.skip_reading_prefix_cache:
-            self.ranks[shard_map.home].record_prefix_hits(request, hits)
+            self.ranks[shard_map.home].record_prefix_hits(request.num_tokens, hits, request.num_preemptions > 0)
         if request.prefill_stats is not None and request.num_preemptions == 0:
             request.prefill_stats.set(request.num_prompt_tokens, hits, 0)
         while sharded.ends_by(starts[sharded.active]):
@@ -178,12 +181,14 @@ class Members:
         if sharded.at_home:
             self.rank_of[sharded.request.request_id] = sharded.rank
         self.ranks[sharded.rank].enter(sharded.member)
+        self.ranks[sharded.rank].watch(sharded.member)
 
     def close(self, sharded: ShardedRequest) -> None:
         """Give back every shard but the active member's, which its rank's scheduler has freed."""
+        self.ranks[sharded.rank].unwatch(sharded.member.request_id)
         for index, (member, run) in enumerate(zip(sharded.members, sharded.shard_map.runs, strict=True)):
             if index != sharded.active:
-                self.ranks[run.rank].close_shard(member)
+                self.ranks[run.rank].close_shard(member.request_id)
             self._owner.pop(member.request_id, None)
         self.plan.closed.extend(shard for shard, _ in sharded.open_shards.values())
         del self.sharded[sharded.request.request_id]
@@ -191,14 +196,14 @@ class Members:
     def take_back(self, sharded: ShardedRequest) -> None:
         """Give back all shards of a request whose active member waits at its rank; it waits nowhere then."""
         rank, member = self.ranks[sharded.rank], sharded.member
-        rank.close_shard(member)
+        rank.close_shard(member.request_id)
         member.num_computed_tokens = 0
         if not sharded.at_home:
-            rank.withdraw(member)
+            rank.withdraw(member.request_id)
         elif sharded.request.num_preemptions:  # the model runner may know it
-            rank.take_from_queues(member)
+            rank.take_from_queues(member.request_id)
         else:
-            rank.withdraw(member)
+            rank.withdraw(member.request_id)
             del self.rank_of[sharded.request.request_id]
         self.close(sharded)
 
@@ -216,10 +221,11 @@ class Members:
             self._owner[request_id] = request_id
         keeper = sharded.move_home(target, f"{request_id}#{self._serial}.m")
         self._owner[keeper.request_id] = request_id
-        self.ranks[source].hand_over(request, keeper, sharded.shard_map.runs[-2].first_block)
+        self.ranks[source].hand_over(request_id, keeper.request_id, sharded.shard_map.runs[-2].first_block)
         self._publish(sharded)
         self.rank_of[request_id] = target
         self.ranks[target].arrive(request, sharded.shard_map.runs[-1].first_block)
+        self.ranks[target].watch(request)
 
     def ask_for_generator(self, request_id: str) -> None:
         """Have the worker of a request's home report, with the next step, the state of its generator."""

@@ -25,9 +25,9 @@ from .adapters import adapter_of
 from .sharded import ShardedRequest, can_shard
 
 if TYPE_CHECKING:
+    from .rank import Decoding
     from .scheduler import NanoCPScheduler
 
-_computed = attrgetter("num_computed_tokens")
 _importance = attrgetter("priority", "arrival_time")  # less is more
 
 
@@ -121,9 +121,9 @@ class Mover:
         """Undo a leaving. The request does not leave again before it has made a token: what undid it once may do so
         each time, and a request that leaves is scheduled nowhere."""
         rank = self.scheduler.ranks[self.scheduler.rank_of[request_id]]
-        request = rank.requests[request_id]
-        rank.stay(request)
-        self._undone[request_id] = request.num_tokens
+        rank.stay(request_id)
+        rank.unwatch(request_id)
+        self._undone[request_id] = self.scheduler.requests[request_id].num_tokens
         self.scheduler.ranks[self.leaving.pop(request_id)].expect_no_more(request_id)
         self._states.pop(request_id, None)
 
@@ -136,7 +136,7 @@ class Mover:
         for sharded in scheduler.sharded.values():
             if not sharded.at_home and sharded.shard_map.home != sharded.rank:
                 ahead[sharded.shard_map.home] += 1
-        loads = [rank.load(scheduler.block_size, more) for rank, more in zip(scheduler.ranks, ahead, strict=True)]
+        loads = [rank.view.load(more) for rank, more in zip(scheduler.ranks, ahead, strict=True)]
         self._count_adapters_ahead(loads)
         if not self.moves:
             return loads
@@ -157,7 +157,7 @@ class Mover:
         """KV tokens that each rank will read in a step once all it was given decode: of a burst, those placed first
         must count for the next ones, before any of them runs."""
         ranks = self.scheduler.ranks
-        read = [rank.num_tokens for rank in ranks]
+        read = [rank.view.tokens for rank in ranks]
         for sharded in self.scheduler.sharded.values():
             if sharded.at_home:
                 _give_to_holders(read, sharded)
@@ -170,7 +170,7 @@ class Mover:
     def work(self) -> list[StepLoad]:
         """What the ranks' running requests read and compute in a step."""
         scheduler = self.scheduler
-        read = [sum(map(_computed, rank.running)) for rank in scheduler.ranks]
+        read = [rank.view.computed for rank in scheduler.ranks]
         guests = [0] * len(read)
         for request_id, sharded in scheduler.sharded.items():
             if sharded.member.status == RequestStatus.RUNNING and request_id not in self.leaving:
@@ -179,7 +179,7 @@ class Mover:
                     guests[rank] += rank != sharded.rank
         exchange = any(guests)
         return [
-            StepLoad(max(0, tokens), len(rank.running), visiting, exchange)
+            StepLoad(max(0, tokens), rank.view.running, visiting, exchange)
             for rank, tokens, visiting in zip(scheduler.ranks, read, guests, strict=True)
         ]
 
@@ -187,34 +187,28 @@ class Mover:
 
     def _candidates(self, rank: int) -> Iterator[Candidate]:
         """Decoding requests of a rank whose last block is full."""
-        block_size = self.scheduler.block_size
-        for request in self.scheduler.ranks[rank].running:
-            computed = request.num_computed_tokens
-            if computed % block_size or computed < request.num_prompt_tokens or not self._may_go(request):
+        for at in self.scheduler.ranks[rank].decoding():
+            request = self.scheduler.requests.get(at.request_id)
+            if request is None or not self._may_go(request, at):  # a member has no generation to go on with
                 continue
-            sharded = self.scheduler.sharded.get(request.request_id)
-            made = request.num_output_tokens + request.num_output_placeholders
+            sharded = self.scheduler.sharded.get(at.request_id)
             yield Candidate(
-                request_id=request.request_id,
+                request_id=at.request_id,
                 home=rank,
                 holders=() if sharded is None else tuple(sharded.open_shards),
-                kv_tokens=computed,
-                remaining_tokens=request.max_tokens - made,
-                last_move=self._last_move.get(request.request_id),
+                kv_tokens=at.computed,
+                remaining_tokens=request.max_tokens - at.made,
+                last_move=self._last_move.get(at.request_id),
                 adapter=adapter_of(request),
             )
 
-    def _may_go(self, request: Request) -> bool:
+    def _may_go(self, request: Request, at: Decoding) -> bool:
         sharded = self.scheduler.sharded.get(request.request_id)
-        if sharded is not None and request.num_computed_tokens <= sharded.local_start:
+        if sharded is not None and at.computed <= sharded.local_start:
             return False  # it has only just come
-        if request.num_tokens <= self._undone.get(request.request_id, -1):
+        if at.known <= self._undone.get(request.request_id, -1):
             return False
-        return (
-            request.request_id in self.scheduler.rank_of
-            and can_shard(request)
-            and request.num_output_tokens + request.num_output_placeholders < request.max_tokens
-        )
+        return request.request_id in self.scheduler.rank_of and can_shard(request) and at.made < request.max_tokens
 
     def _move(self) -> None:
         loads = self.loads()
@@ -235,12 +229,12 @@ class Mover:
 
     def spill(self, rank: int) -> None:
         """Requests that need a block which the rank does not have go on elsewhere."""
-        short = -self.scheduler.ranks[rank].spare_blocks
+        short = -self.scheduler.ranks[rank].view.spare_blocks
         if short <= 0 or not self.moves:
             return
         # Requests that wait have no claim before those that run.
         loads = [
-            replace(load, free_blocks=max(0, other.spare_blocks))
+            replace(load, free_blocks=max(0, other.view.spare_blocks))
             for load, other in zip(self.loads(), self.scheduler.ranks, strict=True)
         ]
         for candidate in self._first_to_go(rank):
@@ -266,30 +260,30 @@ class Mover:
         """In the order in which vLLM would preempt them."""
         candidates = list(self._candidates(rank))[::-1]
         if self.scheduler.by_priority:
-            requests = self.scheduler.ranks[rank].requests
+            requests = self.scheduler.requests
             candidates.sort(key=lambda c: _importance(requests[c.request_id]), reverse=True)
         return candidates
 
     # -- how ---------------------------------------------------------------------------------------------------
 
     def _leave(self, request_id: str, source: int, target: int) -> None:
-        scheduler = self.scheduler.ranks[source]
-        request = scheduler.requests[request_id]
-        scheduler.leave(request)
+        request = self.scheduler.requests[request_id]
+        self.scheduler.ranks[source].watch(request)
+        self.scheduler.ranks[source].leave(request_id)
         params = request.sampling_params
         # Those for which V1's model runner makes a generator; of a greedy request's seed it makes nothing.
         seeded = self.generators and params is not None and params.sampling_type == SamplingType.RANDOM_SEED
         if seeded and request_id not in self._states:  # else its generator has not even arrived here
             self._states[request_id] = None
             self.scheduler.members.ask_for_generator(request_id)
-        self.scheduler.ranks[target].expect(request)
+        self.scheduler.ranks[target].expect(request_id, adapter_of(request))
         self.leaving[request_id] = target
         self._last_move[request_id] = self.scheduler.num_steps
 
     def _arrive(self) -> None:
         for request_id, target in list(self.leaving.items()):
             source = self.scheduler.rank_of[request_id]
-            request = self.scheduler.ranks[source].requests[request_id]
+            request = self.scheduler.requests[request_id]
             if request.num_in_flight_tokens or request.num_output_placeholders:
                 continue
             if self._states.get(request_id, b"") is None:

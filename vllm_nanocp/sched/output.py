@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +14,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from ..placement.cost import StepLoad
 from ..plan import IDLE, Batch, StepPlan
+from .rank import Part
 
 
 @dataclass
@@ -21,20 +24,38 @@ class NanoCPSchedulerOutput(SchedulerOutput):
     The inherited fields are the ranks' taken together: what EngineCore, its logs and its metrics read.
 
     Attributes:
-        ranks: what rank i's model runner is given.
+        parts: what each rank has scheduled.
         plan: the same for all ranks.
         work: what each rank's running requests read and compute in this step; stays with the scheduler.
         scheduled: when, by ``time.monotonic``.
     """
 
-    ranks: list[SchedulerOutput] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     plan: StepPlan = field(default_factory=StepPlan)
     work: list[StepLoad] = field(default_factory=list)
     scheduled: float = 0.0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The workers read their rank's part and the plan; sending the union as well would double the message.
-        return merge, (self.ranks, self.plan)
+        # A worker reads its own rank's part and the plan, and decodes no more.
+        parts = [p.payload if isinstance(p.payload, bytes) else pickle.dumps(p.payload, -1) for p in self.parts]
+        return StepMessage, (parts, self.plan)
+
+
+@dataclass
+class StepMessage:
+    """A step as it comes to the workers.
+
+    Attributes:
+        parts: for each rank, vLLM's scheduler output for its model runner, pickled.
+        plan: the same for all ranks.
+    """
+
+    parts: list[bytes]
+    plan: StepPlan
+
+    def part(self, rank: int) -> SchedulerOutput:
+        output: SchedulerOutput = pickle.loads(self.parts[rank])
+        return output
 
 
 def with_generators(output: ModelRunnerOutput, generators: dict[str, bytes]) -> ModelRunnerOutput:
@@ -57,52 +78,59 @@ class NanoCPGrammarOutput:
     ranks: list[GrammarOutput | None]
 
 
-def merge(ranks: list[SchedulerOutput], plan: StepPlan) -> NanoCPSchedulerOutput:
+def merge(parts: Sequence[Part], plan: StepPlan) -> NanoCPSchedulerOutput:
     """Take the ranks' outputs together."""
     cached = CachedRequestData.make_empty()
     out = NanoCPSchedulerOutput(
         scheduled_new_reqs=[],
         scheduled_cached_reqs=cached,
         num_scheduled_tokens={},
-        total_num_scheduled_tokens=0,
+        total_num_scheduled_tokens=sum(part.tokens for part in parts),
         scheduled_spec_decode_tokens={},
         scheduled_encoder_inputs={},
         finished_req_ids=set(),
         free_encoder_mm_hashes=[],
-        ranks=ranks,
+        parts=list(parts),
         plan=plan,
     )
-    for part in ranks:
-        out.total_num_scheduled_tokens += part.total_num_scheduled_tokens
-        out.num_scheduled_tokens.update(part.num_scheduled_tokens)
-        out.scheduled_new_reqs.extend(part.scheduled_new_reqs)
-        cached.req_ids.extend(part.scheduled_cached_reqs.req_ids)
-        cached.resumed_req_ids |= part.scheduled_cached_reqs.resumed_req_ids
-        cached.new_block_ids.extend(part.scheduled_cached_reqs.new_block_ids)
-        cached.num_computed_tokens.extend(part.scheduled_cached_reqs.num_computed_tokens)
-        cached.num_output_tokens.extend(part.scheduled_cached_reqs.num_output_tokens)
-        out.finished_req_ids |= part.finished_req_ids
-        out.has_structured_output_requests |= part.has_structured_output_requests
-        out.pending_structured_output_tokens |= part.pending_structured_output_tokens
-        encoder, part_encoder = out.scheduled_encoder_input_stats, part.scheduled_encoder_input_stats
-        if encoder is None:
-            out.scheduled_encoder_input_stats = copy(part_encoder)
-        elif part_encoder is not None:
-            encoder.num_inputs += part_encoder.num_inputs
-            encoder.output_tokens += part_encoder.output_tokens
-        if part.scheduled_encoder_inputs:
-            out.scheduled_encoder_inputs.update(part.scheduled_encoder_inputs)
+    out.has_structured_output_requests = any(part.structured for part in parts)
+    out.pending_structured_output_tokens = any(part.pending for part in parts)
+    for part in parts:
+        if isinstance(part.payload, SchedulerOutput):
+            _add(out, part.payload)
     return out
 
 
-def describe(ranks: list[SchedulerOutput]) -> list[Batch]:
+def _add(out: NanoCPSchedulerOutput, part: SchedulerOutput) -> None:
+    """Add what EngineCore's logs say of a step in detail; ranks that are elsewhere do not tell."""
+    cached = out.scheduled_cached_reqs
+    out.num_scheduled_tokens.update(part.num_scheduled_tokens)
+    out.scheduled_new_reqs.extend(part.scheduled_new_reqs)
+    cached.req_ids.extend(part.scheduled_cached_reqs.req_ids)
+    cached.resumed_req_ids |= part.scheduled_cached_reqs.resumed_req_ids
+    cached.new_block_ids.extend(part.scheduled_cached_reqs.new_block_ids)
+    cached.num_computed_tokens.extend(part.scheduled_cached_reqs.num_computed_tokens)
+    cached.num_output_tokens.extend(part.scheduled_cached_reqs.num_output_tokens)
+    out.finished_req_ids |= part.finished_req_ids
+    encoder, part_encoder = out.scheduled_encoder_input_stats, part.scheduled_encoder_input_stats
+    if encoder is None:
+        out.scheduled_encoder_input_stats = copy(part_encoder)
+    elif part_encoder is not None:
+        encoder.num_inputs += part_encoder.num_inputs
+        encoder.output_tokens += part_encoder.output_tokens
+    if part.scheduled_encoder_inputs:
+        out.scheduled_encoder_inputs.update(part.scheduled_encoder_inputs)
+
+
+def describe(parts: Sequence[Part]) -> list[Batch]:
     """The ranks' batches, as their model runners will see them; empty when there are no tokens at all."""
-    if not any(part.total_num_scheduled_tokens for part in ranks):
+    if not any(part.tokens for part in parts):
         return []
-    return [_batch(part) if part.total_num_scheduled_tokens else IDLE for part in ranks]
+    return [part.batch if part.tokens else IDLE for part in parts]
 
 
-def _batch(part: SchedulerOutput) -> Batch:
+def batch_of(part: SchedulerOutput) -> Batch:
+    """A rank's batch as its model runner will see it."""
     num_reqs, num_tokens = len(part.num_scheduled_tokens), part.total_num_scheduled_tokens
     # One token each; a request's first token is no decode, though it may be its only one.
     decode = (

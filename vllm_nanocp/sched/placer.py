@@ -16,8 +16,7 @@ from ..placement.moves import with_reserve
 from ..placement.prefix import light
 from ..rank_hint import preferred_rank
 from .adapters import adapter_of
-from .rank_scheduler import AsyncRankScheduler, RankScheduler
-from .sessions import is_idle
+from .rank import Rank
 from .sharded import can_shard
 
 # How much KV counts against the batch where homes move (``benchmarks/balance_simulation.py``).
@@ -55,7 +54,7 @@ class Placer:
 
     def __init__(
         self,
-        ranks: Sequence[AsyncRankScheduler | RankScheduler],
+        ranks: Sequence[Rank],
         config: NanoCPConfig,
         block_size: int,
         max_model_len: int,
@@ -109,7 +108,7 @@ class Placer:
         fresh = place(tokens, block_size, loads, **afresh)
         if fresh is not None:
             return fresh
-        idle = [all(map(is_idle, rank.waiting)) for rank in self.ranks]
+        idle = [rank.view.nobody_waits for rank in self.ranks]
         wished = None if preferred is None else self._queue_at(request, preferred, loads, idle)
         return wished or self._queue_at(request, home, loads, idle)
 
@@ -190,7 +189,7 @@ class Placer:
             if not longest:
                 break
             able = [rank for rank, (length, _) in enumerate(found) if length == longest]
-            rank = able[0] if len(able) == 1 else min(able, key=lambda r: self.ranks[r].num_tokens)
+            rank = able[0] if len(able) == 1 else min(able, key=lambda r: self.ranks[r].view.tokens)
             runs.append(Run(rank, at, at + longest))
             held.append(found[rank][1])
             at += longest

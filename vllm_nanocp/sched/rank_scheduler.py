@@ -1,42 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank's vLLM scheduler, with the few doors the composition needs.
 
-Touches vLLM 0.32's ``Scheduler``, ``KVCacheManager``, its coordinator and block pool. The rest of ``sched`` uses
-these doors, ``SchedulerInterface``, and the scheduler's public ``requests`` and ``waiting``.
+Touches vLLM 0.32's ``Scheduler``, ``KVCacheManager``, its coordinator and block pool. The rest of ``sched`` knows a rank
+as a ``Rank`` (``rank.py``), which these doors are: they take ids and plain data, so that they can be used from another
+process. Requests themselves come in by ``enter``, ``arrive`` and ``add_chunk`` only.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from itertools import chain
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
-from ..placement import RankLoad
-from .adapters import AdapterDoors
-from .sessions import SessionDoors, is_idle
+from .adapters import AdapterDoors, adapter_of
+from .output import batch_of
+from .rank import Decoding, Part
+from .rank_view import RankView, view_of
+from .sessions import SessionDoors
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHash
+    from vllm.v1.core.sched.interface import PauseState
     from vllm.v1.core.sched.output import SchedulerOutput
-
-    from .sharded import Keeper
-
-_tokens = attrgetter("num_tokens")
+    from vllm.v1.engine import EngineCoreOutputs
 
 
 class RankDoors(SessionDoors, AdapterDoors):
     """Mixed into vLLM's scheduler: hooks on leaving, and shards that no queue knows of."""
 
-    on_preempt: Callable[[Request], None]
-    on_free: Callable[[Request], None]
+    # The rank's scheduler has preempted a request, or freed a finished one, of this id.
+    on_preempt: Callable[[str], None]
+    on_free: Callable[[str], None]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,16 +45,30 @@ class RankDoors(SessionDoors, AdapterDoors):
         # Those that it meets with this step's output: their tokens so far, by id.
         self.introduced: dict[str, list[int]] = {}
         # Blocks that requests which wait here without any will share with others, by id.
-        self._to_share: dict[str, int] = {}
+        self.to_share: dict[str, int] = {}
+        self._view: RankView | None = None
+
+    @property
+    def view(self) -> RankView:
+        """The rank in numbers; see ``RankView``."""
+        if self._view is None:
+            self._view = view_of(self)
+        return self._view
+
+    def refresh(self) -> None:
+        """Take the numbers anew when they are asked for next."""
+        self._view = None
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self.refresh()
         self.reserve_adapters()
         idle = not (self.running or self._coming or self._leaving)
         output = super().schedule(*args, **kwargs)
         if idle and not self.running:
             self.give_way_if_stuck()
-        for request_id in self._to_share.keys() & output.num_scheduled_tokens.keys():
-            del self._to_share[request_id]
+        for request_id in self.to_share.keys() & output.num_scheduled_tokens.keys():
+            del self.to_share[request_id]
+        self.refresh()
         self.introduced = {}
         if self._strangers:
             for request_id in self._strangers & output.num_scheduled_tokens.keys():
@@ -81,15 +95,34 @@ class RankDoors(SessionDoors, AdapterDoors):
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
-        self.on_preempt(request)
+        self.on_preempt(request.request_id)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)
         self._strangers.discard(request.request_id)
-        self._to_share.pop(request.request_id, None)
+        self.to_share.pop(request.request_id, None)
         self._left(request)
-        self.on_free(request)
+        self.refresh()
+        self.on_free(request.request_id)
         return result
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().update_from_output(*args, **kwargs)
+        self.refresh()
+        return outputs
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        super().set_pause_state(pause_state)
+        self.refresh()
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        self.refresh()
+        return super().reset_prefix_cache(*args, **kwargs)
+
+    def end(self, request_ids: Iterable[str], status: RequestStatus) -> None:
+        """Finish requests that this rank knows, if they have not ended."""
+        self.finish_requests(request_ids, status)
+        self.refresh()
 
     # -- shards ------------------------------------------------------------------------------------------------
 
@@ -101,6 +134,11 @@ class RankDoors(SessionDoors, AdapterDoors):
     @property
     def block_pool(self) -> BlockPool:
         return self.kv_cache_manager.block_pool
+
+    @property
+    def held_blocks(self) -> Any:
+        """The blocks of each request, by id."""
+        return self._manager.req_to_blocks
 
     def cached_run(self, hashes: Sequence[BlockHash], first_block: int) -> tuple[int, int]:
         """How many blocks from ``first_block`` on, one after another, are in this rank's prefix cache; and how many of
@@ -134,6 +172,7 @@ class RankDoors(SessionDoors, AdapterDoors):
         self.block_pool.touch(blocks)
         manager.req_to_blocks[member_id] = blocks
         manager.num_cached_block[member_id] = len(blocks)
+        self.refresh()
         return len(blocks)
 
     def allocate(self, member_id: str, num_blocks: int) -> None:
@@ -144,6 +183,7 @@ class RankDoors(SessionDoors, AdapterDoors):
         """
         num_tokens = num_blocks * self._manager.block_size
         self._manager.allocate_new_blocks(member_id, num_tokens, num_tokens)
+        self.refresh()
 
     def unfold(self, member_id: str, first_block: int) -> None:
         """Before its member computes: let vLLM's null block stand for each block before a shard's first."""
@@ -156,14 +196,17 @@ class RankDoors(SessionDoors, AdapterDoors):
         """Only the shard's own blocks are kept: a long request has as many members as chunks."""
         del self._manager.req_to_blocks[member_id][:first_block]
 
-    def record_prefix_hits(self, request: Request, num_tokens: int) -> None:
+    def record_prefix_hits(self, num_tokens: int, num_hits: int, preempted: bool) -> None:
         """Count a prefix-cache lookup in this rank's statistics, as vLLM's scheduler does for its own."""
-        self.kv_cache_manager.record_prefix_cache_stats(request, num_tokens)
+        manager = self.kv_cache_manager
+        if manager.log_stats and manager.enable_caching:
+            assert manager.prefix_cache_stats is not None
+            manager.prefix_cache_stats.record(num_tokens=num_tokens, num_hits=num_hits, preempted=preempted)
 
-    def note_finished(self, request: Request) -> None:
+    def note_finished(self, request_id: str, client_index: int) -> None:
         """Tell front-ends that track requests by id of one that ended before this scheduler knew it by its id."""
         if self.finished_req_ids_dict is not None:
-            self.finished_req_ids_dict[request.client_index].add(request.request_id)
+            self.finished_req_ids_dict[client_index].add(request_id)
 
     @property
     def num_free_blocks(self) -> int:
@@ -174,16 +217,14 @@ class RankDoors(SessionDoors, AdapterDoors):
         """All blocks that requests can use: without the null block."""
         return self.block_pool.num_gpu_blocks - 1
 
-    def shard_blocks(self, keeper: Keeper) -> list[int]:
+    def shard_blocks(self, member_id: str) -> list[int]:
         """Block ids of a shard whose member does not compute, in order."""
-        return [block.block_id for block in self._manager.req_to_blocks[keeper.request_id]]
+        return [block.block_id for block in self._manager.req_to_blocks[member_id]]
 
-    def close_shard(self, member: Request | Keeper) -> None:
+    def close_shard(self, member_id: str) -> None:
         """Give a shard's blocks back. The member must not be in the scheduler's queues."""
-        self.kv_cache_manager.coordinator.free(member.request_id)
-
-    def holds(self, member: Request) -> bool:
-        return bool(self._manager.req_to_blocks.get(member.request_id))
+        self.kv_cache_manager.coordinator.free(member_id)
+        self.refresh()
 
     # -- members -----------------------------------------------------------------------------------------------
 
@@ -194,10 +235,11 @@ class RankDoors(SessionDoors, AdapterDoors):
             request: waits nowhere.
             to_share: blocks that others hold and that it will share when it is scheduled.
         """
+        request_id = request.request_id
         if to_share:
-            self._to_share[request.request_id] = to_share
+            self.to_share[request_id] = to_share
         events = len(request.events)
-        if request.request_id in self.requests:
+        if request_id in self.requests:
             self._enqueue_waiting_request(request)
         else:
             chunks = request.streaming_queue
@@ -205,39 +247,68 @@ class RankDoors(SessionDoors, AdapterDoors):
             request.streaming_queue = chunks
         # The request was queued when it came, not when it entered a rank.
         del request.events[events:]
+        if self._view is not None:
+            have, done = request.num_tokens, request.num_computed_tokens
+            held = len(self.held_blocks.get(request_id, ()))
+            blocks = max(0, -(-have // self._manager.block_size) - held - to_share)
+            self._view.note_entered(have, max(0, have - done), blocks, adapter_of(request))
 
-    def leave(self, request: Request) -> None:
+    def add_chunk(self, chunk: Request) -> None:
+        """The next chunk of a session that is here, or the end of its input."""
+        self.add_request(chunk)
+        self.refresh()
+
+    def requeue(self, request_id: str) -> None:
+        """Let a session that was preempted and has made its tokens wait here again."""
+        self._enqueue_waiting_request(self.requests[request_id])
+        self.refresh()
+
+    def leave(self, request_id: str) -> None:
         """Schedule a running request no more; what it has in flight still comes to it."""
+        request = self.requests[request_id]
         self.running.remove(request)
-        self._leaving[request.request_id] = request
+        self._leaving[request_id] = request
         self.max_num_active_reqs -= 1
+        self.refresh()
+
+    @property
+    def leaving_requests(self) -> Iterable[Request]:
+        return self._leaving.values()
 
     def _left(self, request: Request) -> None:
         if self._leaving.pop(request.request_id, None) is not None:
             self.max_num_active_reqs += 1
 
-    def stay(self, request: Request) -> None:
+    def stay(self, request_id: str) -> None:
         """Take back one that was about to leave."""
+        request = self.requests[request_id]
         self._left(request)
         self.running.append(request)
+        self.refresh()
 
-    def expect(self, request: Request) -> None:
+    def expect(self, request_id: str, adapter: int | None) -> None:
         """Keep a slot of the model runner, one for its adapter, and a block, for a request that is on its way here."""
-        self._coming[request.request_id] = request
+        self._coming[request_id] = adapter
         self.max_num_active_reqs -= 1
+        self.refresh()
+
+    @property
+    def num_coming(self) -> int:
+        return len(self._coming)
 
     def expect_no_more(self, request_id: str) -> None:
         del self._coming[request_id]
         self.max_num_active_reqs += 1
+        self.refresh()
 
-    def hand_over(self, request: Request, keeper: Keeper, first_block: int) -> None:
+    def hand_over(self, request_id: str, keeper_id: str, first_block: int) -> None:
         """Let a keeper have the shard of a request that has left; the model runner forgets the request."""
+        request, manager = self.requests[request_id], self._manager
         self.kv_cache_manager.cache_blocks(request, request.num_computed_tokens)
-        manager = self._manager
-        manager.req_to_blocks[keeper.request_id] = manager.req_to_blocks.pop(request.request_id)
-        manager.num_cached_block[keeper.request_id] = manager.num_cached_block.pop(request.request_id, 0)
-        self._fold(keeper.request_id, first_block)
-        self._strangers.discard(request.request_id)
+        manager.req_to_blocks[keeper_id] = manager.req_to_blocks.pop(request_id)
+        manager.num_cached_block[keeper_id] = manager.num_cached_block.pop(request_id, 0)
+        self._fold(keeper_id, first_block)
+        self._strangers.discard(request_id)
         self._left(request)
         self._forget(request)
 
@@ -250,28 +321,33 @@ class RankDoors(SessionDoors, AdapterDoors):
         self.requests[request.request_id] = request
         self._strangers.add(request.request_id)
         self.running.insert(0, request)
+        self.refresh()
 
-    def park(self, member: Request, first_block: int) -> None:
+    def park(self, member_id: str, first_block: int) -> None:
         """Take a member out of the scheduler and of the model runner; its shard stays."""
-        self._fold(member.request_id, first_block)
+        member = self.requests[member_id]
+        self._fold(member_id, first_block)
         self.running.remove(member)
         self._forget(member)
 
-    def withdraw(self, member: Request) -> None:
+    def withdraw(self, member_id: str) -> None:
         """Take a member that waits (after a preemption, or not yet started) out; its shard stays, if any."""
-        self.take_from_queues(member)
-        self._forget(member)
+        self.take_from_queues(member_id)
+        self._forget(self.requests[member_id])
 
-    def take_from_queues(self, request: Request) -> None:
+    def take_from_queues(self, request_id: str) -> None:
         """Out of the waiting queues; the scheduler and the model runner still know the request."""
+        request = self.requests[request_id]
         self.waiting.remove_requests([request])
         self.kv_holding_waiting.remove_requests([request])
         self.deferred_waiting.discard(request)
+        self.refresh()
 
     def _forget(self, member: Request) -> None:
         self._inflight_prefills.discard(member)
         del self.requests[member.request_id]
         self.finished_req_ids.add(member.request_id)
+        self.refresh()
 
     def preempt_running(self) -> None:
         """Preempt all; their output in flight is dropped, since they may resume in the same step."""
@@ -279,65 +355,64 @@ class RankDoors(SessionDoors, AdapterDoors):
         while self.running:
             self._preempt_request(self.running.pop(), now, drop_stale_output=True)
         self.prev_step_scheduled_req_ids.clear()
+        self.refresh()
 
-    # -- load --------------------------------------------------------------------------------------------------
-
-    @property
-    def spare_blocks(self) -> int:
-        """Free blocks that nobody who runs, or is about to, needs for the tokens it has and the next one; may be
-        negative."""
-        return self.num_free_blocks - self.blocks_to_take
-
-    @property
-    def blocks_to_take(self) -> int:
-        """Blocks that requests which run or are about to have yet to take for their tokens and the next one."""
-        held, block_size = self._manager.req_to_blocks, self._manager.block_size
-        return len(self._coming) + sum(
-            max(0, -(-max(r.num_tokens, r.num_computed_tokens + 1) // block_size) - len(held[r.request_id]))
+    def decoding(self) -> list[Decoding]:
+        """Requests that run, have computed their prompt, and whose last block is full."""
+        block_size = self._manager.block_size
+        return [
+            Decoding(r.request_id, r.num_computed_tokens, r.num_output_tokens + r.num_output_placeholders, r.num_tokens)
             for r in self.running
-        )
+            if not r.num_computed_tokens % block_size and r.num_computed_tokens >= r.num_prompt_tokens
+        ]
 
-    @property
-    def tokens_to_compute(self) -> int:
-        """Tokens of all that run here or wait that are yet to be computed."""
-        present = chain(self.running, self.waiting, self.kv_holding_waiting)
-        tokens = sum(max(0, request.num_tokens - request.num_computed_tokens) for request in present)
-        return tokens - sum(self._to_share.values()) * self._manager.block_size
+    def note_backlog(self, backlog: bool) -> None:
+        """Requests wait for a placement: then no prompts are deferred, so that no slot stays empty."""
+        self.prefill_capacity_bound |= backlog
+        self.refresh()
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all that run here, wait, or are about to leave."""
-        here = chain(self.running, self.waiting, self.kv_holding_waiting, self._leaving.values())
-        return sum(map(_tokens, here))
+    # A request's state is its own where the scheduler is of the same process.
 
-    def load(self, block_size: int, ahead: int = 0) -> RankLoad:
-        """What placement needs to know. Requests that wait without blocks count as if they had them.
+    def watch(self, request: Request) -> None:
+        """Keep the caller's copy of a request that is here up to date."""
 
-        Args:
-            block_size: tokens a block holds.
-            ahead: sharded requests that will have their home here.
-        """
-        # Sessions that wait for their client need a slot of the model runner and nothing else.
-        waiting = len(self.waiting) + len(self.kv_holding_waiting) - self.num_waiting_for_streaming_input
-        held, shared = self._manager.req_to_blocks, self._to_share
-        promised = sum(
-            max(0, -(-r.num_tokens // block_size) - len(held.get(r.request_id, ())) - shared.get(r.request_id, 0))
-            for r in chain(self.waiting, self.kv_holding_waiting)
-            if not is_idle(r)
-        )
-        batch = len(self.running) + waiting + ahead + len(self._coming)
-        total = self.num_blocks
-        watermark = self.kv_cache_manager.watermark_blocks if self.running else 0
-        free = max(0, self.num_free_blocks - promised - self.blocks_to_take - watermark)
-        slots = self.max_num_active_reqs + len(self._coming) - batch - self.num_waiting_for_streaming_input
-        return RankLoad(
-            free_blocks=free,
-            used_blocks=total - free,
-            batch=batch,
-            slots=slots,
-            adapters=self.adapters(),
-            max_adapters=self.max_adapters,
-        )
+    def unwatch(self, request_id: str) -> None:
+        """The copy is not looked at any more."""
+
+    # -- a step, in two halves, as ranks elsewhere do it ---------------------------------------------------------
+
+    def begin_schedule(self, throttle_prefills: bool) -> None:
+        self._throttle = throttle_prefills
+
+    def end_schedule(self) -> Part:
+        return part_of(self.schedule(self._throttle))
+
+    def begin_update(self, part: Part, output: Any) -> None:
+        self._update = part, output
+
+    def end_update(self) -> dict[int, EngineCoreOutputs]:
+        part, output = self._update
+        del self._update
+        return self.update_from_output(part.payload, output)
+
+    def grammar_bitmask(self, part: Part) -> Any:
+        """The part's bitmask, or None. A copy: ranks may share the manager, which fills the same buffer for the next."""
+        bitmask = self.get_grammar_bitmask(part.payload)
+        if bitmask is not None:
+            bitmask.grammar_bitmask = bitmask.grammar_bitmask.copy()
+        return bitmask
+
+
+def part_of(output: SchedulerOutput) -> Part:
+    """What one rank has scheduled, for who takes the ranks together."""
+    return Part(
+        tokens=output.total_num_scheduled_tokens,
+        batch=batch_of(output),
+        scheduled=output.num_scheduled_tokens,
+        structured=output.has_structured_output_requests,
+        pending=output.pending_structured_output_tokens,
+        payload=output,
+    )
 
 
 class RankScheduler(RankDoors, Scheduler):

@@ -25,9 +25,9 @@ def rank_states(scheduler: NanoCPScheduler) -> list[RankState]:
             shards[rank] += 1
     return [
         RankState(
-            kv_usage=rank.get_kv_cache_usage(),
-            running=len(rank.running),
-            waiting=rank.get_request_counts()[1],
+            kv_usage=rank.view.kv_usage,
+            running=rank.view.running,
+            waiting=rank.view.queued,
             guests=work.guests,
             shards=held,
         )

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from copy import copy
+from functools import partial
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -41,6 +42,7 @@ from .members import Members
 from .mover import Mover
 from .output import NanoCPSchedulerOutput, describe, generators_in, merge
 from .placer import Placer, stripe_blocks
+from .rank import Part, Rank
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .reporting import engine_stats
 from .shared_prefix import SharedPrefixes
@@ -82,7 +84,7 @@ class NanoCPScheduler(RanksTogether):
         self.connector = None
         self.ec_connector = None
         rank_cls = AsyncRankScheduler if vllm_config.scheduler_config.async_scheduling else RankScheduler
-        self.ranks: list[AsyncRankScheduler | RankScheduler] = []
+        self.ranks: list[Rank] = []
         for rank in range(self.config.ranks):
             # Each rank publishes its KV events on a port of its own, as vLLM's data-parallel engines do.
             rank_config = copy(vllm_config)
@@ -102,7 +104,7 @@ class NanoCPScheduler(RanksTogether):
             )
             if one_group and self.config.degree_limit > 1 and scheduler.enable_kv_cache_events:
                 kv_events.install(scheduler.kv_cache_manager)
-            scheduler.on_preempt = self._on_preempt
+            scheduler.on_preempt = partial(self._on_preempt, rank)
             scheduler.on_free = self._on_free
             scheduler.on_turn = self._on_turn
             self.ranks.append(scheduler)
@@ -136,6 +138,8 @@ class NanoCPScheduler(RanksTogether):
         self.waiting = create_request_queue(policy)
         # Requests in `waiting`, by id.
         self.unplaced: dict[str, Request] = {}
+        # All that have not ended, by id. Where a rank's scheduler is of another process, a copy.
+        self.requests: dict[str, Request] = {}
         # The rank whose scheduler and model runner know a request by its own id.
         self.rank_of: dict[str, int] = {}
         self.members = Members(self.ranks, self.rank_of, block_size, self.config.decode_bench, log_stats)
@@ -148,7 +152,8 @@ class NanoCPScheduler(RanksTogether):
             self.waiting.prepend_request,
             self.by_priority,
         )
-        self._preempted: list[Request] = []
+        # Members that ranks have preempted in the step at hand.
+        self._preempted: list[str] = []
         self.failures = Failures()
         # Requests placed so far: whose turn it is, where that decides.
         self._num_placed = 0
@@ -168,15 +173,20 @@ class NanoCPScheduler(RanksTogether):
     def add_request(self, request: Request) -> None:
         if self.failures.refuse(request):
             return
-        rank = self.rank_of.get(request.request_id)
-        if rank is not None:  # the next part of a streaming-input session, or a duplicate id, which vLLM refuses
-            self.ranks[rank].add_request(request)
+        rank, waiting = self.rank_of.get(request.request_id), self.unplaced.get(request.request_id)
+        # The next part of a streaming-input session; or a duplicate id, which vLLM refuses.
+        if waiting is not None and rank is not None:
+            self.ranks[rank].queue_chunk(waiting, request)
             return
-        if request.request_id in self.unplaced:
-            sessions.queue_chunk(self.unplaced[request.request_id], request)
+        if rank is not None:
+            self.ranks[rank].add_chunk(request)
+            return
+        if waiting is not None:
+            sessions.keep_chunk(waiting, request)
             return
         assert request.request_id not in self.sharded, "duplicate request id"
         sessions.begin(request)
+        self.requests[request.request_id] = request
         if self.log_stats:
             request.record_event(EngineCoreEventType.QUEUED)
         self._wait(request)
@@ -185,6 +195,9 @@ class NanoCPScheduler(RanksTogether):
         request.num_computed_tokens = 0
         self.prefixes.leads_no_more(request.request_id)
         self.unplaced[request.request_id] = request
+        home = self.rank_of.get(request.request_id)
+        if home is not None:  # what it has in flight may yet come
+            self.ranks[home].watch(request)
         (self.waiting.prepend_request if first else self.waiting.add_request)(request)
 
     def _admit(self) -> None:
@@ -236,6 +249,8 @@ class NanoCPScheduler(RanksTogether):
             else:
                 hits, local = self.members.open(request, shard_map, hashes)
                 self.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
+            if home is not None:
+                self.ranks[home].unwatch(request.request_id)
             self.prefixes.lead(request, shard_map, hits // self.block_size)
             self._num_placed += 1
 
@@ -249,23 +264,23 @@ class NanoCPScheduler(RanksTogether):
         for ended in self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR):
             self.failures.note(ended)
 
-    def _on_turn(self, session: Request) -> bool:
-        """A session has made its tokens after a rank had preempted it; says whether it waits in the queue here."""
-        if session.request_id not in self.unplaced:
-            return False
-        if not sessions.is_idle(session):
-            return True
-        self._unqueue(session.request_id)
-        return False
+    def _on_turn(self, request_id: str, idle: bool) -> None:
+        """A session has made its tokens after a rank had preempted it: if it waits in the queue here, and has its next
+        chunk, it goes on to."""
+        if request_id in self.unplaced:
+            if not idle:
+                return
+            self._unqueue(request_id)
+        self.ranks[self.rank_of[request_id]].requeue(request_id)
 
     def _bench(self, request: Request, shard_map: ShardMap) -> bool:
         """Whether a request of one run is to be taken as computed: then its blocks are allocated here, too."""
-        room = self.ranks[shard_map.home].num_free_blocks
+        room = self.ranks[shard_map.home].view.free_blocks
         return self.members.taken_as_computed(request) and room >= shard_map.num_blocks
 
-    def _on_free(self, request: Request) -> None:
-        """A rank's scheduler has freed a finished request."""
-        request_id = self.members.owner_of(request.request_id)
+    def _on_free(self, member_id: str) -> None:
+        """A rank's scheduler has freed a finished request, or a member of one."""
+        request_id = self.members.owner_of(member_id)
         if request_id in self.unplaced:  # it ended by output that was in flight when it was preempted
             self._unqueue(request_id)
         sharded = self.sharded.get(request_id)
@@ -277,6 +292,7 @@ class NanoCPScheduler(RanksTogether):
                 self.finished_shares.popitem(last=False)
             self.members.close(sharded)
         self.rank_of.pop(request_id, None)
+        self.requests.pop(request_id, None)
         self.mover.forget(request_id)
         self.prefixes.leads_no_more(request_id)
 
@@ -287,30 +303,29 @@ class NanoCPScheduler(RanksTogether):
             self.waiting.remove_request(request)
         return request
 
-    def _on_preempt(self, member: Request) -> None:
+    def _on_preempt(self, at: int, member_id: str) -> None:
         """A rank's scheduler has preempted a request; it is in the middle of a step, so this waits."""
-        self._preempted.append(member)
+        self._preempted.append(member_id)
         self.num_preemptions += 1
         if not self._resetting:
             room = any(
-                rank.spare_blocks > 0 and load.slots > 0
+                rank.view.spare_blocks > 0 and load.slots > 0
                 for rank, load in zip(self.ranks, self.mover.loads(), strict=True)
-                if member.request_id not in rank.requests
+                if rank is not self.ranks[at]
             )
             self.num_avoidable_preemptions += room
             self.collector.preempted(rooms_elsewhere=room)
 
     def _settle(self) -> None:
         """Requests that a rank has preempted give up all their shards and wait for a new placement."""
-        for member in self._preempted:
-            request_id = self.members.owner_of(member.request_id)
-            sharded = self.sharded.get(request_id)
-            request = member if sharded is None else sharded.request
+        for member_id in self._preempted:
+            request_id = self.members.owner_of(member_id)
+            sharded, request = self.sharded.get(request_id), self.requests[request_id]
             if sharded is None or sharded.at_home:
                 # The model runner keeps its sampling state: the home stays where it is.
-                self.ranks[self.rank_of[request_id]].take_from_queues(request)
+                self.ranks[self.rank_of[request_id]].take_from_queues(request_id)
             else:
-                self.ranks[sharded.rank].withdraw(member)
+                self.ranks[sharded.rank].withdraw(member_id)
                 request.num_preemptions += 1
                 if self.log_stats:
                     request.record_event(EngineCoreEventType.PREEMPTED)
@@ -321,28 +336,28 @@ class NanoCPScheduler(RanksTogether):
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         if request_ids is None:
-            request_ids = [*self.unplaced, *self.sharded, *(r for rank in self.ranks for r in rank.requests)]
+            request_ids = list(self.requests)
         elif isinstance(request_ids, str):
             request_ids = [request_ids]
         ended: list[Request] = []
         for request_id in dict.fromkeys(request_ids):
             self.failures.forget(request_id)
-            rank = self.rank_of.get(request_id)
-            sharded = self.sharded.get(request_id)
+            request = self.requests.get(request_id)
+            if request is None:
+                continue
+            rank, sharded = self.rank_of.get(request_id), self.sharded.get(request_id)
             if sharded is not None and not sharded.at_home:
-                self.ranks[sharded.rank].finish_requests(sharded.member.request_id, finished_status)
+                self.ranks[sharded.rank].end([sharded.member.request_id], finished_status)
             if rank is not None:  # perhaps from a time before its preemption
-                ended.extend(self.ranks[rank].finish_requests(request_id, finished_status))
+                self.ranks[rank].end([request_id], finished_status)
             elif sharded is not None:
-                request = sharded.request
-                request.status = finished_status
-                self.ranks[sharded.rank].note_finished(request)
-                ended.append(request)
-            elif request_id in self.unplaced:
-                request = self._unqueue(request_id)
-                request.status = finished_status
-                self.ranks[0].note_finished(request)
-                ended.append(request)
+                self.ranks[sharded.rank].note_finished(request_id, request.client_index)
+            else:
+                self._unqueue(request_id)
+                self.ranks[0].note_finished(request_id, request.client_index)
+            self.requests.pop(request_id, None)
+            request.status = finished_status
+            ended.append(request)
         return ended
 
     # -- a step ------------------------------------------------------------------------------------------------
@@ -352,25 +367,15 @@ class NanoCPScheduler(RanksTogether):
             throttle_prefills = self.cadence.throttles(self.get_num_unfinished_requests(), self.ranks)
         self.members.begin_step()
         for rank in self.ranks:
-            for session in rank.take_outgrown():
-                self._fail(session)
+            for session_id in rank.take_outgrown():
+                if session_id in self.requests:
+                    self._fail(self.requests[session_id])
         self.mover.step()
         self._admit()
         now = time.monotonic()
-        scheduled: dict[int, SchedulerOutput] = {}
-        together = bool(self.config.parallel_prefill)
-        for index in self.members.order() if together else range(len(self.ranks)):
-            if self._preempted:  # there is room now, for what the next rank would preempt
-                self.mover.spill(index)
-            scheduled[index] = self.ranks[index].schedule(throttle_prefills)
-            if together:
-                self.members.advance({index: scheduled[index]})
-        if not together:  # who enters now is scheduled with the next step
-            self.members.advance(scheduled)
-        parts = [scheduled[index] for index in range(len(self.ranks))]
+        parts = self._schedule_ranks(throttle_prefills)
         self.mover.last_work = work = self.mover.work()
-        if self._preempted:
-            self._settle()
+        self._settle()
         self.prefixes.observe(parts, not throttle_prefills and self._pause_state == PauseState.UNPAUSED)
         if self.cadence is not None:
             self.cadence.note_backlog(bool(self.waiting))
@@ -386,6 +391,29 @@ class NanoCPScheduler(RanksTogether):
         self.num_tokens += output.total_num_scheduled_tokens
         output.work, output.scheduled = work, now
         return output
+
+    def _schedule_ranks(self, throttle_prefills: bool) -> list[Part]:
+        """Let each rank schedule: all at once, but those that compute prompts together one after another, so that what
+        one has computed enters the next in the same step."""
+        in_turn = self.members.order() if self.config.parallel_prefill else []
+        others = [rank for rank in range(len(self.ranks)) if rank not in set(in_turn)]
+        for index in others:
+            self.ranks[index].begin_schedule(throttle_prefills)
+        parts: dict[int, Part] = {}
+        for index in in_turn:
+            if self._preempted:  # there is room now, for what the next rank would preempt
+                self.mover.spill(index)
+            self.ranks[index].begin_schedule(throttle_prefills)
+            parts[index] = self.ranks[index].end_schedule()
+            self.members.advance({index: parts[index]})
+        rest: dict[int, Part] = {}
+        for index in others:
+            if self._preempted:
+                self.mover.spill(index)
+            rest[index] = self.ranks[index].end_schedule()
+        self.members.advance(rest)  # who enters now is scheduled with the next step
+        parts |= rest
+        return [parts[index] for index in range(len(self.ranks))]
 
     def update_from_output(  # type: ignore[override]
         self, scheduler_output: SchedulerOutput, model_runner_output: list[ModelRunnerOutput]
@@ -404,8 +432,10 @@ class NanoCPScheduler(RanksTogether):
         if scheduler_output.plan.departing:
             states = {k: v for output in model_runner_output for k, v in generators_in(output).items()}
             self.mover.note_generators(scheduler_output.plan.departing, states)
-        for rank, part, output in zip(self.ranks, scheduler_output.ranks, model_runner_output, strict=True):
-            for client, outputs in rank.update_from_output(part, output).items():
+        for rank, part, output in zip(self.ranks, scheduler_output.parts, model_runner_output, strict=True):
+            rank.begin_update(part, output)
+        for rank in self.ranks:
+            for client, outputs in rank.end_update().items():
                 if outputs.scheduler_stats is not None:
                     stats.append(outputs.scheduler_stats)
                     outputs.scheduler_stats = None

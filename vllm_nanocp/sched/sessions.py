@@ -21,6 +21,8 @@ from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
 
+    from .rank import Rank
+
     _Base = Scheduler
 else:
     _Base = object
@@ -37,16 +39,16 @@ def begin(request: Request) -> None:
         request.streaming_queue = deque()
 
 
-def queue_chunk(session: Request, chunk: Request) -> None:
+def keep_chunk(session: Request, chunk: Request) -> None:
     """Keep the next chunk of a session that no rank knows yet, or the end of its input, as vLLM's scheduler does."""
     assert session.streaming_queue is not None, "duplicate request id"
     session.streaming_queue.append(StreamingUpdate.from_request(chunk))
 
 
-def make_way(ranks: Sequence[SessionDoors]) -> None:
+def make_way(ranks: Sequence[Rank]) -> None:
     """A request finds no room at these ranks. If nothing will end that it could wait for, sessions without work give up
     their KV."""
-    if not any(rank.is_busy for rank in ranks):
+    if not any(rank.view.busy for rank in ranks):
         for rank in ranks:
             rank.give_way()
 
@@ -54,8 +56,9 @@ def make_way(ranks: Sequence[SessionDoors]) -> None:
 class SessionDoors(_Base):
     """Mixed into vLLM's scheduler: sessions in every state that several ranks bring about."""
 
-    # Whether a request waits in the queue of all ranks; an idle one is taken out of it.
-    on_turn: Callable[[Request], bool]
+    # A session of this id has made its tokens after a preemption, and is idle, or has its next chunk. vLLM has taken it
+    # out of the rank's queues.
+    on_turn: Callable[[str, bool], None]
     # The longest request that can ever have room here.
     most_tokens: int
 
@@ -85,12 +88,16 @@ class SessionDoors(_Base):
         if not self._has_place(session, update):
             self.outgrown.append(session)
 
-    def take_outgrown(self) -> list[Request]:
+    def queue_chunk(self, session: Request, chunk: Request) -> None:
+        """Keep the next chunk of a session that this rank knows and that waits in the queue of all ranks."""
+        keep_chunk(session, chunk)
+
+    def take_outgrown(self) -> list[str]:
         """Sessions that have come to have no place here, and have not ended since."""
         if not self.outgrown:
             return []
         outgrown, self.outgrown = self.outgrown, []
-        return [session for session in outgrown if not session.is_finished()]
+        return [session.request_id for session in outgrown if not session.is_finished()]
 
     def _has_place(self, session: Request, update: StreamingUpdate) -> bool:
         """Whether this rank can ever hold a session with its next tokens; ``max_tokens`` is cut to what fits if the
@@ -107,9 +114,9 @@ class SessionDoors(_Base):
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
         outputs = super().update_from_output(*args, **kwargs)
-        for session in self._preempted_turns:  # vLLM has taken them out of its queues
-            if session.request_id in self.requests and not self.on_turn(session):
-                self._enqueue_waiting_request(session)
+        for session in self._preempted_turns:
+            if session.request_id in self.requests:
+                self.on_turn(session.request_id, is_idle(session))
         self._preempted_turns.clear()
         return outputs
 
@@ -160,3 +167,7 @@ class SessionDoors(_Base):
         session.num_computed_tokens = 0
         self.reset_preempted_req_ids.add(session.request_id)  # frees its slot in the model runner
         self._enqueue_waiting_request(session)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """What was known of this rank has changed."""

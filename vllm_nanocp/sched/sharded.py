@@ -166,18 +166,18 @@ class ShardedRequest:
         self.active += 1
         return member
 
-    def blocks_at(self, rank: int, held: Callable[[Keeper], list[int]]) -> list[int]:
+    def blocks_at(self, rank: int, held: Callable[[str], list[int]]) -> list[int]:
         """Block ids of all finished runs at a rank, in order.
 
         Args:
             rank: which.
-            held: the blocks that a keeper has there.
+            held: the blocks that a keeper of this id has there.
         """
         blocks: list[int] = []
         for keeper, run in zip(self.members[: self.active], self.shard_map.runs, strict=False):
             if run.rank == rank:
                 assert isinstance(keeper, Keeper)
-                blocks += held(keeper)[: run.num_blocks]
+                blocks += held(keeper.request_id)[: run.num_blocks]
         return blocks
 
     def row(self, num_queries: int) -> PlanRow | None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from ..placement import Prefix, Run, ShardMap, cdiv
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
     from .members import Members
     from .placer import Placer
-    from .rank_scheduler import AsyncRankScheduler, RankScheduler
+    from .rank import Part, Rank
 
 _arrival = attrgetter("arrival_time")
 
@@ -87,7 +86,7 @@ class SharedPrefixes:
 
     def __init__(
         self,
-        ranks: Sequence[AsyncRankScheduler | RankScheduler],
+        ranks: Sequence[Rank],
         members: Members,
         placer: Placer,
         segment_size: int,
@@ -122,7 +121,7 @@ class SharedPrefixes:
         Returns:
             Where its first blocks are cached, or will be when its turn has come; None if it is set aside now.
         """
-        free = [rank.num_free_blocks for rank in self.ranks]
+        free = [rank.view.free_blocks for rank in self.ranks]
         self._unsought = (
             self._blocked is not None
             and self._blocked[0] == request.request_id
@@ -136,7 +135,7 @@ class SharedPrefixes:
     def note_blocked(self, request: Request) -> None:
         """The first of the queue has found no room: its prefix, a long one perhaps, is not looked for again in each
         step, but when there is more room."""
-        self._blocked = request.request_id, [rank.num_free_blocks for rank in self.ranks]
+        self._blocked = request.request_id, [rank.view.free_blocks for rank in self.ranks]
 
     def look_again(self) -> bool:
         """Whether there is room, but what it is for was not looked for in the caches."""
@@ -155,7 +154,7 @@ class SharedPrefixes:
         if not taken:
             return False
         needed = taken + shard_map.num_blocks - sum(prefix.held)
-        return sum(rank.num_free_blocks for rank in self.ranks) < needed
+        return sum(rank.view.free_blocks for rank in self.ranks) < needed
 
     def _before(self, request: Request, other: Request) -> bool:
         """Whether a request's turn is before another one's."""
@@ -215,7 +214,7 @@ class SharedPrefixes:
     def _in_time(self, prefix: Prefix, tokens: int) -> bool:
         """Whether a request that shares so many tokens is answered about as soon at the rank of its prefix, behind the
         work there, as where there is least and it would compute them itself."""
-        work = [rank.tokens_to_compute for rank in self.ranks]
+        work = [rank.view.to_compute for rank in self.ranks]
         return work[prefix.runs[0].rank] - min(work) <= tokens * 3 // 2 + self._budget // 4
 
     def lead(self, request: Request, shard_map: ShardMap, known_blocks: int) -> None:
@@ -227,7 +226,8 @@ class SharedPrefixes:
             return
         leader = Leader(request, shard_map, hashes, end_block * self.block_size)
         if request.request_id not in self.members.sharded:  # it may have been placed to wait at its rank
-            leader.stuck = self.ranks[shard_map.home].num_free_blocks < shard_map.num_blocks - known_blocks
+            self.ranks[shard_map.home].watch(request)
+            leader.stuck = self.ranks[shard_map.home].view.free_blocks < shard_map.num_blocks - known_blocks
         self._leaders[request.request_id] = leader
         for block_hash in hashes:
             self._pending.setdefault(block_hash, leader)
@@ -237,6 +237,8 @@ class SharedPrefixes:
         leader = self._leaders.pop(request_id, None)
         if leader is None:
             return
+        if request_id not in self.members.sharded:
+            self.ranks[leader.shard_map.home].unwatch(request_id)
         for block_hash in leader.hashes:
             if self._pending.get(block_hash) is leader:
                 del self._pending[block_hash]
@@ -254,7 +256,7 @@ class SharedPrefixes:
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def observe(self, parts: Sequence[SchedulerOutput], prompts: bool) -> None:
+    def observe(self, parts: Sequence[Part], prompts: bool) -> None:
         """After a step: those whose leader has come far enough, or does not come on, go back to the queue.
 
         Args:
@@ -263,7 +265,7 @@ class SharedPrefixes:
         """
         if not self._leaders:
             return
-        spare = [self._budget - part.total_num_scheduled_tokens for part in parts]
+        spare = [self._budget - part.tokens for part in parts]
         idle = max(spare) * 2 >= self._budget
         for request_id, leader in list(self._leaders.items()):
             computed = self._computed(leader)

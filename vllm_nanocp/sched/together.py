@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
-from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from .failures import Failures
     from .members import Members
     from .mover import Mover
-    from .rank_scheduler import AsyncRankScheduler, RankScheduler
+    from .rank import Rank
 
 
 class RanksTogether(SchedulerInterface):
     """Of vLLM's scheduler interface, what only sums up or passes on. ``NanoCPScheduler`` has the attributes."""
 
-    ranks: list[AsyncRankScheduler | RankScheduler]
+    ranks: list[Rank]
     unplaced: dict[str, Request]
     members: Members
     mover: Mover
@@ -33,13 +33,10 @@ class RanksTogether(SchedulerInterface):
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)
         if not scheduler_output.has_structured_output_requests:
             return None
-        bitmasks: list[GrammarOutput | None] = []
-        for rank, part in zip(self.ranks, scheduler_output.ranks, strict=True):
-            bitmask = rank.get_grammar_bitmask(part)
-            if bitmask is not None:
-                # All ranks share the manager, which fills the same buffer for the next one.
-                bitmask.grammar_bitmask = bitmask.grammar_bitmask.copy()
-            bitmasks.append(bitmask)
+        bitmasks = [
+            rank.grammar_bitmask(part) if part.structured else None
+            for rank, part in zip(self.ranks, scheduler_output.parts, strict=True)
+        ]
         return NanoCPGrammarOutput(bitmasks) if any(b is not None for b in bitmasks) else None
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
@@ -54,22 +51,23 @@ class RanksTogether(SchedulerInterface):
         waiting = len(self.unplaced) if self._pause_state == PauseState.UNPAUSED else 0
         if self._pause_state != PauseState.PAUSED_ALL:
             waiting += len(self.mover.leaving)
-        return waiting + sum(rank.get_num_unfinished_requests() for rank in self.ranks)
+        return waiting + sum(rank.view.unfinished for rank in self.ranks)
 
     def has_finished_requests(self) -> bool:
         news = self.members.have_news or self.failures.pending
-        return news or any(rank.has_finished_requests() for rank in self.ranks)
+        return news or any(rank.view.finished for rank in self.ranks)
 
     def get_request_counts(self) -> tuple[int, int]:
-        counts = [rank.get_request_counts() for rank in self.ranks]
-        return sum(c[0] for c in counts) + len(self.mover.leaving), sum(c[1] for c in counts) + len(self.unplaced)
+        views = [rank.view for rank in self.ranks]
+        running, queued = sum(view.running for view in views), sum(view.queued for view in views)
+        return running + len(self.mover.leaving), queued + len(self.unplaced)
 
     def get_kv_cache_usage(self) -> float:
-        return sum(rank.get_kv_cache_usage() for rank in self.ranks) / len(self.ranks)
+        return sum(rank.view.kv_usage for rank in self.ranks) / len(self.ranks)
 
     def free_blocks(self) -> list[int]:
         """Free KV blocks of each rank."""
-        return [rank.num_free_blocks for rank in self.ranks]
+        return [rank.view.free_blocks for rank in self.ranks]
 
     def reset_encoder_cache(self) -> None:
         for rank in self.ranks:

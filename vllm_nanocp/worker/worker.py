@@ -19,7 +19,7 @@ from ..attention.context import context
 from ..attention.supported import check_layers
 from ..engine_config import CPU_CACHE_DTYPES, CUDA_CACHE_DTYPES
 from ..exchange import CollectiveExchange
-from ..sched.output import NanoCPGrammarOutput, NanoCPSchedulerOutput, with_generators
+from ..sched.output import NanoCPGrammarOutput, StepMessage, with_generators
 from . import queues
 from .runner import RunnerAdapter, V1Runner, V2Runner
 from .step import ShardTable, make_step
@@ -121,15 +121,15 @@ class OneRank(_Base):
         return times
 
     def execute_model(  # type: ignore[override]
-        self, scheduler_output: NanoCPSchedulerOutput | SchedulerOutput
+        self, scheduler_output: StepMessage | SchedulerOutput
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
-        if not isinstance(scheduler_output, NanoCPSchedulerOutput):
+        if not isinstance(scheduler_output, StepMessage):
             # vLLM's V2 runner warms up with steps of its own, the same on all ranks.
             self._idle = False
             self._generators = {}
             return super().execute_model(scheduler_output)
         plan = scheduler_output.plan
-        part = scheduler_output.ranks[self.shards.rank]
+        part = scheduler_output.part(self.shards.rank)
         self.shards.update(plan)
         context.step = make_step(plan, self.shards, self.nanocp.ranks, self.runner.batch_row)
         if context.step is not None and context.routes:

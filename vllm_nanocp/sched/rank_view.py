@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of a rank between two steps: a few numbers, taken once and kept up to date by what is done to the rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from ..placement.place import RankLoad
+from .sessions import is_idle
+
+if TYPE_CHECKING:
+    from .rank_scheduler import RankDoors
+
+
+@dataclass(slots=True)
+class RankView:
+    """A rank's queues and cache in numbers.
+
+    Attributes:
+        total_blocks: all that requests can use: without vLLM's null block.
+        free_blocks: that nobody holds.
+        to_take: blocks that requests which run, or are about to, have yet to take for their tokens and the next one.
+        promised: the same of those that wait, without what they will share with others.
+        watermark: blocks that vLLM keeps free while something runs.
+        running: requests.
+        waiting: requests, without sessions that wait for their client.
+        idle_sessions: sessions that do.
+        coming: requests that are about to arrive from another rank.
+        slots: requests that the model runner has room for, without those about to leave or to arrive.
+        tokens: of all that run, wait or are about to leave.
+        to_compute: of these, yet to be computed by those that run or wait.
+        computed: tokens of those that run whose KV is there: what a step reads.
+        nobody_waits: whether nobody is in the queue of those without blocks, but idle sessions.
+        busy: whether something runs or waits for nothing but room.
+        only_chunks: whether all that run compute a part of their prompt.
+        capacity_bound: vLLM's ``prefill_capacity_bound``.
+        queued: requests in vLLM's queues, idle sessions included.
+        unfinished: requests that are to be scheduled.
+        finished: whether the model runner must be told of requests that have ended.
+        kv_usage: part of the cache in use.
+        adapters: those of requests that run there or are about to.
+        max_adapters: how many may be active; None: as many as one likes.
+    """
+
+    total_blocks: int
+    free_blocks: int
+    to_take: int
+    promised: int
+    watermark: int
+    running: int
+    waiting: int
+    idle_sessions: int
+    coming: int
+    slots: int
+    tokens: int
+    to_compute: int
+    computed: int
+    nobody_waits: bool
+    busy: bool
+    only_chunks: bool
+    capacity_bound: bool
+    queued: int
+    unfinished: int
+    finished: bool
+    kv_usage: float
+    adapters: frozenset[int]
+    max_adapters: int | None
+
+    @property
+    def spare_blocks(self) -> int:
+        """Free blocks that nobody who runs, or is about to, needs for the tokens it has and the next one; may be
+        negative."""
+        return self.free_blocks - self.to_take
+
+    def load(self, ahead: int = 0) -> RankLoad:
+        """What placement needs to know. Requests that wait without blocks count as if they had them.
+
+        Args:
+            ahead: sharded requests that will have their home here.
+        """
+        batch = self.running + self.waiting + ahead + self.coming
+        watermark = self.watermark if self.running else 0
+        free = max(0, self.free_blocks - self.promised - self.to_take - watermark)
+        return RankLoad(
+            free_blocks=free,
+            used_blocks=self.total_blocks - free,
+            batch=batch,
+            slots=self.slots + self.coming - batch - self.idle_sessions,
+            adapters=self.adapters,
+            max_adapters=self.max_adapters,
+        )
+
+    def note_entered(self, tokens: int, to_compute: int, blocks: int, adapter: int | None) -> None:
+        """A request waits there now.
+
+        Args:
+            tokens: that it has.
+            to_compute: of these, yet to be computed there.
+            blocks: that it has yet to take.
+            adapter: that it needs.
+        """
+        self.waiting += 1
+        self.queued += 1
+        self.unfinished += 1
+        self.promised += blocks
+        self.tokens += tokens
+        self.to_compute += to_compute
+        self.nobody_waits = False
+        self.busy = True
+        if adapter is not None and self.max_adapters is not None:
+            self.adapters |= {adapter}
+
+
+def view_of(rank: RankDoors) -> RankView:
+    """The numbers of a rank's scheduler. Walks over its requests, each once."""
+    held, block_size = rank.held_blocks, rank.block_size
+    shared = rank.to_share
+    tokens = computed = left = to_take = 0
+    only_chunks = True
+    for request in rank.running:
+        have, done = len(request._all_token_ids), request.num_computed_tokens
+        tokens += have
+        computed += done
+        left += have - done if have > done else 0
+        needed = -(-max(have, done + 1) // block_size) - len(held[request.request_id])
+        to_take += needed if needed > 0 else 0
+        only_chunks &= request.is_prefill_chunk
+    promised = 0
+    for request in chain(rank.waiting, rank.kv_holding_waiting):
+        have, done = len(request._all_token_ids), request.num_computed_tokens
+        tokens += have
+        left += max(0, have - done)
+        if not is_idle(request):
+            request_id = request.request_id
+            needed = -(-have // block_size) - len(held.get(request_id, ())) - shared.get(request_id, 0)
+            promised += max(0, needed)
+    tokens += sum(request.num_tokens for request in rank.leaving_requests)
+    running, queued = rank.get_request_counts()
+    sessions = rank.num_waiting_for_streaming_input
+    coming = rank.num_coming
+    return RankView(
+        total_blocks=rank.num_blocks,
+        free_blocks=rank.num_free_blocks,
+        to_take=to_take + coming,
+        promised=promised,
+        watermark=rank.kv_cache_manager.watermark_blocks,
+        running=running,
+        waiting=queued - sessions,
+        idle_sessions=sessions,
+        coming=coming,
+        slots=rank.max_num_active_reqs,
+        tokens=tokens,
+        to_compute=left - sum(shared.values()) * block_size,
+        computed=computed,
+        nobody_waits=all(map(is_idle, rank.waiting)),
+        busy=rank.is_busy,
+        only_chunks=only_chunks,
+        capacity_bound=rank.prefill_capacity_bound,
+        queued=queued,
+        unfinished=rank.get_num_unfinished_requests(),
+        finished=rank.has_finished_requests(),
+        kv_usage=rank.get_kv_cache_usage(),
+        adapters=rank.adapters(),
+        max_adapters=rank.max_adapters,
+    )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A rank as the composition over all ranks knows it: what may be asked of its vLLM scheduler, wherever that runs.
 
-Two things are ranks: vLLM's scheduler itself with its doors (``rank_scheduler.py``), and the near end of one that runs in
-a process of its own (``remote_rank.py``). Ids and plain data go in and out. What a rank has to say by itself (requests
-that it has preempted or freed) comes through the three callbacks, at the latest when the call that brought it about
-returns.
+Two things are ranks: vLLM's scheduler itself with its doors (``rank_scheduler.py``), and the near end of one that runs
+in a process of its own (``remote_rank.py``). Ids and plain data go in and out. What a rank has to say by itself
+(requests that it has preempted or freed) comes through the three callbacks, at the latest when the call that brought
+it about returns.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 class Decoding(NamedTuple):
     """A request that decodes and whose last block is full.
 
-    ``computed``: tokens whose KV is there or in flight; ``made``: output tokens, those in flight included; ``known``: tokens
-    that have come back.
+    Attributes:
+        request_id: its id.
+        computed: tokens whose KV is there or in flight.
+        made: output tokens, those in flight included.
+        known: tokens that have come back.
     """
 
     request_id: str

@@ -397,6 +397,7 @@ class RankDoors(SessionDoors, AdapterDoors):
 
     def grammar_bitmask(self, part: Part) -> Any:
         """The part's bitmask, or None. A copy: ranks may share the manager, which fills the same buffer for the next."""
+        assert not isinstance(part.payload, bytes)
         bitmask = self.get_grammar_bitmask(part.payload)
         if bitmask is not None:
             bitmask.grammar_bitmask = bitmask.grammar_bitmask.copy()

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The far end of a rank: does to its vLLM scheduler what it is told, and answers. Knows nothing of processes."""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from .rank_scheduler import AsyncRankScheduler, RankScheduler, part_of
+from .wire import Answer, RequestState, Scheduled, pack, state_of, unpack
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutputs
+
+    from .outlets import Outlets
+
+# Commands that are not the scheduler's own doors.
+_OWN = frozenset(
+    ("enter", "resume", "add_chunk", "queue_chunk", "arrive", "watch", "unwatch", "schedule", "update", "bitmask", "look")
+    + ("connect", "forward")
+)
+
+
+class RankServer:
+    """One rank's scheduler, and what its near end has asked to be told.
+
+    Args:
+        scheduler: the rank's.
+        hasher: of requests' blocks; None without prefix caching.
+        outlets: where output goes; None: back to the near end.
+    """
+
+    def __init__(
+        self,
+        scheduler: RankScheduler | AsyncRankScheduler,
+        hasher: Callable[[Request], list[Any]] | None,
+        outlets: Outlets | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.outlets = outlets
+        self._hasher = hasher
+        # Output tokens that the near end knows of each watched request.
+        self._told: dict[str, int] = {}
+        # Steps whose output has not come.
+        self._steps: deque[tuple[int, SchedulerOutput]] = deque()
+        self._serial = 0
+        self._preempted: list[str] = []
+        self._freed: list[str] = []
+        self._turns: list[tuple[str, bool]] = []
+        self._payload: bytes | None = None
+        # Outputs to be sent once the near end has been answered.
+        self._outputs: dict[int, EngineCoreOutputs] | None = None
+        scheduler.on_preempt = self._preempted.append
+        scheduler.on_free = self._note_freed
+        scheduler.on_turn = lambda request_id, idle: self._turns.append((request_id, idle))
+
+    def _note_freed(self, request_id: str) -> None:
+        self._freed.append(request_id)
+        self._told.pop(request_id, None)
+
+    def obey(self, message: bytes) -> list[bytes]:
+        """Do what a message says.
+
+        Args:
+            message: pickled; a list of (command, arguments), and whether the last one's result is asked for.
+
+        Returns:
+            The answer, and what comes behind it; nothing if none is asked for.
+        """
+        commands, asked = pickle.loads(message)
+        result = None
+        try:
+            for name, args in commands:
+                result = getattr(self if name in _OWN else self.scheduler, name)(*args)
+        except Exception as error:
+            import traceback
+
+            return [pickle.dumps(Answer(None, self.scheduler.view, error=f"{error!r}\n{traceback.format_exc()}"), -1)]
+        if not asked:
+            return []
+        frames = [pickle.dumps(self._answer(result), -1)]
+        if self._payload is not None:
+            frames.append(self._payload)
+            self._payload = None
+        return frames
+
+    def after(self) -> None:
+        """What need not be done before the answer."""
+        if self._outputs is not None and self.outlets is not None:
+            self.outlets.send(self._outputs)
+        self._outputs = None
+
+    def _answer(self, result: Any) -> Answer:
+        answer = Answer(
+            result,
+            self.scheduler.view,
+            self._states(),
+            self._preempted[:],
+            self._freed[:],
+            self._turns[:],
+            self.scheduler.take_outgrown(),
+        )
+        for told in (self._preempted, self._freed, self._turns):
+            told.clear()  # type: ignore[attr-defined]
+        return answer
+
+    def _states(self) -> dict[str, RequestState]:
+        states = {}
+        for request_id, told in self._told.items():
+            request = self.scheduler.requests.get(request_id)
+            if request is not None:
+                states[request_id] = state_of(request, told)
+                self._told[request_id] = request.num_output_tokens
+        return states
+
+    # -- commands ----------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Nothing is done; the answer tells how the rank stands."""
+
+    def watch(self, request_id: str, told: int) -> None:
+        self._told[request_id] = told
+
+    def unwatch(self, request_id: str) -> None:
+        self._told.pop(request_id, None)
+
+    def enter(self, state: dict[str, Any], to_share: int) -> None:
+        self.scheduler.enter(self._take(state), to_share)
+
+    def resume(self, request_id: str, num_computed_tokens: int, to_share: int) -> None:
+        """Let a request wait here that the model runner knows from before its preemption."""
+        request = self.scheduler.requests[request_id]
+        request.num_computed_tokens = num_computed_tokens
+        self.scheduler.enter(request, to_share)
+
+    def add_chunk(self, state: dict[str, Any]) -> None:
+        self.scheduler.add_chunk(self._take(state))
+
+    def queue_chunk(self, request_id: str, state: dict[str, Any]) -> None:
+        self.scheduler.queue_chunk(self.scheduler.requests[request_id], self._take(state))
+
+    def arrive(self, state: dict[str, Any], first_block: int) -> None:
+        request = self._take(state)
+        if request.use_structured_output:
+            self._replay(request)
+        self.scheduler.arrive(request, first_block)
+
+    def _take(self, state: dict[str, Any]) -> Request:
+        request = unpack(state, self._hasher)
+        if request.use_structured_output:
+            self.scheduler.structured_output_manager.grammar_init(request)
+        return request
+
+    def _replay(self, request: Request) -> None:
+        """Bring the grammar of a request from another rank to where it was there."""
+        structured = request.structured_output_request
+        assert structured is not None
+        pending = structured._grammar
+        if hasattr(pending, "result"):
+            pending.result()
+        if request.num_output_tokens:
+            self.scheduler.structured_output_manager.accept_tokens(request, list(request.output_token_ids))
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool) -> Scheduled:
+        output = self.scheduler.schedule(throttle_prefills)
+        self._serial += 1
+        self._steps.append((self._serial, output))
+        # It is changed later on, by structured output for one.
+        self._payload = pickle.dumps(output, -1)
+        part = part_of(output)
+        return Scheduled(
+            serial=self._serial,
+            tokens=part.tokens,
+            batch=part.batch,
+            scheduled={name: part.scheduled[name] for name in self._told if name in part.scheduled},
+            structured=part.structured,
+            pending=part.pending,
+            introduced=self.scheduler.introduced,
+        )
+
+    def _step(self, serial: int) -> SchedulerOutput:
+        return next(output for at, output in self._steps if at == serial)
+
+    def bitmask(self, serial: int) -> bytes | None:
+        bitmask = self.scheduler.get_grammar_bitmask(self._step(serial))
+        return None if bitmask is None else pickle.dumps(bitmask, -1)
+
+    def update(self, serial: int, output: bytes) -> Any:
+        """Returns the outputs by client, or what of them is not sent from here: statistics."""
+        at, part = self._steps.popleft()
+        assert at == serial
+        answer: ModelRunnerOutput = pickle.loads(output)
+        outputs = self.scheduler.update_from_output(part, answer)
+        if self.outlets is None or not self.outlets.connected:
+            return outputs
+        self._outputs = outputs
+        return self.outlets.keep_back(outputs)
+
+    def connect(self, paths: list[str], engine_index: int) -> None:
+        assert self.outlets is not None
+        self.outlets.connect(paths, engine_index)
+
+    def forward(self, outputs: Sequence[tuple[int, Any]]) -> None:
+        assert self.outlets is not None
+        self.outlets.forward(outputs)
+
+
+def packed(request: Request) -> dict[str, Any]:
+    """A request that goes to another process; what it has told of itself is told there."""
+    state = pack(request)
+    request.events = []
+    return state

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The near end of a rank whose scheduler is of another process.
+
+Commands without a result are kept until one that has a result is given, and go with it. The numbers of the rank
+(``view``) are those of the last answer, changed by what was done since: never to more room than there is, nor to less
+work.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import NanoCPError
+from .adapters import adapter_of
+from .rank import Decoding, Part
+from .rank_server import packed
+from .wire import Answer, Scheduled, apply
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import BlockHash
+    from vllm.v1.core.sched.interface import PauseState
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.request import Request, RequestStatus
+
+    from .rank_view import RankView
+
+
+class Channel(Protocol):
+    """A way to a ``RankServer`` and back, in order."""
+
+    def send(self, message: bytes) -> None: ...
+
+    def receive(self) -> bytes:
+        """The next frame; raises ``NanoCPError`` if there is nobody any more."""
+        ...
+
+
+class RemoteRank:
+    """A ``Rank``; see there.
+
+    Args:
+        channel: to the server.
+        block_size: tokens a block holds.
+        facts: what does not change: ``num_blocks``, ``max_num_scheduled_tokens`` and the KV event publisher's
+            configuration.
+    """
+
+    on_preempt: Callable[[str], None]
+    on_free: Callable[[str], None]
+    on_turn: Callable[[str, bool], None]
+    view: RankView
+
+    def __init__(self, channel: Channel, block_size: int, facts: dict[str, Any]) -> None:
+        self.channel = channel
+        self.block_size = block_size
+        self.num_blocks: int = facts["num_blocks"]
+        self.max_num_scheduled_tokens: int = facts["max_num_scheduled_tokens"]
+        self._kv_event_config = facts["kv_event_config"]
+        self.introduced: dict[str, list[int]] = {}
+        self._commands: list[tuple[str, tuple[Any, ...]]] = []
+        # Requests that the rank's scheduler knows by their own ids.
+        self._known: set[str] = set()
+        # Copies that are kept up to date, and for how many reasons.
+        self._watched: dict[str, tuple[Request, int]] = {}
+        self._outgrown: list[str] = []
+        self._most_tokens = 0
+        self._call("look")
+
+    # -- messages ----------------------------------------------------------------------------------------------
+
+    def _tell(self, name: str, *args: Any) -> None:
+        self._commands.append((name, args))
+
+    def _ask(self, name: str, *args: Any) -> None:
+        self._commands.append((name, args))
+        self.channel.send(pickle.dumps((self._commands, True), -1))
+        self._commands = []
+
+    def _hear(self) -> Any:
+        answer: Answer = pickle.loads(self.channel.receive())
+        if answer.error is not None:
+            raise NanoCPError(f"nanocp: a rank's scheduler has failed: {answer.error}")
+        self.view = answer.view
+        for request_id, state in answer.states.items():
+            if request_id in self._watched:
+                apply(state, self._watched[request_id][0])
+        self._outgrown += answer.outgrown
+        for request_id in answer.preempted:
+            self.on_preempt(request_id)
+        for request_id in answer.freed:
+            self._known.discard(request_id)
+            self._watched.pop(request_id, None)
+            self.on_free(request_id)
+        for request_id, idle in answer.turns:
+            self.on_turn(request_id, idle)
+        return answer.result
+
+    def _call(self, name: str, *args: Any) -> Any:
+        self._ask(name, *args)
+        return self._hear()
+
+    def _forget(self, request_id: str) -> None:
+        """The rank's scheduler knows a request no more, and its model runner is to be told."""
+        self._known.discard(request_id)
+        self._watched.pop(request_id, None)
+        self.view.finished = True
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def begin_schedule(self, throttle_prefills: bool) -> None:
+        self._ask("schedule", throttle_prefills)
+
+    def end_schedule(self) -> Part:
+        step: Scheduled = self._hear()
+        payload = self.channel.receive()
+        self.introduced = step.introduced
+        return Part(step.tokens, step.batch, step.scheduled, step.structured, step.pending, payload, step.serial)
+
+    def begin_update(self, part: Part, output: Any) -> None:
+        message = output if isinstance(output, bytes) else pickle.dumps(output, -1)
+        self._ask("update", part.serial, message)
+
+    def end_update(self) -> dict[int, EngineCoreOutputs]:
+        outputs: dict[int, EngineCoreOutputs] = self._hear()
+        return outputs
+
+    def grammar_bitmask(self, part: Part) -> bytes | None:
+        bitmask: bytes | None = self._call("bitmask", part.serial)
+        return bitmask
+
+    # -- requests ----------------------------------------------------------------------------------------------
+
+    def enter(self, request: Request, to_share: int = 0) -> None:
+        request_id, have, done = request.request_id, request.num_tokens, request.num_computed_tokens
+        if request_id in self._known:
+            self._tell("resume", request_id, done, to_share)
+        else:
+            self._known.add(request_id)
+            self._tell("enter", packed(request), to_share)
+        # Of one with a part computed the blocks are there already.
+        blocks = 0 if done else max(0, -(-have // self.block_size) - to_share)
+        self.view.note_entered(have, max(0, have - done), blocks, adapter_of(request))
+
+    def add_chunk(self, chunk: Request) -> None:
+        self._call("add_chunk", packed(chunk))
+
+    def queue_chunk(self, session: Request, chunk: Request) -> None:
+        self._tell("queue_chunk", session.request_id, packed(chunk))
+
+    def requeue(self, request_id: str) -> None:
+        self._call("requeue", request_id)
+
+    def end(self, request_ids: Iterable[str], status: RequestStatus) -> None:
+        self._call("end", list(request_ids), status)
+
+    def take_outgrown(self) -> list[str]:
+        outgrown, self._outgrown = self._outgrown, []
+        return outgrown
+
+    def take_from_queues(self, request_id: str) -> None:
+        self._call("take_from_queues", request_id)
+
+    def preempt_running(self) -> None:
+        self._call("preempt_running")
+
+    def give_way(self) -> None:
+        self._call("give_way")
+
+    def all_give_way(self) -> None:
+        self._call("all_give_way")
+
+    def decoding(self) -> list[Decoding]:
+        return [Decoding(*at) for at in self._call("decoding")]
+
+    def watch(self, request: Request) -> None:
+        known = self._watched.get(request.request_id)
+        self._watched[request.request_id] = request, 1 if known is None else known[1] + 1
+        if known is None or known[0] is not request:
+            self._tell("watch", request.request_id, request.num_output_tokens)
+
+    def unwatch(self, request_id: str) -> None:
+        known = self._watched.get(request_id)
+        if known is None:
+            return
+        if known[1] > 1:
+            self._watched[request_id] = known[0], known[1] - 1
+            return
+        del self._watched[request_id]
+        self._tell("unwatch", request_id)
+
+    def note_finished(self, request_id: str, client_index: int) -> None:
+        self._tell("note_finished", request_id, client_index)
+
+    def note_backlog(self, backlog: bool) -> None:
+        if backlog and not self.view.capacity_bound:
+            self.view.capacity_bound = True
+            self._tell("note_backlog", backlog)
+
+    # -- shards and members ------------------------------------------------------------------------------------
+
+    def cached_run(self, hashes: Sequence[BlockHash], first_block: int) -> tuple[int, int]:
+        length, held = self._call("cached_run", list(hashes[first_block:]), 0)
+        return length, held
+
+    def adopt_cached(self, member_id: str, hashes: Sequence[BlockHash]) -> int:
+        adopted: int = self._call("adopt_cached", member_id, list(hashes))
+        return adopted
+
+    def allocate(self, member_id: str, num_blocks: int) -> None:
+        self._call("allocate", member_id, num_blocks)
+
+    def unfold(self, member_id: str, first_block: int) -> None:
+        self._tell("unfold", member_id, first_block)
+
+    def shard_blocks(self, member_id: str) -> list[int]:
+        blocks: list[int] = self._call("shard_blocks", member_id)
+        return blocks
+
+    def close_shard(self, member_id: str) -> None:
+        self._tell("close_shard", member_id)
+
+    def park(self, member_id: str, first_block: int) -> None:
+        self._tell("park", member_id, first_block)
+        self.view.running -= 1
+        self.view.unfinished -= 1
+        self._forget(member_id)
+
+    def withdraw(self, member_id: str) -> None:
+        self._call("withdraw", member_id)
+        self._forget(member_id)
+
+    def record_prefix_hits(self, num_tokens: int, num_hits: int, preempted: bool) -> None:
+        self._tell("record_prefix_hits", num_tokens, num_hits, preempted)
+
+    # -- homes that move ---------------------------------------------------------------------------------------
+
+    def leave(self, request_id: str) -> None:
+        self._call("leave", request_id)
+
+    def stay(self, request_id: str) -> None:
+        self._call("stay", request_id)
+
+    def expect(self, request_id: str, adapter: int | None) -> None:
+        self._call("expect", request_id, adapter)
+
+    def expect_no_more(self, request_id: str) -> None:
+        self._call("expect_no_more", request_id)
+
+    def hand_over(self, request_id: str, keeper_id: str, first_block: int) -> None:
+        self._call("hand_over", request_id, keeper_id, first_block)
+        self._forget(request_id)
+
+    def arrive(self, request: Request, first_block: int) -> None:
+        self._known.add(request.request_id)
+        if request.num_output_tokens:
+            request.prefill_stats = None  # it went with the first token
+        self._call("arrive", packed(request), first_block)
+
+    # -- what EngineCore asks ----------------------------------------------------------------------------------
+
+    @property
+    def most_tokens(self) -> int:
+        return self._most_tokens
+
+    @most_tokens.setter
+    def most_tokens(self, tokens: int) -> None:
+        self._most_tokens = tokens
+        self._tell("__setattr__", "most_tokens", tokens)
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        self._call("set_pause_state", pause_state)
+
+    def reset_prefix_cache(self, reset_running_requests: bool, reset_connector: bool) -> bool:
+        done: bool = self._call("reset_prefix_cache", reset_running_requests, reset_connector)
+        return done
+
+    def reset_encoder_cache(self) -> None:
+        self._call("reset_encoder_cache")
+
+    def make_stats(self) -> SchedulerStats | None:
+        stats: SchedulerStats | None = self._call("make_stats")
+        return stats
+
+    def get_kv_event_publisher_config(self) -> Any:
+        return self._kv_event_config
+
+    def shutdown(self) -> None:
+        self._call("shutdown")

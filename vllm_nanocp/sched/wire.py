@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes between the scheduler over all ranks and the processes of the ranks' schedulers.
+
+A message to a rank is a list of commands, in order; the last one may ask for an answer. An answer carries, beside the
+result, what the rank has to say by itself. Touches vLLM 0.32's ``Request``, ``StructuredOutputRequest``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.request import Request
+from vllm.v1.structured_output.request import StructuredOutputRequest
+from vllm.v1.utils import ConstantList
+
+from .rank_view import RankView
+
+# Of a request, what is made anew at the other end.
+_REMADE = (
+    "_block_hasher",
+    "_all_token_ids",
+    "_output_token_ids",
+    "all_token_ids",
+    "output_token_ids",
+    "structured_output_request",
+)
+
+
+@dataclass(slots=True)
+class RequestState:
+    """Of a watched request, what has changed or may have.
+
+    Attributes:
+        computed, in_flight, placeholders, stale: vLLM's counters of tokens.
+        status: vLLM's.
+        tokens: output tokens since the last state that was told.
+        whole: all tokens, where they do not only grow at the end (a session's); its prompt, most tokens then too.
+    """
+
+    computed: int
+    in_flight: int
+    placeholders: int
+    stale: int
+    preemptions: int
+    status: Any
+    tokens: list[int]
+    whole: tuple[list[int], int, int] | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """A rank's answer.
+
+    Attributes:
+        result: of the last command.
+        view: the rank in numbers, after it.
+        states: of watched requests, by id.
+        preempted, freed: ids, in order.
+        turns: sessions that have made their tokens after a preemption; and whether they are idle.
+        outgrown: sessions that have no place any more.
+        error: what went wrong, if something did; the rank is not to be used any more.
+    """
+
+    result: Any
+    view: RankView
+    states: dict[str, RequestState] = field(default_factory=dict)
+    preempted: list[str] = field(default_factory=list)
+    freed: list[str] = field(default_factory=list)
+    turns: list[tuple[str, bool]] = field(default_factory=list)
+    outgrown: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Scheduled:
+    """The result of a rank's ``schedule``; its workers' part comes behind the answer, as bytes."""
+
+    serial: int
+    tokens: int
+    batch: Any
+    scheduled: dict[str, int]
+    structured: bool
+    pending: bool
+    introduced: dict[str, list[int]]
+
+
+def pack(request: Request) -> dict[str, Any]:
+    """A request as plain data. Its grammar, if it has one, is compiled anew at the other end."""
+    state = {name: value for name, value in vars(request).items() if name not in _REMADE}
+    state["output"] = request._output_token_ids
+    # A prompt that is embedded, or a session's that has grown, is not what is computed.
+    plain = request.prompt_token_ids is not None and request.prompt_is_token_ids is None and not request.resumable
+    state["all"] = None if plain else request._all_token_ids
+    state["hashed"] = request._block_hasher is not None
+    grammar = request.structured_output_request
+    state["grammar"] = None if grammar is None else (grammar.reasoning_ended, grammar.reasoning_parser_kwargs)
+    return state
+
+
+def unpack(state: dict[str, Any], hasher: Callable[[Request], list[Any]] | None) -> Request:
+    """The request that ``pack`` was given, without its grammar.
+
+    Args:
+        state: from ``pack``; it is used up.
+        hasher: of its blocks, in this process.
+    """
+    output, all_tokens, hashed, grammar = (state.pop(name) for name in ("output", "all", "hashed", "grammar"))
+    request = Request.__new__(Request)
+    vars(request).update(state)
+    request._output_token_ids = output
+    request._all_token_ids = [*request.prompt_token_ids, *output] if all_tokens is None else all_tokens
+    request.output_token_ids = ConstantList(request._output_token_ids)
+    request.all_token_ids = ConstantList(request._all_token_ids)
+    request._block_hasher = hasher if hashed else None
+    request.structured_output_request = None
+    if grammar is not None:
+        structured = StructuredOutputRequest.from_sampling_params(request.sampling_params)
+        assert structured is not None
+        structured.reasoning_ended, structured.reasoning_parser_kwargs = grammar
+        request.structured_output_request = structured
+    return request
+
+
+def state_of(request: Request, told: int) -> RequestState:
+    """What to tell of a watched request.
+
+    Args:
+        request: watched.
+        told: output tokens that are known at the other end.
+    """
+    whole = None
+    if request.resumable or request.streaming_queue is not None:
+        whole = list(request._all_token_ids), request.num_prompt_tokens, request.max_tokens
+    return RequestState(
+        computed=request.num_computed_tokens,
+        in_flight=request.num_in_flight_tokens,
+        placeholders=request.num_output_placeholders,
+        stale=request.num_stale_output_tokens,
+        preemptions=request.num_preemptions,
+        status=request.status,
+        tokens=request._output_token_ids[told:],
+        whole=whole,
+    )
+
+
+def apply(state: RequestState, request: Request) -> None:
+    """Bring a copy of a request up to date."""
+    request.num_computed_tokens = state.computed
+    request.num_in_flight_tokens = state.in_flight
+    request.num_output_placeholders = state.placeholders
+    request.num_stale_output_tokens = state.stale
+    request.num_preemptions = state.preemptions
+    request.status = state.status
+    if state.whole is not None:
+        _replace_tokens(request, *state.whole)
+    elif state.tokens:
+        request.append_output_token_ids(state.tokens)
+
+
+def _replace_tokens(request: Request, tokens: list[int], num_prompt: int, max_tokens: int) -> None:
+    """A session keeps its tokens but perhaps the last that was sampled, so its hashed blocks stay."""
+    request._all_token_ids[:] = tokens
+    request._output_token_ids[:] = tokens[num_prompt:]
+    request.num_prompt_tokens = num_prompt
+    request.max_tokens = max_tokens
+    del request.block_hashes[:]
+    request.update_block_hashes()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from copy import copy
 from typing import Any
 
@@ -16,16 +15,14 @@ from vllm.config import LoRAConfig
 from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request
 
-from vllm_nanocp.sched import mover as mover_module
-from vllm_nanocp.sched import scheduler as scheduler_module
 from vllm_nanocp.sched.output import NanoCPSchedulerOutput
 
 from .scheduler_world import Device, Session, Truth, WorldError, base
-from .test_scheduler_world import MODES, Ask, Shape, vllm_config  # noqa: F401
 from .test_sessions import SessionWorld
+from .world_shapes import Ask, Shape, vllm_config  # noqa: F401
+from .worlds import in_each_mode, run_worlds
 
 WORLDS = int(os.environ.get("NANOCP_ADAPTER_WORLDS", "12"))
-IDS = ["v1", "v1-async", "v2", "v2-async"]
 
 
 def adapter(number: int) -> LoRARequest:
@@ -69,7 +66,7 @@ class AdapterWorld(SessionWorld):
         return asks
 
 
-@pytest.mark.parametrize(("version", "asynchronous"), MODES, ids=IDS)
+@in_each_mode
 def test_worlds(
     vllm_config: Any,  # noqa: F811
     version: int,
@@ -78,17 +75,7 @@ def test_worlds(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.ERROR, "vllm")
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(version - 1))
-    counts: Counter[str] = Counter()
-    for seed in range(WORLDS):
-        world = AdapterWorld(vllm_config, seed, version, asynchronous)
-        for module in (scheduler_module, mover_module):
-            monkeypatch.setattr(module, "time", world)
-        try:
-            counts += world.run()
-        except Exception as error:
-            raise AssertionError(f"world {seed}, step {world.now}, {world.shape}: {error!r}") from error
-    print(dict(counts))
+    counts = run_worlds(AdapterWorld, vllm_config, version, asynchronous, WORLDS, monkeypatch)
     assert counts["moves"] + counts["spills"] > 10 and counts["full ranks"] > 100, counts
 
 

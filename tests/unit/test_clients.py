@@ -12,11 +12,9 @@ pytest.importorskip("vllm")
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
-from vllm_nanocp.sched import mover as mover_module
-from vllm_nanocp.sched import scheduler as scheduler_module
-
 from .scheduler_world import WorldError
-from .test_scheduler_world import MODES, World, vllm_config  # noqa: F401
+from .world_shapes import vllm_config  # noqa: F401
+from .worlds import World, in_each_mode, run_worlds
 
 CLIENTS = 3
 
@@ -54,7 +52,7 @@ class ClientsWorld(World):
         self.scheduler.finish_requests = ended  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("version", "asynchronous"), MODES)
+@in_each_mode
 def test_each_client_gets_its_own(
     vllm_config: Any,  # noqa: F811
     version: int,
@@ -62,12 +60,5 @@ def test_each_client_gets_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sharded requests, requests that move, are preempted or aborted."""
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(version - 1))
-    counts: dict[str, int] = {}
-    for seed in range(6):
-        world = ClientsWorld(vllm_config, seed, version, asynchronous)
-        for module in (scheduler_module, mover_module):
-            monkeypatch.setattr(module, "time", world)
-        for name, count in world.run().items():
-            counts[name] = counts.get(name, 0) + count
+    counts = run_worlds(ClientsWorld, vllm_config, version, asynchronous, 6, monkeypatch)
     assert counts["rows"] and counts["moves"] and counts["aborts"] and counts["clients"] > 6, counts

@@ -12,7 +12,7 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from .scheduler_world import Device, Truth
-from .test_scheduler_world import Shape, vllm_config  # noqa: F401
+from .world_shapes import Shape, vllm_config  # noqa: F401
 
 
 class Ranks:

@@ -18,12 +18,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_nanocp.sched import mover as mover_module
-from vllm_nanocp.sched import scheduler as scheduler_module
 from vllm_nanocp.sched.cadence import PrefillCadence
 
+from . import rank_insides
 from .scheduler_world import Device, Truth
-from .test_scheduler_world import MODES, Shape, World, vllm_config  # noqa: F401
+from .world_shapes import Shape, vllm_config  # noqa: F401
+from .worlds import World, in_each_mode, run_worlds
 
 RANKS = 2
 # Prompt and output tokens, by the step in which they come: while others decode, and after all have ended.
@@ -83,7 +83,7 @@ def steps_here(config: Any, interval: int) -> tuple[Steps, dict[str, int]]:
             seen = [dict(part.num_scheduled_tokens) for part in output.ranks]
             scheduler.update_from_output(output, device.execute(output))
         steps.append(seen)
-    assert not scheduler.has_requests() and scheduler.ranks[0].requests == {}
+    assert not scheduler.has_requests() and rank_insides.known(scheduler.ranks[0]) == {}
     return steps, ranks
 
 
@@ -142,7 +142,19 @@ def test_prompts_start_when_they_do_in_stock(vllm_config: Any, interval: int) ->
     assert deferred == (interval > 1), "else this load does not tell one interval from another"
 
 
-@pytest.mark.parametrize(("version", "asynchronous"), MODES)
+class IntervalWorld(World):
+    """Each with an interval of its own."""
+
+    def __init__(self, vllm_config: Any, seed: int, *args: Any) -> None:  # noqa: F811
+        super().__init__(vllm_config, seed, *args)
+        self.scheduler.cadence = self.cadence = PrefillCadence(2 + seed % 7)
+
+    def check_nothing_left(self) -> None:
+        super().check_nothing_left()
+        assert self.cadence.steps == 0
+
+
+@in_each_mode
 def test_nothing_is_lost(
     vllm_config: Any,  # noqa: F811
     version: int,
@@ -150,16 +162,8 @@ def test_nothing_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sharded prompts, moves, aborts and preemptions go on beside steps that start no prompts."""
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(version - 1))
-    totals = 0
-    for seed in range(6):
-        world = World(vllm_config, seed, version, asynchronous)
-        for module in (scheduler_module, mover_module):
-            monkeypatch.setattr(module, "time", world)
-        world.scheduler.cadence = PrefillCadence(2 + seed % 7)
-        totals += world.run()["rows"]
-        assert world.scheduler.cadence.steps == 0
-    assert totals, "no request was sharded"
+    counts = run_worlds(IntervalWorld, vllm_config, version, asynchronous, 6, monkeypatch)
+    assert counts["rows"], "no request was sharded"
 
 
 def test_aborts_end_a_count(vllm_config: Any) -> None:  # noqa: F811

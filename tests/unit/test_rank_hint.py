@@ -21,7 +21,7 @@ from vllm_nanocp import rank_hint
 from vllm_nanocp.placement import RankLoad, cdiv, place
 from vllm_nanocp.rank_hint import prefer_rank, preferred_rank
 
-from .test_scheduler_world import Shape, vllm_config  # noqa: F401  (a fixture)
+from .world_shapes import Shape, vllm_config  # noqa: F401  (a fixture)
 
 BLOCK = 16
 

@@ -22,14 +22,12 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_nanocp.sched import mover as mover_module
-from vllm_nanocp.sched import scheduler as scheduler_module
-
+from . import rank_insides
 from .scheduler_world import STOP, Device, Session, Truth, WorldError
-from .test_scheduler_world import MODES, Ask, Shape, World, draw_asks, vllm_config  # noqa: F401
+from .world_shapes import Ask, Shape, draw_asks, vllm_config  # noqa: F401
+from .worlds import World, in_each_mode, run_worlds
 
 WORLDS = int(os.environ.get("NANOCP_SESSION_WORLDS", "15"))
-IDS = ["v1", "v1-async", "v2", "v2-async"]
 
 
 @dataclass
@@ -92,14 +90,7 @@ class SessionWorld(World):
         truths = self.device.runners[0].truths
         truths |= {name: ask.session for name, ask in self.asks.items() if isinstance(ask, SessionAsk)}
         for rank in self.scheduler.ranks:
-            rank._give_up = self.counted("gave way", rank._give_up)  # type: ignore[method-assign]
-
-    def counted(self, what: str, function: Any) -> Any:
-        def call(session: Request) -> Any:
-            self.counts[what] += 1
-            return function(session)
-
-        return call
+            rank_insides.count_give_ups(rank, self.counts, "gave way")
 
     def draw(self) -> list[Ask]:
         others = draw_asks(self.rng, self.shape)
@@ -147,7 +138,7 @@ class SessionWorld(World):
             self.ended.add(name)
 
 
-@pytest.mark.parametrize(("version", "asynchronous"), MODES, ids=IDS)
+@in_each_mode
 def test_worlds(
     vllm_config: Any,  # noqa: F811
     version: int,
@@ -156,17 +147,7 @@ def test_worlds(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.CRITICAL, "vllm")
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(version - 1))
-    counts: Counter[str] = Counter()
-    for seed in range(WORLDS):
-        world = SessionWorld(vllm_config, seed, version, asynchronous)
-        for module in (scheduler_module, mover_module):
-            monkeypatch.setattr(module, "time", world)
-        try:
-            counts += world.run()
-        except Exception as error:
-            raise AssertionError(f"world {seed}, step {world.now}, {world.shape}: {error!r}") from error
-    print(dict(counts))
+    counts = run_worlds(SessionWorld, vllm_config, version, asynchronous, WORLDS, monkeypatch)
     assert counts["turns"] > 100 and counts["failed turns"] > 3 and counts["preemptions"] > 0, counts
     assert counts["gave way"] > 3, counts
 
@@ -211,6 +192,14 @@ class Stage:
     def add(self, *requests: Request) -> None:
         for request in requests:
             self.scheduler.add_request(request)
+
+    def rank_of(self, name: str) -> Any:
+        return self.scheduler.ranks[self.scheduler.rank_of[name]]
+
+    def preempt(self, name: str) -> Request:
+        request = rank_insides.preempt(self.rank_of(name), name)
+        self.scheduler._settle()
+        return request
 
     def step(self, times: int = 1) -> None:
         for _ in range(times):
@@ -272,7 +261,7 @@ def test_chunks_while_it_waits_at_a_rank(vllm_config: Any) -> None:  # noqa: F81
     first, *rest = stage.session("s", [60, 30, 40])
     stage.add(first)
     stage.step()
-    assert stage.scheduler.ranks[stage.scheduler.rank_of["s"]].requests["s"].status == RequestStatus.WAITING
+    assert rank_insides.known(stage.rank_of("s"))["s"].status == RequestStatus.WAITING
     stage.add(*rest)
     stage.check("s")
 
@@ -298,11 +287,7 @@ def test_chunks_while_it_is_preempted(vllm_config: Any) -> None:  # noqa: F811
     stage.step()
     stage.add(first)
     stage.step(3)
-    rank = stage.scheduler.ranks[stage.scheduler.rank_of["s"]]
-    session = rank.requests["s"]
-    rank.running.remove(session)
-    rank._preempt_request(session, 0.0)
-    stage.scheduler._settle()
+    stage.preempt("s")
     assert "s" in stage.scheduler.unplaced and "s" in stage.scheduler.rank_of
     stage.add(*rest)
     stage.check("s")
@@ -316,12 +301,7 @@ def test_a_turn_that_ends_after_a_preemption(vllm_config: Any, queued: int) -> N
     first, *rest = stage.session("s", [20, 30, 40], stops=True)
     stage.add(first, *rest[:queued])
     stage.step(4)  # the fourth token, at which it stops, is in flight
-    rank = stage.scheduler.ranks[stage.scheduler.rank_of["s"]]
-    session = rank.requests["s"]
-    assert session.num_output_tokens == 3
-    rank.running.remove(session)
-    rank._preempt_request(session, 0.0)
-    stage.scheduler._settle()
+    assert stage.preempt("s").num_output_tokens == 3
     stage.step(2)
     assert len(stage.finishes["s"]) == 1
     stage.add(*rest[queued:])
@@ -404,4 +384,4 @@ def test_idle_sessions_count_once(vllm_config: Any) -> None:  # noqa: F811
     stage.step(10)
     stage.add(*(stage.other(f"o{number}", 20, 5) for number in range(4)))
     stage.step()
-    assert sum(len(rank.running) for rank in stage.scheduler.ranks) == 4
+    assert sum(len(rank_insides.running(rank)) for rank in stage.scheduler.ranks) == 4

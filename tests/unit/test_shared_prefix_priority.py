@@ -16,9 +16,9 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.request import Request
 
 from .scheduler_world import Device, Truth
-from .test_scheduler_world import vllm_config as vllm_config
 from .test_shared_prefix import BLOCK, shape, words
 from .test_shared_prefix import config as config
+from .world_shapes import vllm_config as vllm_config
 
 
 class Queue:

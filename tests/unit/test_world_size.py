@@ -12,7 +12,7 @@ from vllm.config import ParallelConfig
 
 from vllm_nanocp.executor import OneWorld
 
-from .test_scheduler_world import vllm_config  # noqa: F401  (a fixture)
+from .world_shapes import vllm_config  # noqa: F401  (a fixture)
 
 
 def test_a_configuration_tells_of_all_ranks(vllm_config: Any) -> None:  # noqa: F811

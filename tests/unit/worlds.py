@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EngineCore's loop around the scheduler and ranks without work: random loads, aborts, resets and pauses."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from vllm.distributed.kv_events import KVEventBatch
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine import FinishReason
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_nanocp.sched import mover as mover_module
+from vllm_nanocp.sched import scheduler as scheduler_module
+
+from . import rank_insides
+from .event_index import Index
+from .scheduler_world import Device
+from .world_runners import GARBAGE, WorldError
+from .world_shapes import MODES, Ask, Shape, draw_asks
+
+MAX_STEPS = 4000
+# A test of worlds runs in each mode.
+in_each_mode = pytest.mark.parametrize(("version", "asynchronous"), MODES, ids=["v1", "v1-async", "v2", "v2-async"])
+
+
+class Events:
+    """A router that follows a rank's KV events, each batch as it is published."""
+
+    def __init__(self, number: int, rank: Any, block_size: int) -> None:
+        self.rank, self.index = rank, Index(number, block_size)
+        rank_insides.publish_to(rank, self)
+
+    def publish(self, batch: KVEventBatch) -> None:
+        self.index.follow(batch.events)
+
+    def check(self, requests: Iterable[Request]) -> bool:
+        """It knows of each prompt what a request could use on this rank, and of nothing else.
+
+        Returns:
+            Whether the rank has blocks that it does not announce.
+        """
+        self.index.follow(rank_insides.unpublished_events(self.rank))
+        usable: set[Any] = set()
+        for request in requests:
+            has = rank_insides.cached_prefix(self.rank, request)
+            hashes = [maybe_convert_block_hash(block_hash) for block_hash in request.block_hashes[:has]]
+            found = self.index.match(list(request.all_token_ids)[: len(request.block_hashes) * self.index.block_size])
+            if found != hashes:
+                raise WorldError(f"rank {self.index.rank}: {len(found)} blocks of {request.request_id}, it has {has}")
+            usable.update(hashes)
+        if usable != self.index.nodes.keys():
+            raise WorldError(f"rank {self.index.rank}: announces what no request can use")
+        return rank_insides.num_cached_blocks(self.rank) > len(usable)
+
+
+class World:
+    """EngineCore's loop around the scheduler and ranks without work."""
+
+    def __init__(self, vllm_config: Any, seed: int, version: int, asynchronous: bool) -> None:
+        self.rng = random.Random(seed)
+        self.shape = shape = Shape.draw(self.rng, seed)
+        self.scheduler = shape.scheduler(vllm_config, asynchronous)
+        self.events = [Events(i, rank, shape.block_size) for i, rank in enumerate(self.scheduler.ranks)]
+        self.asks = {ask.request.request_id: ask for ask in self.draw()}
+        truths = {name: ask.truth for name, ask in self.asks.items()}
+        self.device = Device(
+            truths, shape.ranks, shape.blocks + 1, shape.block_size, shape.max_reqs, shape.degree, version, asynchronous
+        )
+        self.depth = 2 if asynchronous else 1
+        self.flying: deque[tuple[Any, Any]] = deque()
+        self.answers: dict[str, list[int]] = {name: [] for name in self.asks}
+        self.ended: set[str] = set()
+        self.now = 0
+        self.counts: Counter[str] = Counter()
+        self.clock = 0.0
+
+    def draw(self) -> list[Ask]:
+        return draw_asks(self.rng, self.shape)
+
+    def arrivals(self) -> list[tuple[int, Request]]:
+        """What comes, and when, in this order."""
+        return [(ask.comes, ask.request) for ask in self.asks.values()]
+
+    def monotonic(self) -> float:
+        """The scheduler's clock: a step takes what the dice say, so that worlds are the same each time."""
+        return self.clock
+
+    def run(self) -> Counter[str]:
+        coming = deque(self.arrivals())
+        paused_until = 0
+        while coming or self.flying or self.scheduler.has_requests() or paused_until:
+            self.now += 1
+            if self.now > MAX_STEPS:
+                self.starved()
+            while coming and coming[0][0] <= self.now:
+                self.arrive(coming.popleft()[1])
+            paused_until = self.pause(paused_until)
+            self.reset()
+            self.abort(self.rng.random() < 0.5)
+            self.step()
+            if self.now % 16 == 0:
+                self.check_events()
+        self.check_nothing_left()
+        self.check_events()
+        scheduler, device = self.scheduler, self.device
+        self.counts += Counter(
+            steps=scheduler.num_steps,
+            moves=scheduler.mover.num_moves,
+            spills=scheduler.mover.num_spills,
+            preemptions=scheduler.num_preemptions,
+            set_aside=scheduler.prefixes.num_set_aside,
+            rows=device.num_rows,
+            together=device.num_together,
+            arrivals=device.num_arrivals,
+            generators=device.num_generators,
+        )
+        return self.counts
+
+    # -- what happens ------------------------------------------------------------------------------------------
+
+    def arrive(self, request: Request) -> None:
+        self.scheduler.add_request(request)
+
+    def step(self) -> None:
+        """As ``EngineCore.step`` and ``step_with_batch_queue`` do."""
+        self.clock += self.rng.uniform(0.004, 0.01)
+        if self.scheduler.has_requests():
+            output = self.scheduler.schedule()
+            self.flying.append((output, self.device.execute(output)))
+            executed = output.total_num_scheduled_tokens > 0
+            if len(self.flying) < self.depth and (executed or self.scheduler.has_requests()):
+                return
+        elif not self.flying:
+            return
+        output, answers = self.flying.popleft()
+        self.abort(self.rng.random() < 0.5)
+        for outputs in self.scheduler.update_from_output(output, answers).values():
+            for answer in outputs.outputs:
+                self.take(answer.request_id, answer.new_token_ids, answer.finish_reason)
+
+    def take(self, name: str, tokens: list[int], finish: FinishReason | None) -> None:
+        if name not in self.asks or name in self.ended:
+            raise WorldError(f"{name} has no client, but is answered {tokens}")
+        wanted, answer = self.asks[name].truth.outputs, self.answers[name]
+        answer += tokens
+        if answer != wanted[: len(answer)] or GARBAGE in answer:
+            raise WorldError(f"{name} is answered {answer} instead of {wanted}")
+        if finish is not None:
+            self.ended.add(name)
+            if len(answer) != len(wanted):
+                raise WorldError(f"{name} ends after {len(answer)} of {len(wanted)} tokens")
+
+    def abort(self, now: bool) -> None:
+        for name, ask in self.asks.items():
+            if now and ask.leaves is not None and ask.comes <= ask.leaves <= self.now and name not in self.ended:
+                ended = self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+                if [request.request_id for request in ended] != [name]:
+                    raise WorldError(f"{name} was to be aborted, but {ended} were")
+                self.ended.add(name)
+                self.counts["aborts"] += 1
+
+    def reset(self) -> None:
+        if self.rng.random() >= 0.02:
+            return
+        running = self.rng.random() < 0.5
+        done = self.scheduler.reset_prefix_cache(reset_running_requests=running)
+        self.counts["resets"] += 1
+        if running and not done:
+            raise WorldError("a reset with running requests did not free all blocks")
+        if done:
+            self.device.wipe()
+
+    def pause(self, until: int) -> int:
+        """Pause, or go on when it is time to."""
+        if until:
+            if self.now >= until:
+                self.scheduler.set_pause_state(PauseState.UNPAUSED)
+                return 0
+        elif self.rng.random() < 0.01:
+            self.counts["pauses"] += 1
+            self.scheduler.set_pause_state(self.rng.choice([PauseState.PAUSED_ALL, PauseState.PAUSED_NEW]))
+            return self.now + self.rng.randint(1, 30)
+        return until
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def check_events(self) -> None:
+        for events in self.events:
+            self.counts["withheld"] += events.check(ask.request for ask in self.asks.values())
+
+    def starved(self) -> None:
+        waiting = [name for name in self.asks if name not in self.ended]
+        raise WorldError(f"after {self.now} steps {waiting} have not ended: {self.scheduler.get_request_counts()}")
+
+    def check_nothing_left(self) -> None:
+        scheduler, mover = self.scheduler, self.scheduler.mover
+        missing = self.asks.keys() - self.ended
+        if missing:
+            raise WorldError(f"{missing} never ended")
+        if scheduler.has_unfinished_requests() or scheduler.get_request_counts() != (0, 0):
+            raise WorldError(f"all have ended, but {scheduler.get_request_counts()} run and wait")
+        if scheduler.free_blocks() != [self.shape.blocks] * self.shape.ranks:
+            raise WorldError(f"{scheduler.free_blocks()} of {self.shape.blocks} blocks are free")
+        left = {
+            "members": scheduler.members.leftovers(),
+            "prefixes": scheduler.prefixes.leftovers(),
+            "unplaced": scheduler.unplaced,
+            "failures": scheduler.failures.leftovers(),
+            "waiting": list(scheduler.waiting),
+            "rank_of": scheduler.rank_of,
+            "_preempted": scheduler._preempted,
+            "leaving": mover.leaving,
+            "_states": mover._states,
+            "_last_move": mover._last_move,
+            "_undone": mover._undone,
+        }
+        left |= {f"rank {i}": rank_insides.leftovers(rank) for i, rank in enumerate(scheduler.ranks)}
+        found = {name: value for name, value in left.items() if value} | self.device.leftovers()
+        if found:
+            raise WorldError(f"left over: {found}")
+
+
+def run_worlds(
+    make: type[World],
+    vllm_config: Any,
+    version: int,
+    asynchronous: bool,
+    worlds: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Counter[str]:
+    """Run a kind of worlds, each from its seed on, and count what happened in them.
+
+    Args:
+        make: their kind.
+        vllm_config: the fixture's.
+        version: of the model runner.
+        asynchronous: whether steps are scheduled before the output of those before is known.
+        worlds: how many.
+        monkeypatch: the test's.
+
+    Raises:
+        AssertionError: a world went wrong; says which, in which step, and how.
+    """
+    # The platform has no V2 runner; the schedulers ask for nothing but this.
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(version - 1))
+    counts: Counter[str] = Counter()
+    for seed in range(worlds):
+        world = make(vllm_config, seed, version, asynchronous)
+        for module in (scheduler_module, mover_module):
+            monkeypatch.setattr(module, "time", world)
+        try:
+            counts += world.run()
+        except Exception as error:
+            raise AssertionError(f"world {seed}, step {world.now}, {world.shape}: {error!r}") from error
+    print(dict(counts))
+    return counts

@@ -48,13 +48,7 @@ class NanoCPGPUWorker(OneRank, Worker):
 
     def _choose_exchange(self, layout: RowLayout, dtype: torch.dtype) -> None:
         """Set up the routed exchange if it is wanted and can be had. A collective of the ranks."""
-        shapes = {(layer.impl.num_heads, layer.impl.head_size) for layer in self.attention_layers().values()}
-        if self.nanocp.graph_capacities == ():
-            problem = "graph_capacities is empty"
-        elif shapes != {(layout.num_heads, layout.head_size)}:
-            problem = "attention layers differ in heads or head size"
-        else:
-            problem = ""
+        problem = "graph_capacities is empty" if self.nanocp.graph_capacities == () else ""
         if not problem and self.nanocp.exchange != "collective":
             problem = self._make_routes(layout, dtype)
         name, reason = choose(self.nanocp.exchange, problem)

@@ -32,8 +32,9 @@ RESTLESS: dict[str, Any] = dict(
     growth_blocks=1,
     weigh_exchange=False,
 )
-# Seconds for all requests of a call together.
+# Seconds for all requests of a call together, and for an engine to start.
 LIMIT_S = float(os.environ.get("ENGINE_LIMIT_S", "240"))
+START_LIMIT_S = 240.0
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._serial = 0
-        self.llm: AsyncLLM = self.call(self._start(AsyncEngineArgs(**{**defaults, **args})))
+        self.llm: AsyncLLM = self.call(self._start(AsyncEngineArgs(**{**defaults, **args})), START_LIMIT_S)
         self.free_at_start = self.free_blocks() if ranks > 1 else []
 
     @staticmethod

@@ -44,6 +44,8 @@ class NanoCPConfig:
         graph_capacities: CUDA graphs of sharded decode steps are captured for so many visits between any two ranks,
             ascending; a step with more runs attention outside of graphs. Empty: every sharded step does. None: no step
             has more, see ``worker.graphs.capacities``.
+        scheduler_processes: whether each rank's vLLM scheduler runs in a process of its own. None: where that is
+            faster, see ``engine_config.apart``.
         decode_bench: take prompts as computed, whatever their KV blocks contain, to time decoding alone. Refused
             unless the environment has ``NANOCP_DECODE_BENCH=1``.
     """
@@ -57,6 +59,7 @@ class NanoCPConfig:
     exchange: str = "auto"
     graph_capacities: tuple[int, ...] | None = None
     decode_bench: bool = False
+    scheduler_processes: bool | None = None
 
     @property
     def degree_limit(self) -> int:
@@ -155,6 +158,12 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
                 raise NanoCPConfigError(
                     f"nanocp: {key} has no effect with max_degree 1, for nothing is sharded; leave it out"
                 )
+    processes = raw.get("scheduler_processes")
+    if processes is not None and not isinstance(processes, bool):
+        raise NanoCPConfigError(
+            f"nanocp: scheduler_processes must be true or false, got {processes!r}; leave it out for the default"
+        )
+    values["scheduler_processes"] = processes
     if "decode_bench" in raw:
         values["decode_bench"] = _decode_bench(raw["decode_bench"])
     return NanoCPConfig(**values)

@@ -13,6 +13,8 @@ from .errors import refuse
 from .refusals import CPU_WORKER, EXECUTORS, GPU_WORKER, SCHEDULER, check_environment, check_flags, check_settings
 
 CPU_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+# From so many requests on, over all ranks, schedulers in processes of their own are worth their messages.
+MANY_REQUESTS = 1024
 CUDA_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 
 
@@ -106,6 +108,24 @@ def check_graphs(vllm_config: Any, config: NanoCPConfig) -> None:
         )
 
 
+def apart(vllm_config: Any, config: NanoCPConfig) -> bool:
+    """Whether the ranks' schedulers run in processes of their own: told so, or where there is much to schedule.
+
+    Raises:
+        NanoCPConfigError
+    """
+    details = vllm_config.observability_config.enable_logging_iteration_details
+    if config.scheduler_processes and details:
+        refuse(
+            "--enable-logging-iteration-details with scheduler_processes",
+            "the engine's process does not see what each request computes",
+            "leave one of them out, or use --nanocp-config '{\"scheduler_processes\": false}'",
+        )
+    if config.scheduler_processes is not None:
+        return config.scheduler_processes
+    return not details and config.ranks * vllm_config.scheduler_config.max_num_seqs >= MANY_REQUESTS
+
+
 def one_engine(parallel: Any) -> None:
     """Make one engine of N in vLLM's finished ``ParallelConfig``.
 
@@ -162,6 +182,9 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     check_settings(vllm_config, config.degree_limit)
     check_model(vllm_config, config)
     check_graphs(vllm_config, config)
+    vllm_config.additional_config[nanocp_config.KEY] = replace(
+        config, scheduler_processes=apart(vllm_config, config)
+    ).to_dict()
     one_engine(vllm_config.parallel_config)
     if len(vllm_config.additional_config) == 1:  # what others have put there vLLM looks for in a dict only
         vllm_config.additional_config = nanocp_config.Additional(vllm_config.additional_config)

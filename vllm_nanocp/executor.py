@@ -22,6 +22,7 @@ from . import capacity
 from . import config as nanocp_config
 from .patches.queue_names import unlink
 from .replies import Replies
+from .sched import rank_process
 from .sched.output import NanoCPGrammarOutput
 
 if TYPE_CHECKING:
@@ -65,7 +66,18 @@ class OneWorld(_Base):
         parallel._data_parallel_master_port_list = get_open_ports_list(NUM_PORTS)
         tp_size, pp_size, pcp_size = super()._get_parallel_sizes()
         self.rank_gather: Any = RankGather(tp_size)
+        if config.scheduler_processes:
+            rank_process.launch(config.ranks)
+            rank_process.on_death = self._end_with_a_scheduler
         return tp_size * config.ranks, pp_size, pcp_size
+
+    def _end_with_a_scheduler(self) -> None:
+        """A rank's scheduler process has died: end as when a worker has."""
+        self.is_failed = True
+        self.shutdown()
+        callback, self.failure_callback = self.failure_callback, None
+        if callback is not None:
+            callback()
 
     def _post_init_executor(self) -> None:
         super()._post_init_executor()

@@ -23,7 +23,7 @@ def leftovers(rank: Any) -> list[Any]:
         *rank._leaving,
         *rank._coming,
         *rank.outgrown,
-        *rank._to_share,
+        *rank.to_share,
     ]
 
 

@@ -8,6 +8,7 @@ matters.
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,6 +23,11 @@ from vllm_nanocp.sched.output import NanoCPSchedulerOutput, with_generators
 from .world_runners import GARBAGE, STOP, V1, V2, Known, Runner, Session, Truth, WorldError, base, fail
 
 __all__ = ["GARBAGE", "STOP", "Device", "Session", "Truth", "WorldError", "base", "fail"]
+
+
+def payloads(output: NanoCPSchedulerOutput) -> list[SchedulerOutput]:
+    """What each rank's workers get."""
+    return [pickle.loads(p.payload) if isinstance(p.payload, bytes) else p.payload for p in output.parts]
 
 
 class Store:
@@ -97,7 +103,8 @@ class Device:
 
     def execute(self, output: NanoCPSchedulerOutput) -> list[ModelRunnerOutput]:
         """Run a step on all ranks: all write before any reads, as a layer does."""
-        plan, parts = output.plan, output.ranks
+        plan = output.plan
+        parts = payloads(output)
         self._update_shards(plan)
         generators = [self._generators(runner, plan.departing) for runner in self.runners]
         for runner, part in zip(self.runners, parts, strict=True):

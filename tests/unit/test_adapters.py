@@ -17,7 +17,7 @@ from vllm.v1.request import Request
 
 from vllm_nanocp.sched.output import NanoCPSchedulerOutput
 
-from .scheduler_world import Device, Session, Truth, WorldError, base
+from .scheduler_world import Device, Session, Truth, WorldError, base, payloads
 from .test_sessions import SessionWorld
 from .world_shapes import Ask, Shape, vllm_config  # noqa: F401
 from .worlds import in_each_mode, run_worlds
@@ -45,7 +45,7 @@ class AdapterWorld(SessionWorld):
 
         def checked(*args: Any) -> NanoCPSchedulerOutput:
             output = schedule(*args)
-            for rank, part in enumerate(output.ranks):
+            for rank, part in enumerate(payloads(output)):
                 self.check(rank, {base(name) for name in part.num_scheduled_tokens})
             return output
 
@@ -124,17 +124,18 @@ def test_requests_between_ranks_keep_their_slot(vllm_config: Any, away: str) -> 
     rank = scheduler.ranks[scheduler.rank_of["s"]]
     moving = Request("a", [11] * 20, SamplingParams(max_tokens=40), None, lora_request=adapter(2))
     if away == "coming":
-        rank.expect(moving)
+        rank.expect("a", 2)
     else:
         scheduler.rank_of["a"] = scheduler.rank_of["s"]
+        scheduler.requests["a"] = moving
         rank.enter(moving)
         assert step() == ["a"]
-        rank.leave(moving)
+        rank.leave("a")
     scheduler.add_request(chunk())
     assert step() == []
     if away == "coming":
         rank.expect_no_more("a")
         assert step() == ["s"]
     else:
-        rank.stay(moving)
+        rank.stay("a")
         assert step() == ["a"]

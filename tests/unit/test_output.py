@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -14,7 +15,8 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from vllm.v1.metrics.stats import KVCacheEvictionEvent, PrefixCacheStats, SchedulerStats
 
 from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
-from vllm_nanocp.sched.output import NanoCPSchedulerOutput, describe, merge
+from vllm_nanocp.sched.output import StepMessage, describe, merge, part_of
+from vllm_nanocp.sched.rank import Part
 from vllm_nanocp.sched.stats import merge_prefix_cache, merge_scheduler_stats
 
 
@@ -56,6 +58,10 @@ def rank_output(rank: int, new: int = 1, cached: int = 2, tokens: int = 4) -> Sc
     )
 
 
+def parts(outputs: Sequence[SchedulerOutput]) -> list[Part]:
+    return [part_of(output) for output in outputs]
+
+
 PLAN = StepPlan(
     rows=[PlanRow("old1.0", 1, 1, 3, 17, (Holder(0, "old1.0#0.0", 48),))],
     batches=[Batch(3, 6, False), Batch(3, 3, True)],
@@ -66,7 +72,7 @@ PLAN = StepPlan(
 
 def test_the_union_is_what_one_engine_would_say() -> None:
     ranks = [rank_output(0), rank_output(1, new=0, cached=3), rank_output(2, new=2, cached=0, tokens=9)]
-    out = merge(ranks, PLAN)
+    out = merge(parts(ranks), PLAN)
     assert isinstance(out, SchedulerOutput)
     assert out.total_num_scheduled_tokens == (4 + 2) + 3 + 18 == sum(out.num_scheduled_tokens.values())
     assert out.num_scheduled_tokens == {k: v for r in ranks for k, v in r.num_scheduled_tokens.items()}
@@ -80,15 +86,15 @@ def test_the_union_is_what_one_engine_would_say() -> None:
     assert cached.num_output_tokens == [0, 1, 7, 8, 9]
     assert out.finished_req_ids == {"done0", "done1", "done2"}
     assert out.scheduled_encoder_inputs == {"new0.0": [0], "new2.0": [2]}
-    assert out.ranks is ranks and out.plan is PLAN
+    assert [part.payload for part in out.parts] == ranks and out.plan is PLAN
 
 
 def test_the_ranks_outputs_stay_as_they_are() -> None:
     """The workers are given them after the union was made."""
     ranks = [rank_output(0), rank_output(1)]
     before = copy.deepcopy(ranks)
-    merge(ranks, PLAN)
-    merge(ranks, PLAN)
+    merge(parts(ranks), PLAN)
+    merge(parts(ranks), PLAN)
     for rank, was in zip(ranks, before, strict=True):
         for f in fields(SchedulerOutput):
             assert getattr(rank, f.name) == getattr(was, f.name), f.name
@@ -96,7 +102,7 @@ def test_the_ranks_outputs_stay_as_they_are() -> None:
 
 def test_two_unions_share_nothing() -> None:
     """``CachedRequestData.make_empty`` and the like must be fresh each step."""
-    first, second = merge([rank_output(0)], StepPlan()), merge([rank_output(0)], StepPlan())
+    first, second = merge(parts([rank_output(0)]), StepPlan()), merge(parts([rank_output(0)]), StepPlan())
     assert first.scheduled_cached_reqs.req_ids is not second.scheduled_cached_reqs.req_ids
     assert first.scheduled_cached_reqs.resumed_req_ids == {"old0.0"}
     assert first.num_scheduled_tokens is not second.num_scheduled_tokens
@@ -108,34 +114,29 @@ def test_structured_output_anywhere_counts(flag: str, where: int | None) -> None
     ranks = [rank_output(0), rank_output(1)]
     if where is not None:
         setattr(ranks[where], flag, True)
-    assert getattr(merge(ranks, PLAN), flag) is (where is not None)
+    assert getattr(merge(parts(ranks), PLAN), flag) is (where is not None)
 
 
 def test_a_step_without_tokens() -> None:
-    out = merge([rank_output(0, 0, 0), rank_output(1, 0, 0)], StepPlan())
+    out = merge(parts([rank_output(0, 0, 0), rank_output(1, 0, 0)]), StepPlan())
     assert out.total_num_scheduled_tokens == 0 and not out.num_scheduled_tokens
     assert out.finished_req_ids == {"done0", "done1"}
 
 
 def test_pickle_round_trip() -> None:
-    """What the workers get: the parts, the plan, and the union made again."""
-    out = merge([rank_output(0), rank_output(1, new=0)], PLAN)
-    back = pickle.loads(pickle.dumps(out))
-    assert type(back) is NanoCPSchedulerOutput
+    """What the workers get: the plan, and the parts, of which each decodes its own."""
+    ranks = [rank_output(0), rank_output(1, new=0)]
+    back = pickle.loads(pickle.dumps(merge(parts(ranks), PLAN)))
+    assert type(back) is StepMessage
     assert back.plan == PLAN
-    assert len(back.ranks) == 2
-    for mine, theirs in zip(out.ranks, back.ranks, strict=True):
-        assert type(theirs) is SchedulerOutput
-        assert theirs == mine
-    for f in fields(SchedulerOutput):
-        assert getattr(back, f.name) == getattr(out, f.name), f.name
+    assert [back.part(0), back.part(1)] == ranks
 
 
 def test_the_message_carries_each_request_once() -> None:
     """The union, if it were sent too, would say everything of running requests twice, in each step."""
     ranks = [rank_output(0, cached=1000), rank_output(1, cached=1000)]
-    parts = sum(len(pickle.dumps(rank)) for rank in ranks)
-    assert len(pickle.dumps(merge(ranks, PLAN))) < 1.1 * parts
+    alone = sum(len(pickle.dumps(rank)) for rank in ranks)
+    assert len(pickle.dumps(merge(parts(ranks), PLAN))) < 1.1 * alone
 
 
 # -- batches, as the other ranks know of them ------------------------------------------------------------------
@@ -162,13 +163,13 @@ def scheduled(
 
 
 def test_no_tokens_anywhere_are_no_batches() -> None:
-    assert describe([scheduled(), scheduled()]) == []
+    assert describe(parts([scheduled(), scheduled()])) == []
     assert describe([]) == []
 
 
 def test_a_rank_without_tokens_runs_an_idle_batch() -> None:
     busy = scheduled(cached=[(40, 1), (7, 1)])
-    assert describe([scheduled(), busy, scheduled()]) == [IDLE, Batch(2, 2, True), IDLE]
+    assert describe(parts([scheduled(), busy, scheduled()])) == [IDLE, Batch(2, 2, True), IDLE]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_a_rank_without_tokens_runs_an_idle_batch() -> None:
 )
 def test_what_is_a_decode_batch(part: SchedulerOutput, batch: Batch) -> None:
     """One token each, and others before it: what vLLM's runners find of their own batch."""
-    assert describe([part, scheduled()]) == [batch, IDLE]
+    assert describe(parts([part, scheduled()])) == [batch, IDLE]
 
 
 # -- statistics ------------------------------------------------------------------------------------------------

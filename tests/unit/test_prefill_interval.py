@@ -21,7 +21,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm_nanocp.sched.cadence import PrefillCadence
 
 from . import rank_insides
-from .scheduler_world import Device, Truth
+from .scheduler_world import Device, Truth, payloads
 from .world_shapes import Shape, vllm_config  # noqa: F401
 from .worlds import World, in_each_mode, run_worlds
 
@@ -80,7 +80,7 @@ def steps_here(config: Any, interval: int) -> tuple[Steps, dict[str, int]]:
         if scheduler.has_requests():
             output = scheduler.schedule()
             ranks.update(scheduler.rank_of)
-            seen = [dict(part.num_scheduled_tokens) for part in output.ranks]
+            seen = [dict(part.num_scheduled_tokens) for part in payloads(output)]
             scheduler.update_from_output(output, device.execute(output))
         steps.append(seen)
     assert not scheduler.has_requests() and rank_insides.known(scheduler.ranks[0]) == {}

@@ -334,8 +334,8 @@ def test_patience_ends(config: Any) -> None:
     """A leader that gets nothing, while a rank has tokens to give, is waited for as long as computing would take."""
     scheduler = shape(parallel=False).scheduler(config, False)
     fan_out(scheduler)
-    idle = [SimpleNamespace(total_num_scheduled_tokens=0)] * 2
-    busy = [SimpleNamespace(total_num_scheduled_tokens=CHUNK)] * 2
+    idle = [SimpleNamespace(tokens=0)] * 2
+    busy = [SimpleNamespace(tokens=CHUNK)] * 2
     scheduler.prefixes.observe(busy, True)  # it has come on since it was placed
     for _ in range(-(-1400 // CHUNK)):
         scheduler.prefixes.observe(busy, True)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -16,7 +18,7 @@ from tests.unit.attention_steps import Shape
 from tests.unit.flash_steps import make_impl
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.plan import IDLE, Batch, StepPlan
-from vllm_nanocp.sched.output import NanoCPSchedulerOutput, generators_in, merge
+from vllm_nanocp.sched.output import StepMessage, generators_in
 from vllm_nanocp.worker.gpu_worker import NanoCPGPUWorker
 from vllm_nanocp.worker.worker import OneRank
 
@@ -30,7 +32,7 @@ class _Stock:
 
 class _Rank(OneRank, _Stock):  # type: ignore[misc]
     def __init__(self) -> None:
-        self.tp_rank, self.nanocp = 0, SimpleNamespace(ranks=2)
+        self.tp_rank, self.nanocp = 0, SimpleNamespace(ranks=2, scheduler_processes=False)
         self.shards = SimpleNamespace(rank=0, update=lambda plan: None)
         self.runner = SimpleNamespace(
             batch_row=None,
@@ -40,22 +42,10 @@ class _Rank(OneRank, _Stock):  # type: ignore[misc]
         )
 
 
-def step(departing: list[str]) -> NanoCPSchedulerOutput:
-    empty = SimpleNamespace(
-        total_num_scheduled_tokens=0,
-        num_scheduled_tokens={},
-        scheduled_new_reqs=[],
-        scheduled_cached_reqs=SimpleNamespace(
-            req_ids=[], resumed_req_ids=set(), new_block_ids=[], num_computed_tokens=[], num_output_tokens=[]
-        ),
-        finished_req_ids=set(),
-        has_structured_output_requests=False,
-        pending_structured_output_tokens=False,
-        scheduled_encoder_input_stats=None,
-        scheduled_encoder_inputs={},
-    )
+def step(departing: list[str]) -> StepMessage:
+    empty = pickle.dumps(SchedulerOutput.make_empty())
     plan = StepPlan(batches=[IDLE, Batch(1, 1, True)], departing=departing)
-    return merge([empty, empty], plan)  # type: ignore[list-item]
+    return StepMessage([empty, empty], plan)
 
 
 @pytest.fixture

@@ -36,11 +36,7 @@ class PrefillCadence:
         """
         throttled = bool(unfinished) and self.steps % self.interval != 0
         self.steps = self.steps + 1 if unfinished else 0
-        self._open = [
-            rank
-            for rank in ranks
-            if not throttled or rank.view.capacity_bound or rank.view.only_chunks
-        ]
+        self._open = [rank for rank in ranks if not throttled or rank.view.capacity_bound or rank.view.only_chunks]
         return throttled
 
     def note_backlog(self, backlog: bool) -> None:

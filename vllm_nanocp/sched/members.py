@@ -46,6 +46,8 @@ class Members:
         self.decode_bench = decode_bench
         self.log_stats = log_stats
         self.sharded: dict[str, ShardedRequest] = {}
+        # The rank by which a request's output leaves, where its home has changed: its first one.
+        self.outlet_of: dict[str, int] = {}
         # What the workers will be told with the step at hand.
         self.plan = StepPlan()
         # Member id -> the request it works for.
@@ -224,7 +226,8 @@ class Members:
         self.ranks[source].hand_over(request_id, keeper.request_id, sharded.shard_map.runs[-2].first_block)
         self._publish(sharded)
         self.rank_of[request_id] = target
-        self.ranks[target].arrive(request, sharded.shard_map.runs[-1].first_block)
+        outlet = self.outlet_of.setdefault(request_id, source)
+        self.ranks[target].arrive(request, sharded.shard_map.runs[-1].first_block, outlet)
         self.ranks[target].watch(request)
 
     def ask_for_generator(self, request_id: str) -> None:
@@ -233,4 +236,4 @@ class Members:
 
     def leftovers(self) -> list[str]:
         """Ids that are still remembered; for tests, when no request is left."""
-        return [*self.sharded, *self._owner, *self._outdated, *self.plan.closed, *self.plan.departing]
+        return [*self.sharded, *self.outlet_of, *self._owner, *self._outdated, *self.plan.closed, *self.plan.departing]

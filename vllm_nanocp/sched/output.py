@@ -65,7 +65,24 @@ def with_generators(output: ModelRunnerOutput, generators: dict[str, bytes]) -> 
     return output
 
 
-def generators_in(output: ModelRunnerOutput) -> dict[str, bytes]:
+@dataclass
+class PackedOutput:
+    """A rank's output on its way to a scheduler in another process: nobody in between decodes it.
+
+    Attributes:
+        data: vLLM's output, pickled.
+        nanocp_generators: see ``with_generators``.
+    """
+
+    data: bytes
+    nanocp_generators: dict[str, bytes]
+
+    @classmethod
+    def of(cls, output: ModelRunnerOutput) -> PackedOutput:
+        return cls(pickle.dumps(output, -1), generators_in(output))
+
+
+def generators_in(output: ModelRunnerOutput | PackedOutput) -> dict[str, bytes]:
     """What ``with_generators`` has put into an output."""
     found: dict[str, bytes] = getattr(output, "nanocp_generators", {})
     return found
@@ -73,9 +90,13 @@ def generators_in(output: ModelRunnerOutput) -> dict[str, bytes]:
 
 @dataclass
 class NanoCPGrammarOutput:
-    """Bitmasks for structured output, one entry a rank (None: no such request there)."""
+    """Bitmasks for structured output, one entry a rank (None: no such request there); pickled if from elsewhere."""
 
-    ranks: list[GrammarOutput | None]
+    ranks: list[GrammarOutput | bytes | None]
+
+    def part(self, rank: int) -> GrammarOutput | None:
+        bitmask = self.ranks[rank]
+        return pickle.loads(bitmask) if isinstance(bitmask, bytes) else bitmask
 
 
 def merge(parts: Sequence[Part], plan: StepPlan) -> NanoCPSchedulerOutput:
@@ -139,3 +160,15 @@ def batch_of(part: SchedulerOutput) -> Batch:
         and all(request.num_computed_tokens for request in part.scheduled_new_reqs)
     )
     return Batch(num_reqs, num_tokens, decode)
+
+
+def part_of(output: SchedulerOutput) -> Part:
+    """What one rank has scheduled, for who takes the ranks together."""
+    return Part(
+        tokens=output.total_num_scheduled_tokens,
+        batch=batch_of(output),
+        scheduled=output.num_scheduled_tokens,
+        structured=output.has_structured_output_requests,
+        pending=output.pending_structured_output_tokens,
+        payload=output,
+    )

@@ -116,7 +116,6 @@ class Placer:
         """Whether a request cannot be spread over ranks."""
         return self.config.degree_limit == 1 or not can_shard(request)
 
-
     def _preferred(self, request: Request) -> int | None:
         """The rank that the client wishes for; front-ends refuse those that there are not."""
         preferred = preferred_rank(request)

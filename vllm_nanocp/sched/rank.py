@@ -10,7 +10,7 @@ it about returns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..plan import Batch
@@ -61,7 +61,7 @@ class Part:
     scheduled: Mapping[str, int]
     structured: bool
     pending: bool
-    payload: SchedulerOutput | bytes
+    payload: SchedulerOutput | bytes = field(repr=False)
     serial: int = 0
 
 
@@ -124,7 +124,7 @@ class Rank(Protocol):
     def expect(self, request_id: str, adapter: int | None) -> None: ...
     def expect_no_more(self, request_id: str) -> None: ...
     def hand_over(self, request_id: str, keeper_id: str, first_block: int) -> None: ...
-    def arrive(self, request: Request, first_block: int) -> None: ...
+    def arrive(self, request: Request, first_block: int, outlet: int) -> None: ...
 
     # What EngineCore asks.
     def set_pause_state(self, pause_state: PauseState) -> None: ...

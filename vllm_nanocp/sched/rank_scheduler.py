@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank's vLLM scheduler, with the few doors the composition needs.
 
-Touches vLLM 0.32's ``Scheduler``, ``KVCacheManager``, its coordinator and block pool. The rest of ``sched`` knows a rank
-as a ``Rank`` (``rank.py``), which these doors are: they take ids and plain data, so that they can be used from another
-process. Requests themselves come in by ``enter``, ``arrive`` and ``add_chunk`` only.
+Touches vLLM 0.32's ``Scheduler``, ``KVCacheManager``, its coordinator and block pool. The rest of ``sched`` knows a
+rank as a ``Rank`` (``rank.py``), which these doors are: they take ids and plain data, so that they can be used from
+another process. Requests themselves come in by ``enter``, ``arrive`` and ``add_chunk`` only.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from .adapters import AdapterDoors, adapter_of
-from .output import batch_of
+from .adapters import AdapterDoors
+from .output import part_of
 from .rank import Decoding, Part
 from .rank_view import RankView, view_of
 from .sessions import SessionDoors
@@ -248,10 +248,8 @@ class RankDoors(SessionDoors, AdapterDoors):
         # The request was queued when it came, not when it entered a rank.
         del request.events[events:]
         if self._view is not None:
-            have, done = request.num_tokens, request.num_computed_tokens
             held = len(self.held_blocks.get(request_id, ()))
-            blocks = max(0, -(-have // self._manager.block_size) - held - to_share)
-            self._view.note_entered(have, max(0, have - done), blocks, adapter_of(request))
+            self._view.note_entered(request, held, to_share, self._manager.block_size)
 
     def add_chunk(self, chunk: Request) -> None:
         """The next chunk of a session that is here, or the end of its input."""
@@ -312,9 +310,15 @@ class RankDoors(SessionDoors, AdapterDoors):
         self._left(request)
         self._forget(request)
 
-    def arrive(self, request: Request, first_block: int) -> None:
+    def arrive(self, request: Request, first_block: int, outlet: int) -> None:
         """Go on with a request that has computed all before ``first_block`` elsewhere; before all others, for it has
-        waited for a step."""
+        waited for a step.
+
+        Args:
+            request: runs nowhere, and has nothing in flight.
+            first_block: of those that it takes here.
+            outlet: the rank by which its output leaves, where ranks send it themselves.
+        """
         self.expect_no_more(request.request_id)
         self.adopt_cached(request.request_id, [])
         self.unfold(request.request_id, first_block)
@@ -396,24 +400,12 @@ class RankDoors(SessionDoors, AdapterDoors):
         return self.update_from_output(part.payload, output)
 
     def grammar_bitmask(self, part: Part) -> Any:
-        """The part's bitmask, or None. A copy: ranks may share the manager, which fills the same buffer for the next."""
+        """The part's bitmask, or None. A copy: ranks may share the manager, which fills one buffer for all."""
         assert not isinstance(part.payload, bytes)
         bitmask = self.get_grammar_bitmask(part.payload)
         if bitmask is not None:
             bitmask.grammar_bitmask = bitmask.grammar_bitmask.copy()
         return bitmask
-
-
-def part_of(output: SchedulerOutput) -> Part:
-    """What one rank has scheduled, for who takes the ranks together."""
-    return Part(
-        tokens=output.total_num_scheduled_tokens,
-        batch=batch_of(output),
-        scheduled=output.num_scheduled_tokens,
-        structured=output.has_structured_output_requests,
-        pending=output.pending_structured_output_tokens,
-        payload=output,
-    )
 
 
 class RankScheduler(RankDoors, Scheduler):

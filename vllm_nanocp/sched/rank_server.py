@@ -4,27 +4,26 @@
 from __future__ import annotations
 
 import pickle
+import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from .rank_scheduler import AsyncRankScheduler, RankScheduler, part_of
+from .output import part_of
+from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .wire import Answer, RequestState, Scheduled, pack, state_of, unpack
 
 if TYPE_CHECKING:
-    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.core.kv_cache_utils import BlockHash
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
     from .outlets import Outlets
-
-# Commands that are not the scheduler's own doors.
-_OWN = frozenset(
-    ("enter", "resume", "add_chunk", "queue_chunk", "arrive", "watch", "unwatch", "schedule", "update", "bitmask", "look")
-    + ("connect", "forward")
-)
 
 
 class RankServer:
@@ -53,6 +52,8 @@ class RankServer:
         self._preempted: list[str] = []
         self._freed: list[str] = []
         self._turns: list[tuple[str, bool]] = []
+        # Freed by what the message at hand has brought.
+        self._gone: list[str] = []
         self._payload: bytes | None = None
         # Outputs to be sent once the near end has been answered.
         self._outputs: dict[int, EngineCoreOutputs] | None = None
@@ -63,6 +64,7 @@ class RankServer:
     def _note_freed(self, request_id: str) -> None:
         self._freed.append(request_id)
         self._told.pop(request_id, None)
+        self._gone.append(request_id)
 
     def obey(self, message: bytes) -> list[bytes]:
         """Do what a message says.
@@ -77,10 +79,9 @@ class RankServer:
         result = None
         try:
             for name, args in commands:
-                result = getattr(self if name in _OWN else self.scheduler, name)(*args)
+                own = getattr(self, f"do_{name}", None)
+                result = (own or getattr(self.scheduler, name))(*args)
         except Exception as error:
-            import traceback
-
             return [pickle.dumps(Answer(None, self.scheduler.view, error=f"{error!r}\n{traceback.format_exc()}"), -1)]
         if not asked:
             return []
@@ -95,6 +96,10 @@ class RankServer:
         if self._outputs is not None and self.outlets is not None:
             self.outlets.send(self._outputs)
         self._outputs = None
+        if self._gone:
+            if self.outlets is not None and self.outlets.foreign:
+                self.outlets.foreign.difference_update(self._gone)
+            self._gone.clear()
 
     def _answer(self, result: Any) -> Answer:
         answer = Answer(
@@ -121,35 +126,45 @@ class RankServer:
 
     # -- commands ----------------------------------------------------------------------------------------------
 
-    def look(self) -> None:
-        """Nothing is done; the answer tells how the rank stands."""
+    def do_facts(self) -> tuple[int, int, int, Any]:
+        """What does not change of a rank; the answer also tells how it stands."""
+        scheduler = self.scheduler
+        events = scheduler.get_kv_event_publisher_config()
+        return scheduler.num_blocks, scheduler.max_num_scheduled_tokens, scheduler.most_tokens, events
 
-    def watch(self, request_id: str, told: int) -> None:
+    def do_hash_from(self, none_hash: BlockHash) -> None:
+        """What is hashed before a prompt's first block, as in the engine's process."""
+        kv_cache_utils.NONE_HASH = none_hash
+
+    def do_watch(self, request_id: str, told: int) -> None:
         self._told[request_id] = told
 
-    def unwatch(self, request_id: str) -> None:
+    def do_unwatch(self, request_id: str) -> None:
         self._told.pop(request_id, None)
 
-    def enter(self, state: dict[str, Any], to_share: int) -> None:
+    def do_enter(self, state: dict[str, Any], to_share: int) -> None:
         self.scheduler.enter(self._take(state), to_share)
 
-    def resume(self, request_id: str, num_computed_tokens: int, to_share: int) -> None:
+    def do_resume(self, request_id: str, num_computed_tokens: int, to_share: int) -> None:
         """Let a request wait here that the model runner knows from before its preemption."""
         request = self.scheduler.requests[request_id]
         request.num_computed_tokens = num_computed_tokens
         self.scheduler.enter(request, to_share)
 
-    def add_chunk(self, state: dict[str, Any]) -> None:
+    def do_add_chunk(self, state: dict[str, Any]) -> None:
         self.scheduler.add_chunk(self._take(state))
 
-    def queue_chunk(self, request_id: str, state: dict[str, Any]) -> None:
+    def do_queue_chunk(self, request_id: str, state: dict[str, Any]) -> None:
         self.scheduler.queue_chunk(self.scheduler.requests[request_id], self._take(state))
 
-    def arrive(self, state: dict[str, Any], first_block: int) -> None:
+    def do_arrive(self, state: dict[str, Any], first_block: int, foreign: bool) -> None:
+        """Args as of the door; and whether the request's outlet is another rank's."""
         request = self._take(state)
+        if self.outlets is not None:
+            (self.outlets.foreign.add if foreign else self.outlets.foreign.discard)(request.request_id)
         if request.use_structured_output:
             self._replay(request)
-        self.scheduler.arrive(request, first_block)
+        self.scheduler.arrive(request, first_block, outlet=-1)
 
     def _take(self, state: dict[str, Any]) -> Request:
         request = unpack(state, self._hasher)
@@ -161,15 +176,14 @@ class RankServer:
         """Bring the grammar of a request from another rank to where it was there."""
         structured = request.structured_output_request
         assert structured is not None
-        pending = structured._grammar
-        if hasattr(pending, "result"):
-            pending.result()
+        if isinstance(structured._grammar, Future):
+            structured._grammar.exception()  # waits
         if request.num_output_tokens:
             self.scheduler.structured_output_manager.accept_tokens(request, list(request.output_token_ids))
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def schedule(self, throttle_prefills: bool) -> Scheduled:
+    def do_schedule(self, throttle_prefills: bool) -> Scheduled:
         output = self.scheduler.schedule(throttle_prefills)
         self._serial += 1
         self._steps.append((self._serial, output))
@@ -189,11 +203,11 @@ class RankServer:
     def _step(self, serial: int) -> SchedulerOutput:
         return next(output for at, output in self._steps if at == serial)
 
-    def bitmask(self, serial: int) -> bytes | None:
+    def do_bitmask(self, serial: int) -> bytes | None:
         bitmask = self.scheduler.get_grammar_bitmask(self._step(serial))
         return None if bitmask is None else pickle.dumps(bitmask, -1)
 
-    def update(self, serial: int, output: bytes) -> Any:
+    def do_update(self, serial: int, output: bytes) -> Any:
         """Returns the outputs by client, or what of them is not sent from here: statistics."""
         at, part = self._steps.popleft()
         assert at == serial
@@ -204,13 +218,22 @@ class RankServer:
         self._outputs = outputs
         return self.outlets.keep_back(outputs)
 
-    def connect(self, paths: list[str], engine_index: int) -> None:
+    def do_set_weight_version(self, version: Any) -> None:
+        assert self.outlets is not None
+        self.outlets.set_weight_version(version)
+
+    def do_connect(self, paths: list[str], engine_index: int) -> None:
         assert self.outlets is not None
         self.outlets.connect(paths, engine_index)
 
-    def forward(self, outputs: Sequence[tuple[int, Any]]) -> None:
+    def do_forward(self, outputs: dict[int, list[EngineCoreOutput]]) -> None:
         assert self.outlets is not None
         self.outlets.forward(outputs)
+
+    def close(self) -> None:
+        self.scheduler.shutdown()
+        if self.outlets is not None:
+            self.outlets.close()
 
 
 def packed(request: Request) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a rank between two steps: a few numbers, taken once and kept up to date by what is done to the rank."""
+"""What is known of a rank between two steps: a few numbers, taken once and kept up to date."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from ..placement.place import RankLoad
+from .adapters import adapter_of
 from .sessions import is_idle
 
 if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
     from .rank_scheduler import RankDoors
 
 
@@ -92,21 +95,22 @@ class RankView:
             max_adapters=self.max_adapters,
         )
 
-    def note_entered(self, tokens: int, to_compute: int, blocks: int, adapter: int | None) -> None:
+    def note_entered(self, request: Request, held: int, to_share: int, block_size: int) -> None:
         """A request waits there now.
 
         Args:
-            tokens: that it has.
-            to_compute: of these, yet to be computed there.
-            blocks: that it has yet to take.
-            adapter: that it needs.
+            request: itself.
+            held: blocks that it has there.
+            to_share: blocks that it will share with others.
+            block_size: tokens a block holds.
         """
+        tokens, adapter = request.num_tokens, adapter_of(request)
         self.waiting += 1
         self.queued += 1
         self.unfinished += 1
-        self.promised += blocks
+        self.promised += max(0, -(-tokens // block_size) - held - to_share)
         self.tokens += tokens
-        self.to_compute += to_compute
+        self.to_compute += max(0, tokens - request.num_computed_tokens) - to_share * block_size
         self.nobody_waits = False
         self.busy = True
         if adapter is not None and self.max_adapters is not None:

@@ -12,8 +12,10 @@ import pickle
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vllm.v1.core import kv_cache_utils
+
 from ..errors import NanoCPError
-from .adapters import adapter_of
+from .output import PackedOutput
 from .rank import Decoding, Part
 from .rank_server import packed
 from .wire import Answer, Scheduled, apply
@@ -21,7 +23,7 @@ from .wire import Answer, Scheduled, apply
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
     from vllm.v1.core.sched.interface import PauseState
-    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.request import Request, RequestStatus
 
@@ -37,28 +39,28 @@ class Channel(Protocol):
         """The next frame; raises ``NanoCPError`` if there is nobody any more."""
         ...
 
+    def close(self) -> None: ...
+
 
 class RemoteRank:
     """A ``Rank``; see there.
 
     Args:
+        number: the rank's.
         channel: to the server.
         block_size: tokens a block holds.
-        facts: what does not change: ``num_blocks``, ``max_num_scheduled_tokens`` and the KV event publisher's
-            configuration.
     """
 
     on_preempt: Callable[[str], None]
     on_free: Callable[[str], None]
     on_turn: Callable[[str, bool], None]
     view: RankView
+    most_tokens: int
 
-    def __init__(self, channel: Channel, block_size: int, facts: dict[str, Any]) -> None:
+    def __init__(self, number: int, channel: Channel, block_size: int) -> None:
+        self.number = number
         self.channel = channel
         self.block_size = block_size
-        self.num_blocks: int = facts["num_blocks"]
-        self.max_num_scheduled_tokens: int = facts["max_num_scheduled_tokens"]
-        self._kv_event_config = facts["kv_event_config"]
         self.introduced: dict[str, list[int]] = {}
         self._commands: list[tuple[str, tuple[Any, ...]]] = []
         # Requests that the rank's scheduler knows by their own ids.
@@ -66,8 +68,9 @@ class RemoteRank:
         # Copies that are kept up to date, and for how many reasons.
         self._watched: dict[str, tuple[Request, int]] = {}
         self._outgrown: list[str] = []
-        self._most_tokens = 0
-        self._call("look")
+        self._none_hash: BlockHash | None = None
+        facts = self._call("facts")
+        self.num_blocks, self.max_num_scheduled_tokens, self.most_tokens, self._kv_event_config = facts
 
     # -- messages ----------------------------------------------------------------------------------------------
 
@@ -120,7 +123,7 @@ class RemoteRank:
         return Part(step.tokens, step.batch, step.scheduled, step.structured, step.pending, payload, step.serial)
 
     def begin_update(self, part: Part, output: Any) -> None:
-        message = output if isinstance(output, bytes) else pickle.dumps(output, -1)
+        message = output.data if isinstance(output, PackedOutput) else pickle.dumps(output, -1)
         self._ask("update", part.serial, message)
 
     def end_update(self) -> dict[int, EngineCoreOutputs]:
@@ -134,15 +137,23 @@ class RemoteRank:
     # -- requests ----------------------------------------------------------------------------------------------
 
     def enter(self, request: Request, to_share: int = 0) -> None:
-        request_id, have, done = request.request_id, request.num_tokens, request.num_computed_tokens
+        request_id = request.request_id
         if request_id in self._known:
-            self._tell("resume", request_id, done, to_share)
+            self._tell("resume", request_id, request.num_computed_tokens, to_share)
         else:
             self._known.add(request_id)
+            self._tell_none_hash()
             self._tell("enter", packed(request), to_share)
-        # Of one with a part computed the blocks are there already.
-        blocks = 0 if done else max(0, -(-have // self.block_size) - to_share)
-        self.view.note_entered(have, max(0, have - done), blocks, adapter_of(request))
+        # The blocks of one that comes with a part computed are there already.
+        held = -(-request.num_tokens // self.block_size) if request.num_computed_tokens else 0
+        self.view.note_entered(request, held, to_share, self.block_size)
+
+    def _tell_none_hash(self) -> None:
+        """vLLM chooses it when the schedulers are there already, and may draw it."""
+        none_hash = getattr(kv_cache_utils, "NONE_HASH", None)
+        if none_hash is not None and none_hash != self._none_hash:
+            self._none_hash = none_hash
+            self._tell("hash_from", none_hash)
 
     def add_chunk(self, chunk: Request) -> None:
         self._call("add_chunk", packed(chunk))
@@ -253,22 +264,27 @@ class RemoteRank:
         self._call("hand_over", request_id, keeper_id, first_block)
         self._forget(request_id)
 
-    def arrive(self, request: Request, first_block: int) -> None:
+    def arrive(self, request: Request, first_block: int, outlet: int) -> None:
         self._known.add(request.request_id)
         if request.num_output_tokens:
             request.prefill_stats = None  # it went with the first token
-        self._call("arrive", packed(request), first_block)
+        self._call("arrive", packed(request), first_block, outlet != self.number)
+
+    # -- output ------------------------------------------------------------------------------------------------
+
+    def connect(self, paths: list[str], engine_index: int, weight_version: Any) -> None:
+        """From now on output goes straight to the API servers; only what ``Outlets.keep_back`` keeps comes here."""
+        self._tell("set_weight_version", weight_version)
+        self._call("connect", paths, engine_index)
+
+    def set_weight_version(self, version: Any) -> None:
+        self._tell("set_weight_version", version)
+
+    def forward(self, outputs: dict[int, list[EngineCoreOutput]]) -> None:
+        """Send what another rank has made for requests whose outlet is here. At once: there may be no next step."""
+        self._call("forward", outputs)
 
     # -- what EngineCore asks ----------------------------------------------------------------------------------
-
-    @property
-    def most_tokens(self) -> int:
-        return self._most_tokens
-
-    @most_tokens.setter
-    def most_tokens(self, tokens: int) -> None:
-        self._most_tokens = tokens
-        self._tell("__setattr__", "most_tokens", tokens)
 
     def set_pause_state(self, pause_state: PauseState) -> None:
         self._call("set_pause_state", pause_state)
@@ -288,4 +304,4 @@ class RemoteRank:
         return self._kv_event_config
 
     def shutdown(self) -> None:
-        self._call("shutdown")
+        self.channel.close()

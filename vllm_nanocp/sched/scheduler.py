@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from copy import copy
 from functools import partial
 
 from vllm.config import VllmConfig
@@ -22,7 +21,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -34,16 +33,17 @@ from ..errors import NanoCPConfigError, refuse
 from ..metrics.collector import Collector
 from ..placement import ShardMap
 from ..placement.moves import MoveConfig
-from . import kv_events, sessions
+from . import outlets, sessions
 from .adapters import adapter_of
 from .cadence import PrefillCadence
 from .failures import Failures
 from .members import Members
 from .mover import Mover
+from .outlets import EngineOutlets
 from .output import NanoCPSchedulerOutput, describe, generators_in, merge
 from .placer import Placer, stripe_blocks
-from .rank import Part, Rank
-from .rank_scheduler import AsyncRankScheduler, RankScheduler
+from .rank import Part
+from .ranks import RankSpec, make_ranks
 from .reporting import engine_stats
 from .shared_prefix import SharedPrefixes
 from .together import RanksTogether
@@ -83,31 +83,12 @@ class NanoCPScheduler(RanksTogether):
         self.log_stats = log_stats
         self.connector = None
         self.ec_connector = None
-        rank_cls = AsyncRankScheduler if vllm_config.scheduler_config.async_scheduling else RankScheduler
-        self.ranks: list[Rank] = []
-        for rank in range(self.config.ranks):
-            # Each rank publishes its KV events on a port of its own, as vLLM's data-parallel engines do.
-            rank_config = copy(vllm_config)
-            rank_config.parallel_config = copy(vllm_config.parallel_config)
-            rank_config.parallel_config.data_parallel_index = rank
-            # By this the work of a GPU is estimated (``--enable-mfu-metrics``): the experts are spread over all ranks.
-            rank_config.parallel_config.data_parallel_size = self.config.ranks
-            scheduler = rank_cls(
-                vllm_config=rank_config,
-                kv_cache_config=kv_cache_config,
-                structured_output_manager=structured_output_manager,
-                block_size=block_size,
-                hash_block_size=hash_block_size,
-                mm_registry=mm_registry,
-                include_finished_set=include_finished_set,
-                log_stats=log_stats,
-            )
-            if one_group and self.config.degree_limit > 1 and scheduler.enable_kv_cache_events:
-                kv_events.install(scheduler.kv_cache_manager)
-            scheduler.on_preempt = partial(self._on_preempt, rank)
-            scheduler.on_free = self._on_free
-            scheduler.on_turn = self._on_turn
-            self.ranks.append(scheduler)
+        spec = RankSpec(0, vllm_config, kv_cache_config, block_size, hash_block_size, include_finished_set, log_stats)
+        self.ranks = make_ranks(spec, structured_output_manager, mm_registry)
+        for number, rank in enumerate(self.ranks):
+            rank.on_preempt = partial(self._on_preempt, number)
+            rank.on_free = self._on_free
+            rank.on_turn = self._on_turn
         interval = vllm_config.scheduler_config.prefill_schedule_interval
         self.cadence = PrefillCadence(interval) if interval > 1 else None
         self.collector = Collector()
@@ -118,10 +99,6 @@ class NanoCPScheduler(RanksTogether):
             generators=not vllm_config.use_v2_model_runner,  # V2 samples by seed and position
         )
         max_model_len = vllm_config.model_config.max_model_len
-        # Other kinds of cache may hold more than their blocks have tokens; enough, as vLLM has made sure at start.
-        counted = one_group and isinstance(kv_cache_config.kv_cache_groups[0].kv_cache_spec, FullAttentionSpec)
-        for scheduler in self.ranks:
-            scheduler.most_tokens = scheduler.num_blocks * block_size if counted else max_model_len
         self.placer = Placer(
             self.ranks,
             self.config,
@@ -164,6 +141,8 @@ class NanoCPScheduler(RanksTogether):
         self._resetting = False
         # The last finished sharded requests: id -> KV tokens each rank held.
         self.finished_shares: OrderedDict[str, list[int]] = OrderedDict()
+        self.outlets = EngineOutlets(self.ranks)
+        outlets.install_engine()
         status.install()
         kv_event_sources.install_engine()
         rank_hint.install_engine()
@@ -293,6 +272,7 @@ class NanoCPScheduler(RanksTogether):
             self.members.close(sharded)
         self.rank_of.pop(request_id, None)
         self.requests.pop(request_id, None)
+        self.members.outlet_of.pop(request_id, None)
         self.mover.forget(request_id)
         self.prefixes.leads_no_more(request_id)
 
@@ -432,10 +412,13 @@ class NanoCPScheduler(RanksTogether):
         if scheduler_output.plan.departing:
             states = {k: v for output in model_runner_output for k, v in generators_in(output).items()}
             self.mover.note_generators(scheduler_output.plan.departing, states)
+        self.outlets.begin_step()
         for rank, part, output in zip(self.ranks, scheduler_output.parts, model_runner_output, strict=True):
             rank.begin_update(part, output)
+        # Of requests that end now, too.
+        outlet_of = dict(self.members.outlet_of)
         for rank in self.ranks:
-            for client, outputs in rank.end_update().items():
+            for client, outputs in self.outlets.forward(rank.end_update(), outlet_of).items():
                 if outputs.scheduler_stats is not None:
                     stats.append(outputs.scheduler_stats)
                     outputs.scheduler_stats = None

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
@@ -27,6 +29,7 @@ class RanksTogether(SchedulerInterface):
     members: Members
     mover: Mover
     failures: Failures
+    kv_cache_config: KVCacheConfig
     _pause_state: PauseState
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> NanoCPGrammarOutput | None:  # type: ignore[override]
@@ -86,8 +89,10 @@ class RanksTogether(SchedulerInterface):
 
     @property
     def kv_cache_manager(self) -> Any:
-        """The first rank's: EngineCore reads the layout of the KV cache groups from it, the same on all ranks."""
-        return self.ranks[0].kv_cache_manager
+        """What EngineCore reads of it: the layout of the KV cache groups, the same on all ranks."""
+        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        managers = [SimpleNamespace(block_size=spec.block_size, kv_cache_spec=spec) for spec in specs]
+        return SimpleNamespace(coordinator=SimpleNamespace(single_type_managers=managers))
 
     @property
     def pause_state(self) -> PauseState:

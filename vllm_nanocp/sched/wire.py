@@ -110,7 +110,7 @@ def unpack(state: dict[str, Any], hasher: Callable[[Request], list[Any]] | None)
     request = Request.__new__(Request)
     vars(request).update(state)
     request._output_token_ids = output
-    request._all_token_ids = [*request.prompt_token_ids, *output] if all_tokens is None else all_tokens
+    request._all_token_ids = [*(request.prompt_token_ids or ()), *output] if all_tokens is None else all_tokens
     request.output_token_ids = ConstantList(request._output_token_ids)
     request.all_token_ids = ConstantList(request._all_token_ids)
     request._block_hasher = hasher if hashed else None

@@ -19,7 +19,7 @@ from ..attention.context import context
 from ..attention.supported import check_layers
 from ..engine_config import CPU_CACHE_DTYPES, CUDA_CACHE_DTYPES
 from ..exchange import CollectiveExchange
-from ..sched.output import NanoCPGrammarOutput, StepMessage, with_generators
+from ..sched.output import NanoCPGrammarOutput, PackedOutput, StepMessage, with_generators
 from . import queues
 from .runner import RunnerAdapter, V1Runner, V2Runner
 from .step import ShardTable, make_step
@@ -165,7 +165,7 @@ class OneRank(_Base):
         if self._idle:
             return self._reply(EMPTY_MODEL_RUNNER_OUTPUT)
         if isinstance(grammar_output, NanoCPGrammarOutput):
-            grammar_output = grammar_output.ranks[self.shards.rank]
+            grammar_output = grammar_output.part(self.shards.rank)
         return self._reply(super().sample_tokens(grammar_output))
 
     def _reply(
@@ -176,10 +176,18 @@ class OneRank(_Base):
             return None
         # Kept for the whole step: an idle rank is asked twice, and its first answer dropped, when others sample.
         generators = self._generators
-        if not generators:
+        packs = self.nanocp.scheduler_processes is True
+        if not generators and not packs:
             return output
         if isinstance(output, AsyncModelRunnerOutput):
             wait = output.get_output
-            output.get_output = lambda: with_generators(wait(), generators)  # type: ignore[method-assign]
+            output.get_output = lambda: _dressed(wait(), generators, packs)  # type: ignore[method-assign, assignment]
             return output
-        return with_generators(output, generators)
+        return _dressed(output, generators, packs)  # type: ignore[return-value]
+
+
+def _dressed(output: ModelRunnerOutput, generators: dict[str, bytes], packs: bool) -> ModelRunnerOutput | PackedOutput:
+    """An answer with the generators of departing requests, packed if its scheduler is elsewhere."""
+    if generators:
+        output = with_generators(output, generators)
+    return PackedOutput.of(output) if packs else output

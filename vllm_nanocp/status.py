@@ -17,12 +17,13 @@ METHOD = "nanocp_status"
 
 def describe(scheduler: NanoCPScheduler) -> dict[str, Any]:
     """Plain data: per-rank lists, and per-request maps by request id."""
+    free_blocks = scheduler.free_blocks()
     views = [rank.view for rank in scheduler.ranks]
     return {
         "ranks": len(scheduler.ranks),
         "block_size": scheduler.block_size,
         "total_blocks": [view.total_blocks for view in views],
-        "free_blocks": scheduler.free_blocks(),
+        "free_blocks": free_blocks,
         "running": [view.running for view in views],
         "waiting": [view.queued for view in views],
         "unplaced": len(scheduler.unplaced),

@@ -25,6 +25,7 @@ from tests.tiny_models import make_qwen3_moe
 from vllm_nanocp.rank_hint import prefer_rank
 from vllm_nanocp.sched.scheduler import NanoCPScheduler
 
+from . import loopback
 from .world_runners import STOP, Truth
 
 # Of the model runner, and whether steps are scheduled before the output of those before is known.
@@ -118,6 +119,7 @@ class Shape:
         moves = self.moves | {"reserve_blocks": self.reserve} if isinstance(self.moves, dict) else self.moves
         settings = dict(ranks=self.ranks, segment_size=self.segment, max_degree=self.degree, moves=moves)
         settings["parallel_prefill"] = self.parallel
+        settings["scheduler_processes"] = loopback.in_use
         config.additional_config = {"nanocp": settings}
         config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
         return config

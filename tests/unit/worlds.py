@@ -18,7 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_nanocp.sched import mover as mover_module
 from vllm_nanocp.sched import scheduler as scheduler_module
 
-from . import rank_insides
+from . import loopback, rank_insides
 from .event_index import Index
 from .scheduler_world import Device
 from .world_runners import GARBAGE, WorldError
@@ -54,7 +54,8 @@ class Events:
             if found != hashes:
                 raise WorldError(f"rank {self.index.rank}: {len(found)} blocks of {request.request_id}, it has {has}")
             usable.update(hashes)
-        if usable != self.index.nodes.keys():
+        # Behind messages the copies of requests here have not all tokens that were made.
+        if usable != self.index.nodes.keys() and not loopback.in_use:
             raise WorldError(f"rank {self.index.rank}: announces what no request can use")
         return rank_insides.num_cached_blocks(self.rank) > len(usable)
 

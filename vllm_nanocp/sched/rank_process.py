@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
+    from .rank_server import RankServer
     from .ranks import RankSpec
     from .remote_rank import Channel
 
@@ -140,9 +141,15 @@ def run(end: Connection) -> None:
 
 def _serve(end: Connection) -> bool:
     """One scheduler's life; says whether another one is to come."""
+    from vllm.utils.gc_utils import freeze_gc_heap
+    from vllm.utils.system_utils import decorate_logs, set_process_title
+
     spec = pickle.loads(end.recv_bytes())
+    set_process_title("RankScheduler", str(spec.rank))
+    decorate_logs(f"RankScheduler_{spec.rank}")
     try:
         server = make_server(spec)
+        freeze_gc_heap()
     except Exception as error:
         end.send_bytes(pickle.dumps(repr(error)))
         return False
@@ -157,25 +164,19 @@ def _serve(end: Connection) -> bool:
     return True
 
 
-def make_server(spec: RankSpec) -> Any:
+def make_server(spec: RankSpec) -> RankServer:
     """A rank's scheduler and all that it needs in a process of its own."""
-    from vllm.utils.gc_utils import freeze_gc_heap
     from vllm.utils.hashing import get_hash_fn_by_name
-    from vllm.utils.system_utils import decorate_logs, set_process_title
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
     from vllm.v1.structured_output import StructuredOutputManager
 
     from .outlets import Outlets
     from .rank_server import RankServer
 
-    set_process_title("RankScheduler", str(spec.rank))
-    decorate_logs(f"RankScheduler_{spec.rank}")
     hasher = None
     if spec.vllm_config.cache_config.enable_prefix_caching:
         hash_fn = get_hash_fn_by_name(spec.vllm_config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_fn)
         hasher = get_request_block_hasher(spec.hash_block_size or spec.block_size, hash_fn)
     scheduler = spec.make(StructuredOutputManager(spec.vllm_config))
-    server = RankServer(scheduler, hasher, Outlets())
-    freeze_gc_heap()
-    return server
+    return RankServer(scheduler, hasher, Outlets())

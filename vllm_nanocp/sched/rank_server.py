@@ -132,6 +132,9 @@ class RankServer:
         events = scheduler.get_kv_event_publisher_config()
         return scheduler.num_blocks, scheduler.max_num_scheduled_tokens, scheduler.most_tokens, events
 
+    def do_look(self) -> None:
+        """Nothing is done; the answer tells how the rank stands."""
+
     def do_hash_from(self, none_hash: BlockHash) -> None:
         """What is hashed before a prompt's first block, as in the engine's process."""
         kv_cache_utils.NONE_HASH = none_hash

@@ -69,6 +69,8 @@ class RemoteRank:
         self._watched: dict[str, tuple[Request, int]] = {}
         self._outgrown: list[str] = []
         self._none_hash: BlockHash | None = None
+        # What an answer is to come to.
+        self._asked = ""
         facts = self._call("facts")
         self.num_blocks, self.max_num_scheduled_tokens, self.most_tokens, self._kv_event_config = facts
 
@@ -78,12 +80,15 @@ class RemoteRank:
         self._commands.append((name, args))
 
     def _ask(self, name: str, *args: Any) -> None:
+        assert not self._asked, f"{name} while the answer to {self._asked} is still to come"
+        self._asked = name
         self._commands.append((name, args))
         self.channel.send(pickle.dumps((self._commands, True), -1))
         self._commands = []
 
     def _hear(self) -> Any:
         answer: Answer = pickle.loads(self.channel.receive())
+        self._asked = ""
         if answer.error is not None:
             raise NanoCPError(f"nanocp: a rank's scheduler has failed: {answer.error}")
         self.view = answer.view
@@ -104,6 +109,10 @@ class RemoteRank:
     def _call(self, name: str, *args: Any) -> Any:
         self._ask(name, *args)
         return self._hear()
+
+    def refresh(self) -> None:
+        """Have all that was told done, and the numbers taken anew."""
+        self._call("look")
 
     def _forget(self, request_id: str) -> None:
         """The rank's scheduler knows a request no more, and its model runner is to be told."""
@@ -258,7 +267,10 @@ class RemoteRank:
         self._call("expect", request_id, adapter)
 
     def expect_no_more(self, request_id: str) -> None:
-        self._call("expect_no_more", request_id)
+        self._tell("expect_no_more", request_id)
+        self.view.coming -= 1
+        self.view.to_take -= 1
+        self.view.slots += 1
 
     def hand_over(self, request_id: str, keeper_id: str, first_block: int) -> None:
         self._call("hand_over", request_id, keeper_id, first_block)

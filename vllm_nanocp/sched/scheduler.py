@@ -85,6 +85,8 @@ class NanoCPScheduler(RanksTogether):
         self.ec_connector = None
         spec = RankSpec(0, vllm_config, kv_cache_config, block_size, hash_block_size, include_finished_set, log_stats)
         self.ranks = make_ranks(spec, structured_output_manager, mm_registry)
+        # Whether they schedule at the same time, in processes of their own.
+        self.apart = bool(self.config.scheduler_processes)
         for number, rank in enumerate(self.ranks):
             rank.on_preempt = partial(self._on_preempt, number)
             rank.on_free = self._on_free
@@ -381,14 +383,14 @@ class NanoCPScheduler(RanksTogether):
             self.ranks[index].begin_schedule(throttle_prefills)
         parts: dict[int, Part] = {}
         for index in in_turn:
-            if self._preempted:  # there is room now, for what the next rank would preempt
+            if self._preempted and not self.apart:  # there is room now, for what the next rank would preempt
                 self.mover.spill(index)
             self.ranks[index].begin_schedule(throttle_prefills)
             parts[index] = self.ranks[index].end_schedule()
             self.members.advance({index: parts[index]})
         rest: dict[int, Part] = {}
         for index in others:
-            if self._preempted:
+            if self._preempted and not self.apart:
                 self.mover.spill(index)
             rest[index] = self.ranks[index].end_schedule()
         self.members.advance(rest)  # who enters now is scheduled with the next step

@@ -69,7 +69,9 @@ class RanksTogether(SchedulerInterface):
         return sum(rank.view.kv_usage for rank in self.ranks) / len(self.ranks)
 
     def free_blocks(self) -> list[int]:
-        """Free KV blocks of each rank."""
+        """Free KV blocks of each rank, now."""
+        for rank in self.ranks:
+            rank.refresh()
         return [rank.view.free_blocks for rank in self.ranks]
 
     def reset_encoder_cache(self) -> None:

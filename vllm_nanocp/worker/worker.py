@@ -181,7 +181,7 @@ class OneRank(_Base):
             return output
         if isinstance(output, AsyncModelRunnerOutput):
             wait = output.get_output
-            output.get_output = lambda: _dressed(wait(), generators, packs)  # type: ignore[method-assign, assignment]
+            output.get_output = lambda: _dressed(wait(), generators, packs)  # type: ignore[method-assign, assignment, return-value]
             return output
         return _dressed(output, generators, packs)  # type: ignore[return-value]
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A router's index of one rank's prefix cache, made of nothing but its KV events: a tree of blocks by their tokens.
+"""A router's index of one rank's prefix cache, made of nothing but its KV events: a tree of blocks by their adapter's
+name and their tokens.
 
 It is strict: a block whose parent it does not know, a second announcement, the withdrawal of an unknown block or of one
 that has others behind it are errors. Real indexes drop or misplace such blocks, each in its own way.
@@ -18,14 +19,17 @@ class EventError(AssertionError):
     """A stream that an index cannot follow."""
 
 
+Key = tuple[str | None, tuple[int, ...]]  # the adapter's name and the tokens
+
+
 @dataclass
 class Node:
     """A block, or the root."""
 
     block_hash: Any = None
-    tokens: tuple[int, ...] = ()
+    key: Key = (None, ())
     parent: Node | None = None
-    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    children: dict[Key, Node] = field(default_factory=dict)
 
 
 class Index:
@@ -60,11 +64,13 @@ class Index:
         parent = self.root if event.parent_block_hash is None else self.nodes.get(event.parent_block_hash)
         if parent is None:
             raise EventError(f"rank {self.rank}: nobody has announced the parent of {event}")
+        if parent is not self.root and parent.key[0] != event.lora_name:
+            raise EventError(f"rank {self.rank}: {event} goes on after a block of {parent.key[0]}")
         for at, block_hash in enumerate(event.block_hashes):
-            tokens = tuple(event.token_ids[at * size : (at + 1) * size])
-            if block_hash in self.nodes or tokens in parent.children:
+            key = event.lora_name, tuple(event.token_ids[at * size : (at + 1) * size])
+            if block_hash in self.nodes or key in parent.children:
                 raise EventError(f"rank {self.rank}: {block_hash!r} is announced again")
-            parent.children[tokens] = self.nodes[block_hash] = parent = Node(block_hash, tokens, parent)
+            parent.children[key] = self.nodes[block_hash] = parent = Node(block_hash, key, parent)
 
     def _remove(self, block_hash: Any) -> None:
         node = self.nodes.pop(block_hash, None)
@@ -72,13 +78,13 @@ class Index:
             raise EventError(f"rank {self.rank}: {block_hash!r} is withdrawn, but was never announced")
         if node.children:
             raise EventError(f"rank {self.rank}: {block_hash!r} is withdrawn before those behind it")
-        del node.parent.children[node.tokens]
+        del node.parent.children[node.key]
 
-    def match(self, tokens: Sequence[int]) -> list[Any]:
-        """Hashes of a prompt's first blocks, as far as the rank has them."""
+    def match(self, tokens: Sequence[int], adapter: str | None = None) -> list[Any]:
+        """Hashes of a prompt's first blocks, as far as the rank has them for the adapter of this name."""
         node, found = self.root, []
         for start in range(0, len(tokens) - self.block_size + 1, self.block_size):
-            child = node.children.get(tuple(tokens[start : start + self.block_size]))
+            child = node.children.get((adapter, tuple(tokens[start : start + self.block_size])))
             if child is None:
                 break
             node = child

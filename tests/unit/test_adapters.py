@@ -13,13 +13,14 @@ import pytest
 from vllm import SamplingParams
 from vllm.config import LoRAConfig
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
 from vllm_nanocp.sched.output import NanoCPSchedulerOutput
 
 from .scheduler_world import Device, Session, Truth, WorldError, base, payloads
 from .test_sessions import SessionWorld
-from .world_shapes import Ask, Shape, vllm_config  # noqa: F401
+from .world_shapes import Shape, vllm_config  # noqa: F401
 from .worlds import in_each_mode, run_worlds
 
 WORLDS = int(os.environ.get("NANOCP_ADAPTER_WORLDS", "12"))
@@ -41,7 +42,7 @@ class AdapterWorld(SessionWorld):
     def __init__(self, vllm_config: Any, seed: int, *args: Any) -> None:  # noqa: F811
         self.most = 1 + seed % 3
         super().__init__(with_adapters(vllm_config, self.most), seed, *args)
-        schedule = self.scheduler.schedule
+        schedule, update = self.scheduler.schedule, self.scheduler.update_from_output
 
         def checked(*args: Any) -> NanoCPSchedulerOutput:
             output = schedule(*args)
@@ -49,7 +50,15 @@ class AdapterWorld(SessionWorld):
                 self.check(rank, {base(name) for name in part.num_scheduled_tokens})
             return output
 
+        def counted(*args: Any) -> dict[int, EngineCoreOutputs]:
+            outputs = update(*args)
+            for answer in (answer for part in outputs.values() for answer in part.outputs):
+                adapter, stats = self.asks[answer.request_id].request.lora_request, answer.prefill_stats
+                self.counts["prefixes"] += adapter is not None and stats is not None and stats.num_cached_tokens > 0
+            return outputs
+
         self.scheduler.schedule = checked  # type: ignore[method-assign]
+        self.scheduler.update_from_output = counted  # type: ignore[method-assign]
 
     def check(self, rank: int, names: set[str]) -> None:
         requests = (self.asks[name].request for name in names)
@@ -58,12 +67,9 @@ class AdapterWorld(SessionWorld):
         if len(active) > self.most:
             raise WorldError(f"rank {rank} runs the adapters {active}, and may run {self.most}")
 
-    def draw(self) -> list[Ask]:
-        asks = super().draw()
-        for ask in asks:
-            if number := self.rng.randrange(self.most + 3):
-                ask.request.lora_request = adapter(number)
-        return asks
+    def draw_adapter(self) -> LoRARequest | None:
+        number = self.rng.randrange(self.most + 3)
+        return adapter(number) if number else None
 
 
 @in_each_mode
@@ -77,6 +83,7 @@ def test_worlds(
     caplog.set_level(logging.ERROR, "vllm")
     counts = run_worlds(AdapterWorld, vllm_config, version, asynchronous, WORLDS, monkeypatch)
     assert counts["moves"] + counts["spills"] > 10 and counts["full ranks"] > 100, counts
+    assert counts["prefixes"] > 5, counts
 
 
 def test_requests_behind_one_that_waits_for_its_adapter_go_on(vllm_config: Any) -> None:  # noqa: F811

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.engine import FinishReason
@@ -24,7 +25,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from . import rank_insides
 from .scheduler_world import STOP, Device, Session, Truth, WorldError
-from .world_shapes import Ask, Shape, draw_asks, vllm_config  # noqa: F401
+from .world_shapes import Ask, Shape, salt_of, vllm_config  # noqa: F401
 from .worlds import World, in_each_mode, run_worlds
 
 WORLDS = int(os.environ.get("NANOCP_SESSION_WORLDS", "15"))
@@ -50,7 +51,9 @@ def chunk(name: str, tokens: Sequence[int], max_tokens: int = 4, last: bool = Fa
     return Request(name, list(tokens), params, None, resumable=not last, **more)
 
 
-def draw_session(rng: random.Random, shape: Shape, number: int, comes: int) -> SessionAsk:
+def draw_session(
+    rng: random.Random, shape: Shape, number: int, comes: int, adapter: LoRARequest | None = None
+) -> SessionAsk:
     hasher = get_request_block_hasher(shape.block_size, sha256) if shape.caching else None
     name, rank_tokens = f"s{number}", shape.blocks * shape.block_size
     gaps = rng.choice([[0], [0, 0, 3], [1, 20, 60]])
@@ -69,13 +72,14 @@ def draw_session(rng: random.Random, shape: Shape, number: int, comes: int) -> S
         if length < 1:
             break
         tokens = [10 + rng.randrange(200) for _ in range(length)]
-        turn = Truth(number, context + tokens, outputs, salt=0 if shape.caching else 1 + number, stops=stops)
+        turn = Truth(number, context + tokens, outputs, salt_of(shape, number, adapter), stops=stops)
         served += served == index and turn.num_prompt + most <= rank_tokens
         turns.append(turn)
-        chunks.append((now, chunk(name, tokens, most, arrival_time=float(now), block_hasher=hasher)))
+        more = dict(arrival_time=float(now), block_hasher=hasher, lora_request=adapter)
+        chunks.append((now, chunk(name, tokens, most, **more)))
         context = turn.tokens[: turn.num_prompt + outputs - 1]
         now += rng.choice(gaps)
-    chunks.append((now, chunk(name, [0], 4, last=True)))
+    chunks.append((now, chunk(name, [0], 4, last=True, lora_request=adapter)))
     leaves = comes + rng.randint(0, 80) if served == len(turns) and rng.random() < 0.2 else None
     return SessionAsk(chunks[0][1], turns[0], comes, leaves, Session(turns), chunks[1:], served)
 
@@ -93,10 +97,11 @@ class SessionWorld(World):
             rank_insides.count_give_ups(rank, self.counts, "gave way")
 
     def draw(self) -> list[Ask]:
-        others = draw_asks(self.rng, self.shape)
+        others = super().draw()
         others = others[:: self.rng.choice([1, 2, 4])]
         sessions = [
-            draw_session(self.rng, self.shape, 100 + i, self.rng.randint(1, 60)) for i in range(self.rng.randint(1, 12))
+            draw_session(self.rng, self.shape, 100 + i, self.rng.randint(1, 60), self.draw_adapter())
+            for i in range(self.rng.randint(1, 12))
         ]
         return [*others, *sessions]
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from vllm import SamplingParams
 from vllm.config.kv_events import KVEventsConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -148,7 +149,20 @@ class Ask:
     leaves: int | None
 
 
-def draw_asks(rng: random.Random, shape: Shape) -> list[Ask]:
+def no_adapter() -> LoRARequest | None:
+    return None
+
+
+def salt_of(shape: Shape, number: int, adapter: LoRARequest | None) -> int:
+    """Requests share prefixes if they may share any and have the same adapter."""
+    if not shape.caching:
+        return 1 + number
+    return 0 if adapter is None else adapter.lora_int_id
+
+
+def draw_asks(
+    rng: random.Random, shape: Shape, draw_adapter: Callable[[], LoRARequest | None] = no_adapter
+) -> list[Ask]:
     hasher = get_request_block_hasher(shape.block_size, sha256) if shape.caching else None
     asks: list[Ask] = []
     now = 0
@@ -167,7 +181,8 @@ def draw_asks(rng: random.Random, shape: Shape) -> list[Ask]:
             prompt[: length - 1] = [token for token in stem[: length - 1] if token != STOP]
             prompt = prompt[:length] if len(prompt) >= length else prompt
         stops = rng.random() < 0.3
-        truth = Truth(number, prompt, outputs, salt=0 if shape.caching else 1 + number, stops=stops)
+        adapter = draw_adapter()
+        truth = Truth(number, prompt, outputs, salt_of(shape, number, adapter), stops=stops)
         truth.seeded = rng.random() < 0.3
         params = SamplingParams(
             temperature=0.9 if truth.seeded else 0.0,
@@ -183,22 +198,24 @@ def draw_asks(rng: random.Random, shape: Shape) -> list[Ask]:
             None,
             arrival_time=float(number),
             priority=rng.randrange(3) if shape.priorities else 0,
+            lora_request=adapter,
             block_hasher=hasher,
         )
         if number % 5 == 0:  # its client wishes for a rank
             prefer_rank(request, number // 5 % shape.ranks)
         asks.append(Ask(request, truth, now, now + rng.randint(0, 80) if rng.random() < 0.15 else None))
-    return with_siblings(asks, random.Random(shape.seed), hasher, shape.caching)
+    return with_siblings(asks, random.Random(shape.seed), hasher, shape)
 
 
-def with_siblings(asks: list[Ask], rng: random.Random, hasher: Any, caching: bool) -> list[Ask]:
+def with_siblings(asks: list[Ask], rng: random.Random, hasher: Any, shape: Shape) -> list[Ask]:
     """Some ask for several answers, each of which is a request."""
     many = list(asks)
     for ask in asks:
         for _ in range(rng.choice([1, 3]) if rng.random() < 0.15 else 0):
             number, first, outputs = len(many), ask.request, ask.truth.outputs
             prompt = ask.truth.tokens[: ask.truth.num_prompt]
-            twin = Truth(number, prompt, len(outputs), 0 if caching else 1 + number, stops=outputs[-1] == STOP)
+            salt = salt_of(shape, number, first.lora_request)
+            twin = Truth(number, prompt, len(outputs), salt, stops=outputs[-1] == STOP)
             twin.seeded = ask.truth.seeded
             request = Request(
                 f"r{number}",
@@ -207,6 +224,7 @@ def with_siblings(asks: list[Ask], rng: random.Random, hasher: Any, caching: boo
                 None,
                 arrival_time=first.arrival_time,
                 priority=first.priority,
+                lora_request=first.lora_request,
                 block_hasher=hasher,
             )
             many.append(Ask(request, twin, ask.comes, None))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from vllm.distributed.kv_events import KVEventBatch
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
@@ -22,7 +23,7 @@ from . import loopback, rank_insides
 from .event_index import Index
 from .scheduler_world import Device
 from .world_runners import GARBAGE, WorldError
-from .world_shapes import MODES, Ask, Shape, draw_asks
+from .world_shapes import MODES, Ask, Shape, draw_asks, no_adapter
 
 MAX_STEPS = 4000
 # A test of worlds runs in each mode.
@@ -50,7 +51,9 @@ class Events:
         for request in requests:
             has = rank_insides.cached_prefix(self.rank, request)
             hashes = [maybe_convert_block_hash(block_hash) for block_hash in request.block_hashes[:has]]
-            found = self.index.match(list(request.all_token_ids)[: len(request.block_hashes) * self.index.block_size])
+            tokens = list(request.all_token_ids)[: len(request.block_hashes) * self.index.block_size]
+            lora = request.lora_request
+            found = self.index.match(tokens, None if lora is None else lora.lora_name)
             if found != hashes:
                 raise WorldError(f"rank {self.index.rank}: {len(found)} blocks of {request.request_id}, it has {has}")
             usable.update(hashes)
@@ -82,7 +85,10 @@ class World:
         self.clock = 0.0
 
     def draw(self) -> list[Ask]:
-        return draw_asks(self.rng, self.shape)
+        return draw_asks(self.rng, self.shape, self.draw_adapter)
+
+    def draw_adapter(self) -> LoRARequest | None:
+        return no_adapter()
 
     def arrivals(self) -> list[tuple[int, Request]]:
         """What comes, and when, in this order."""

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors a user can cause. Each carries one line: what is refused, why, and what to do instead."""
 
+import os
 from typing import NoReturn
+
+# A file to which a process that an engine starts writes what it refuses, so that the one that ends last can say it.
+REFUSAL_FILE = "_VLLM_NANOCP_REFUSAL_FILE"
 
 
 class NanoCPConfigError(ValueError):
@@ -14,4 +18,15 @@ class NanoCPError(RuntimeError):
 
 def refuse(what: str, why: str, instead: str) -> NoReturn:
     """Raises NanoCPConfigError with one line."""
-    raise NanoCPConfigError(f"nanocp: {what} is not supported: {why}; {instead}")
+    line = f"nanocp: {what} is not supported: {why}; {instead}"
+    if path := os.environ.get(REFUSAL_FILE):
+        _leave(path, line)
+    raise NanoCPConfigError(line)
+
+
+def _leave(path: str, line: str) -> None:
+    try:
+        with open(path, "w") as file:
+            file.write(line)
+    except OSError:  # another node; its log has the line
+        pass

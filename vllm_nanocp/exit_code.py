@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
+import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
+
+from .errors import REFUSAL_FILE, NanoCPConfigError
 
 _MARK = "_nanocp_installed"
 _failed = False
@@ -29,9 +33,23 @@ def watched(serve: Callable[[argparse.Namespace], None]) -> Callable[[argparse.N
 
 def _run(serve: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     _install()
+    with tempfile.NamedTemporaryFile("r", prefix="nanocp-refusal-") as refusal:
+        os.environ[REFUSAL_FILE] = refusal.name
+        try:
+            _serve(serve, args, refusal)
+        finally:
+            del os.environ[REFUSAL_FILE]
+
+
+def _serve(serve: Callable[[argparse.Namespace], None], args: argparse.Namespace, refusal: IO[str]) -> None:
     try:
         serve(args)
-    except Exception:  # by which the launcher of several API servers ends; it has logged it
+    except Exception as error:
+        if isinstance(error, NanoCPConfigError):
+            raise
+        if line := refusal.read():  # a worker's, which vLLM has logged somewhere in a traceback
+            raise NanoCPConfigError(line) from error
+        # By others the launcher of several API servers ends; it has logged them.
         if not _has_failed():
             raise
     if _has_failed():

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ from vllm.v1.engine.core_client import BackgroundResources
 from vllm.v1.engine.utils import CoreEngineProcManager
 
 from vllm_nanocp import exit_code
+from vllm_nanocp.errors import REFUSAL_FILE, NanoCPConfigError
 
 LINE = "error: nanocp: the engine has failed; the log above says why\n"
 LIMIT_S = 20.0
@@ -74,3 +78,18 @@ def test_other_failures_stay(capsys: pytest.CaptureFixture[str]) -> None:
         run(serve)
     run(lambda args: None)
     assert not capsys.readouterr().err
+
+
+def _refused(args: argparse.Namespace) -> None:
+    """As vLLM does: a worker's error is logged, and its own follows."""
+    code = "from vllm_nanocp.errors import refuse; refuse('this', 'that', 'do so')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 1
+    raise RuntimeError("Engine core initialization failed. See root cause above.")
+
+
+@pytest.mark.usefixtures("monitored")
+def test_a_refusal_of_a_worker_is_what_the_server_ends_with() -> None:
+    with pytest.raises(NanoCPConfigError) as error:  # one line: ``cli._excepthook``
+        run(_refused)
+    assert str(error.value) == "nanocp: this is not supported: that; do so"
+    assert REFUSAL_FILE not in os.environ

@@ -199,7 +199,6 @@ class Members:
         """Give back all shards of a request whose active member waits at its rank; it waits nowhere then."""
         rank, member = self.ranks[sharded.rank], sharded.member
         rank.close_shard(member.request_id)
-        member.num_computed_tokens = 0
         if not sharded.at_home:
             rank.withdraw(member.request_id)
         elif sharded.request.num_preemptions:  # the model runner may know it

@@ -224,6 +224,8 @@ class RankDoors(SessionDoors, AdapterDoors):
     def close_shard(self, member_id: str) -> None:
         """Give a shard's blocks back. The member must not be in the scheduler's queues."""
         self.kv_cache_manager.coordinator.free(member_id)
+        if member_id in self.requests:
+            self.requests[member_id].num_computed_tokens = 0
         self.refresh()
 
     # -- members -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from vllm.v1.request import Request
 
 from .output import part_of
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
-from .wire import Answer, RequestState, Scheduled, pack, state_of, unpack
+from .wire import Answer, RequestState, Scheduled, SessionState, pack, state_of, unpack
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
@@ -131,6 +131,10 @@ class RankServer:
         scheduler = self.scheduler
         events = scheduler.get_kv_event_publisher_config()
         return scheduler.num_blocks, scheduler.max_num_scheduled_tokens, scheduler.most_tokens, events
+
+    def do_session(self, request_id: str) -> SessionState | None:
+        session = self.scheduler.requests.get(request_id)
+        return None if session is None else SessionState.of(session)
 
     def do_look(self) -> None:
         """Nothing is done; the answer tells how the rank stands."""

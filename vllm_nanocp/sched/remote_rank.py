@@ -9,6 +9,7 @@ work.
 from __future__ import annotations
 
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +19,8 @@ from ..errors import NanoCPError
 from .output import PackedOutput
 from .rank import Decoding, Part
 from .rank_server import packed
-from .wire import Answer, Scheduled, apply
+from .sessions import keep_chunk
+from .wire import Answer, Scheduled, SessionState, apply
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
@@ -67,6 +69,8 @@ class RemoteRank:
         self._known: set[str] = set()
         # Copies that are kept up to date, and for how many reasons.
         self._watched: dict[str, tuple[Request, int]] = {}
+        # Copies of the sessions here.
+        self._sessions: dict[str, Request] = {}
         self._outgrown: list[str] = []
         self._none_hash: BlockHash | None = None
         # What an answer is to come to.
@@ -101,6 +105,7 @@ class RemoteRank:
         for request_id in answer.freed:
             self._known.discard(request_id)
             self._watched.pop(request_id, None)
+            self._sessions.pop(request_id, None)
             self.on_free(request_id)
         for request_id, idle in answer.turns:
             self.on_turn(request_id, idle)
@@ -153,6 +158,9 @@ class RemoteRank:
             self._known.add(request_id)
             self._tell_none_hash()
             self._tell("enter", packed(request), to_share)
+            if request.streaming_queue is not None:
+                self._sessions[request_id] = request
+                request.streaming_queue = deque()
         # The blocks of one that comes with a part computed are there already.
         held = -(-request.num_tokens // self.block_size) if request.num_computed_tokens else 0
         self.view.note_entered(request, held, to_share, self.block_size)
@@ -169,6 +177,7 @@ class RemoteRank:
 
     def queue_chunk(self, session: Request, chunk: Request) -> None:
         self._tell("queue_chunk", session.request_id, packed(chunk))
+        keep_chunk(session, chunk)
 
     def requeue(self, request_id: str) -> None:
         self._call("requeue", request_id)
@@ -178,6 +187,10 @@ class RemoteRank:
 
     def take_outgrown(self) -> list[str]:
         outgrown, self._outgrown = self._outgrown, []
+        for request_id in outgrown:  # chunks may have come since
+            state: SessionState | None = self._call("session", request_id)
+            if state is not None and request_id in self._sessions:
+                state.apply(self._sessions[request_id])
         return outgrown
 
     def take_from_queues(self, request_id: str) -> None:

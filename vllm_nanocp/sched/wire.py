@@ -7,11 +7,12 @@ result, what the rank has to say by itself. Touches vLLM 0.32's ``Request``, ``S
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.v1.request import Request
+from vllm.v1.request import Request, StreamingUpdate
 from vllm.v1.structured_output.request import StructuredOutputRequest
 from vllm.v1.utils import ConstantList
 
@@ -36,7 +37,7 @@ class RequestState:
         computed, in_flight, placeholders, stale: vLLM's counters of tokens.
         status: vLLM's.
         tokens: output tokens since the last state that was told.
-        whole: all tokens, where they do not only grow at the end (a session's); its prompt, most tokens then too.
+        session: of a session, whose tokens do not only grow at the end.
     """
 
     computed: int
@@ -46,7 +47,37 @@ class RequestState:
     preemptions: int
     status: Any
     tokens: list[int]
-    whole: tuple[list[int], int, int] | None = None
+    session: SessionState | None = None
+
+
+@dataclass(slots=True)
+class SessionState:
+    """A session's tokens, how many of them are prompt, how many it may make; of each chunk that is queued, whether it is
+    the end of its input."""
+
+    tokens: list[int]
+    num_prompt: int
+    max_tokens: int
+    queue: list[bool]
+
+    @classmethod
+    def of(cls, session: Request) -> SessionState:
+        queue = [chunk is None for chunk in session.streaming_queue or ()]
+        return cls(list(session._all_token_ids), session.num_prompt_tokens, session.max_tokens, queue)
+
+    def apply(self, session: Request) -> None:
+        """Bring a copy up to date. Of queued chunks it is only told that they are there."""
+        session._all_token_ids[:] = self.tokens
+        session._output_token_ids[:] = self.tokens[self.num_prompt :]
+        session.num_prompt_tokens = self.num_prompt
+        session.max_tokens = self.max_tokens
+        del session.block_hashes[:]
+        session.update_block_hashes()
+        session.streaming_queue = deque(None if end else _A_CHUNK for end in self.queue)
+
+
+# Stands for a chunk that is elsewhere.
+_A_CHUNK = StreamingUpdate(None, None, 0, 0.0, None)
 
 
 @dataclass(slots=True)
@@ -59,7 +90,7 @@ class Answer:
         states: of watched requests, by id.
         preempted, freed: ids, in order.
         turns: sessions that have made their tokens after a preemption; and whether they are idle.
-        outgrown: sessions that have no place any more.
+        outgrown: sessions that have no place any more, by id.
         error: what went wrong, if something did; the rank is not to be used any more.
     """
 
@@ -130,9 +161,7 @@ def state_of(request: Request, told: int) -> RequestState:
         request: watched.
         told: output tokens that are known at the other end.
     """
-    whole = None
-    if request.resumable or request.streaming_queue is not None:
-        whole = list(request._all_token_ids), request.num_prompt_tokens, request.max_tokens
+    is_session = request.resumable or request.streaming_queue is not None
     return RequestState(
         computed=request.num_computed_tokens,
         in_flight=request.num_in_flight_tokens,
@@ -141,7 +170,7 @@ def state_of(request: Request, told: int) -> RequestState:
         preemptions=request.num_preemptions,
         status=request.status,
         tokens=request._output_token_ids[told:],
-        whole=whole,
+        session=SessionState.of(request) if is_session else None,
     )
 
 
@@ -153,17 +182,7 @@ def apply(state: RequestState, request: Request) -> None:
     request.num_stale_output_tokens = state.stale
     request.num_preemptions = state.preemptions
     request.status = state.status
-    if state.whole is not None:
-        _replace_tokens(request, *state.whole)
+    if state.session is not None:
+        state.session.apply(request)
     elif state.tokens:
         request.append_output_token_ids(state.tokens)
-
-
-def _replace_tokens(request: Request, tokens: list[int], num_prompt: int, max_tokens: int) -> None:
-    """A session keeps its tokens but perhaps the last that was sampled, so its hashed blocks stay."""
-    request._all_token_ids[:] = tokens
-    request._output_token_ids[:] = tokens[num_prompt:]
-    request.num_prompt_tokens = num_prompt
-    request.max_tokens = max_tokens
-    del request.block_hashes[:]
-    request.update_block_hashes()

@@ -184,7 +184,7 @@ def test_without_an_interval_nothing_is_counted(vllm_config: Any) -> None:  # no
 def test_the_work_of_a_gpu_is_estimated_for_all_ranks(vllm_config: Any) -> None:  # noqa: F811
     """vLLM's figures of ``--enable-mfu-metrics`` divide the experts by the data-parallel size."""
     for rank in shape(ranks=3).scheduler(vllm_config, False).ranks:
-        assert rank.vllm_config.parallel_config.data_parallel_size == 3
+        assert rank_insides.scheduler_of(rank).vllm_config.parallel_config.data_parallel_size == 3
     assert vllm_config.parallel_config.data_parallel_size == 1
 
 

@@ -242,7 +242,7 @@ def parse_args() -> argparse.Namespace:
     add("--max-model-len", type=int, default=520_000)
     add("--short", type=int, default=1000, help="prompt tokens of a short request")
     add("--output", type=int, default=200, help="output tokens of a request of rate:")
-    add("--decode-tokens", type=int, help="output tokens of those that decode beside a prompt (prefill: 1500, mixed: 600)")
+    add("--decode-tokens", type=int, help="of those beside prompts (prefill: 1500, mixed: 600)")
     add("--first", type=float, help="second at which the first prompt beside them comes (prefill: 3, mixed: 4)")
     add("--every", type=float, default=0.7, help="seconds from one prompt of mixed: to the next")
     add("--window", type=float, default=25.0)

@@ -121,8 +121,8 @@ def one_engine(parallel: Any) -> None:
 def with_defaults(config: NanoCPConfig, cpu: bool) -> NanoCPConfig:
     """Set what is on only where it was verified, and was left out; with one rank a request there is neither.
 
-    On GPUs tokens are right with both (tests/gpu). With ``parallel_prefill`` others wait beside a long prompt no longer
-    than in stock vLLM; that moves lose nowhere is not shown (``gpu_prefill_moves_2xH200.json``).
+    On GPUs tokens are right with both (tests/gpu). With ``parallel_prefill`` the p99 gap of others beside a prompt of
+    131,072 tokens is stock vLLM's; that moves lose nowhere is not shown (``gpu_prefill_moves_2xH200.json``).
     """
     several = config.degree_limit > 1
     defaults = {"moves": several and cpu, "parallel_prefill": several}

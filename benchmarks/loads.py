@@ -136,8 +136,8 @@ class Loads:
         return figures(shorts, window) | {"tokens_per_s": round(rate, 1)}
 
     def prefill(self, tokens: int) -> dict[str, Any]:
-        shorts = [(0.0, self.spec("short", self.args.short, 1500)) for _ in range(16)]
-        found = self.play([*shorts, (3.0, self.spec("long", tokens, 8, True))])
+        shorts = [(0.0, self.spec("short", self.args.short, self.args.decode_tokens or 1500)) for _ in range(16)]
+        found = self.play([*shorts, (self.args.first or 3.0, self.spec("long", tokens, 8, True))])
         (long,) = (s for s in found if s["name"] == "long")
         others = [s for s in found if s["name"] == "short"]
         if long["error"] or not long["times"]:
@@ -151,8 +151,9 @@ class Loads:
 
     def mixed(self, n: int, tokens: int, prompt: int) -> dict[str, Any]:
         """Gaps that touch a prompt's time to its first token, and all others."""
-        decoding = [(0.0, self.spec("short", tokens, 600)) for _ in range(n)]
-        prompts = [(4.0 + 0.7 * i, self.spec("prompt", prompt, 2, True)) for i in range(6)]
+        decoding = [(0.0, self.spec("short", tokens, self.args.decode_tokens or 600)) for _ in range(n)]
+        first = self.args.first or 4.0
+        prompts = [(first + self.args.every * i, self.spec("prompt", prompt, 2, True)) for i in range(6)]
         found = self.play([*decoding, *prompts])
         others = [s for s in found if s["name"] == "short"]
         asked = [s for s in found if s["name"] == "prompt" and s["times"]]
@@ -166,7 +167,7 @@ class Loads:
         )
         return {
             "decode": figures(others, (0.0, min(low for low, _ in spans))),
-            "touching_p50": round(percentile(values, 0.5), 3),
+            **{f"touching_p{q}": round(percentile(values, q / 100), 3) for q in (50, 90, 99)},
             "longest_of_a_prompt_p50": round(percentile(longest, 0.5), 3),
             "longest": [round(x, 1) for x in longest],
             "ttft_ms": [round(1e3 * (high - low), 1) for low, high in spans],
@@ -241,6 +242,9 @@ def parse_args() -> argparse.Namespace:
     add("--max-model-len", type=int, default=520_000)
     add("--short", type=int, default=1000, help="prompt tokens of a short request")
     add("--output", type=int, default=200, help="output tokens of a request of rate:")
+    add("--decode-tokens", type=int, help="of those beside prompts (prefill: 1500, mixed: 600)")
+    add("--first", type=float, help="second at which the first prompt beside them comes (prefill: 3, mixed: 4)")
+    add("--every", type=float, default=0.7, help="seconds from one prompt of mixed: to the next")
     add("--window", type=float, default=25.0)
     add("--settle", type=float, default=8.0)
     add("--stretch", type=float, default=4.0)

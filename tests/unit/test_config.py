@@ -13,6 +13,7 @@ import pytest
 
 from vllm_nanocp.compat import unsupported_reason
 from vllm_nanocp.config import DECODE_BENCH, EXCHANGES, MAX_PLACES, PLACEMENTS, NanoCPConfig, of, parse
+from vllm_nanocp.engine_config import with_defaults
 from vllm_nanocp.errors import NanoCPConfigError
 from vllm_nanocp.placement.moves import MoveConfig
 
@@ -248,6 +249,23 @@ def test_parallel_prefill() -> None:
     for wrong in (1, "yes", {}, {"tokens": 3}, {"chunk_tokens": 3, "x": 1}):
         with pytest.raises(NanoCPConfigError, match="nanocp: parallel_prefill must be true, false or"):
             parse({"parallel_prefill": wrong}, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cpu", "moves", "parallel"),
+    [
+        ({}, True, True, True),
+        ({}, False, False, True),
+        ({"moves": True, "parallel_prefill": False}, False, True, False),
+        ({"parallel_prefill": {"chunk_tokens": 512}}, False, False, {"chunk_tokens": 512}),
+        ({"placement": "round_robin"}, True, False, True),
+        ({"max_degree": 1}, True, False, False),
+        ({"max_degree": 1}, False, False, False),
+    ],
+)
+def test_what_is_on_when_left_out(settings: dict[str, Any], cpu: bool, moves: bool, parallel: Any) -> None:
+    config = with_defaults(parse(settings, 2), cpu)
+    assert bool(config.move_config) is moves and config.parallel_prefill == parallel
 
 
 @pytest.mark.parametrize(

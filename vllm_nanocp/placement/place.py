@@ -50,6 +50,10 @@ class RankLoad:
         """The load as a request with this adapter finds it: no slot where it cannot run."""
         return self if self.takes(adapter) else replace(self, slots=0)
 
+    def closed(self) -> RankLoad:
+        """The load as those find it for whom there is to be no room."""
+        return replace(self, free_blocks=0, used_blocks=self.total_blocks, slots=0)
+
     def with_adapter(self, adapter: int | None) -> RankLoad:
         """The load once a request with this adapter is there."""
         if adapter is None or self.max_adapters is None:

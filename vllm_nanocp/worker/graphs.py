@@ -81,10 +81,7 @@ def sharded_sizes(sizes: Iterable[int], capacities: Sequence[int]) -> list[tuple
         if not chosen or size <= chosen[-1] * (1 - SPARED):
             chosen.append(size)
     return [
-        (size, c)
-        for size in sorted(chosen)
-        for i, c in enumerate(capacities)
-        if i == 0 or capacities[i - 1] < size
+        (size, c) for size in sorted(chosen) for i, c in enumerate(capacities) if i == 0 or capacities[i - 1] < size
     ]
 
 

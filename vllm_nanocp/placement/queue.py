@@ -14,7 +14,9 @@ A request that was preempted is due at once, and so is one that is more importan
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .place import RankLoad, cdiv
 
 # Requests without room that are passed over in a step; of those looked at in full, ones that fail.
 WINDOW = 32
@@ -24,8 +26,9 @@ LOOKS = 8
 # (``benchmarks/admission_simulation.py``).
 PATIENCE = 4
 # Those that overtake leave so many tokens free for each request of a rank's batch: they would else fill each rank to
-# the last block, and what runs there would be preempted as it grows.
+# the last block, and what runs there would be preempted as it grows. But no more than such a part of the rank.
 GROWTH_TOKENS = 128
+GROWTH_PART = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,12 @@ class Blocked:
         alone = want.start == 1 and want.home is None and not self.spread and want.blocks <= max(totals)
         richest = max(room) if alone else sum(sorted(room, reverse=True)[: want.limit])
         return richest + self.shared >= want.blocks and self.grown(room)
+
+
+def as_overtaken(load: RankLoad, block_size: int) -> RankLoad:
+    """A rank's load as requests find it that overtake others."""
+    growth = min(cdiv(GROWTH_TOKENS, block_size) * load.batch, load.total_blocks // GROWTH_PART, load.free_blocks)
+    return replace(load, free_blocks=load.free_blocks - growth, used_blocks=load.used_blocks + growth)
 
 
 def ranks_for(want: Want, room: Sequence[int], totals: Sequence[int], closed: Collection[int]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from ..placement import Prefix, RankLoad, Run, ShardMap, Want, cdiv, place, plac
 from ..placement.moves import with_reserve
 from ..placement.place import start_degree
 from ..placement.prefix import light
-from ..placement.queue import GROWTH_TOKENS
+from ..placement.queue import as_overtaken
 from ..rank_hint import preferred_rank
 from .adapters import adapter_of
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
@@ -101,7 +101,7 @@ class Placer:
         """
         loads = [load.for_adapter(adapter_of(request)) for load in self._loads()]
         if overtakes:
-            loads = [with_reserve(load, cdiv(GROWTH_TOKENS, self.block_size)) for load in loads]
+            loads = [as_overtaken(load, self.block_size) for load in loads]
         for rank in closed:
             loads[rank] = loads[rank].closed()
         weight = None

@@ -20,6 +20,7 @@ from vllm.v1.request import Request
 
 from ..placement import RankLoad
 from .adapters import AdapterDoors
+from .chunks import ChunkDoors
 from .sessions import SessionDoors, is_idle
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _tokens = attrgetter("num_tokens")
 
 
-class RankDoors(SessionDoors, AdapterDoors):
+class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
     """Mixed into vLLM's scheduler: hooks on leaving, and shards that no queue knows of."""
 
     on_preempt: Callable[[Request], None]
@@ -49,6 +50,7 @@ class RankDoors(SessionDoors, AdapterDoors):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.reserve_adapters()
+        self.share_step()
         idle = not (self.running or self._coming or self._leaving)
         output = super().schedule(*args, **kwargs)
         if idle and not self.running:
@@ -305,6 +307,13 @@ class RankDoors(SessionDoors, AdapterDoors):
         return tokens - sum(self._to_share.values()) * self._manager.block_size
 
     @property
+    def prompt_tokens(self) -> int:
+        """Those of them that are of prompts."""
+        prompts = chain(self._inflight_prefills, self.waiting, self.kv_holding_waiting)
+        tokens = sum(request.num_tokens - request.num_computed_tokens for request in prompts)
+        return tokens - sum(self._to_share.values()) * self._manager.block_size
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all that run here, wait, or are about to leave."""
         here = chain(self.running, self.waiting, self.kv_holding_waiting, self._leaving.values())
@@ -337,6 +346,7 @@ class RankDoors(SessionDoors, AdapterDoors):
             slots=slots,
             adapters=self.adapters(),
             max_adapters=self.max_adapters,
+            backlog=2 * max(0, self.prompt_tokens) // self.max_num_scheduled_tokens,
         )
 
 

@@ -101,6 +101,7 @@ class NanoCPScheduler(RanksTogether):
             )
             if one_group and self.config.degree_limit > 1 and scheduler.enable_kv_cache_events:
                 kv_events.install(scheduler.kv_cache_manager)
+            scheduler.whole_chunks = bool(self.config.parallel_prefill)
             scheduler.on_preempt = self._on_preempt
             scheduler.on_free = self._on_free
             scheduler.on_turn = self._on_turn

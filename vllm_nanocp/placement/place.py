@@ -148,7 +148,7 @@ def _by_load(loads: Sequence[RankLoad], room: Sequence[int], kv_weight: float | 
     """Ranks in the order in which a request should use them; those without room last.
 
     A prompt is computed behind those that came before it, and a step takes as long as its slowest rank: so ranks with
-    few of them come first.
+    few of them come first. Not where KV is weighed: it would be the less even.
     """
     ranks = range(len(loads))
     if kv_weight is None:
@@ -157,7 +157,7 @@ def _by_load(loads: Sequence[RankLoad], room: Sequence[int], kv_weight: float | 
     per_request = (1 - kv_weight) / max(1, sum(load.batch for load in loads))
     per_block = kv_weight / max(1, sum(load.kv_level for load in loads))
     score = [per_request * load.batch + per_block * load.kv_level for load in loads]
-    return sorted(ranks, key=lambda r: (room[r] == 0, loads[r].backlog, score[r], loads[r].batch, -room[r], r))
+    return sorted(ranks, key=lambda r: (room[r] == 0, score[r], loads[r].batch, -room[r], r))
 
 
 def place(

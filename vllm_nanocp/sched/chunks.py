@@ -67,10 +67,10 @@ class ChunkDoors(_Base):
             self.scheduler_config.long_prefill_token_threshold = max(1, rest // len(long))
 
     def _bring_forward(self, most: int) -> int:
-        """Put waiting requests that are short before those that are not, up to so many tokens; returns how many."""
-        if self.policy == SchedulingPolicy.PRIORITY:  # the first is the most important one
-            first = next(iter(self.waiting), None)
-            return _left(first) if first is not None and 0 < _left(first) <= most else 0
+        """Put waiting requests that are short before those that are not, up to so many tokens; returns how many.
+
+        With priorities only the first ones count, in the order that they have.
+        """
         brought: list[Request] = []
         tokens = 0
         for request in islice(self.waiting, _LOOKED_AT):
@@ -78,6 +78,8 @@ class ChunkDoors(_Base):
             if request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) and left <= most - tokens:
                 brought.append(request)
                 tokens += left
+            elif self.policy == SchedulingPolicy.PRIORITY:  # which no one overtakes
+                return tokens
         if brought and list(islice(self.waiting, len(brought))) != brought:
             for request in brought:
                 self.waiting.remove_request(request)

@@ -9,7 +9,8 @@ schedulers as there are ranks (``stock``), each request sent to the one that vLL
 A step takes as long as its slowest rank: 6 ms, 22.5 ns a KV token of running requests, so much a token computed, 10 us
 a guest, and 1.8 ms if any rank has guests. **Times are assumed, not measured.** A seed takes other requests of the
 trace, in another order. Scenarios: ``loop`` (so many clients, each with one request at a time, caches that hold all),
-``full`` (the same with caches that do not), ``rate`` (requests come by themselves). No prefix caching; ``moves`` and
+``prompts`` (the same where prompts are nearly all of the work, as measured with Qwen3-30B-A3B's shape), ``full``
+(caches that do not hold all), ``rate`` (requests come by themselves). No prefix caching; ``moves`` and
 ``parallel_prefill`` as they are by default on GPUs: off.
 """
 
@@ -59,6 +60,7 @@ class Scenario:
 
 SCENARIOS = {
     "loop": Scenario(),
+    "prompts": Scenario(requests=96, query=100e-6),
     "full": Scenario(capacity=163_840, requests=288, clients=96),
     "rate": Scenario(requests=384, clients=0, rate=3.3, capacity=327_680),
 }

@@ -68,6 +68,16 @@ def test_nothing_changes_without_short_prompts(vllm_config: Any) -> None:  # noq
     assert sorted(queue.scheduler.schedule().num_scheduled_tokens.values()) == [BUDGET] * 2
 
 
+def test_nothing_is_kept_for_what_cannot_start(vllm_config: Any) -> None:  # noqa: F811
+    """It waits for room that the long prompt has yet to take."""
+    queue = with_long_prompts(vllm_config, blocks=241)
+    for number in range(2):
+        queue.add(f"short {number}", 120, 100)
+    output = queue.scheduler.schedule()
+    assert all(rank.waiting for rank in queue.scheduler.ranks)
+    assert sorted(output.num_scheduled_tokens.values()) == [BUDGET] * 2
+
+
 def test_a_size_set_by_the_user_stays(vllm_config: Any) -> None:  # noqa: F811
     queue = with_long_prompts(vllm_config, chunk=500)
     for number in range(2):

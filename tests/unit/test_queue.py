@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -69,7 +70,8 @@ def test_what_may_not_fit_is_not_placed(data: st.DataObject) -> None:
     room = [load.free_blocks if load.slots else 0 for load in loads]
     start = max(1, min(limit, -(-tokens // segment)))
     blocked = Blocked(Want(-(-tokens // 16) + headroom, start, limit, home), urgent=False, room=[-1] * ranks)
-    assert found is None or blocked.may_fit(room, [load.total_blocks for load in loads])
+    richest = list(accumulate(sorted(room, reverse=True)))
+    assert found is None or blocked.may_fit(room, richest, max(load.total_blocks for load in loads))
 
 
 @settings(max_examples=20, deadline=None)

@@ -79,17 +79,17 @@ class Blocked:
         """Whether any rank has more room than when it was last looked at."""
         return any(now > then for now, then in zip(room, self.room, strict=True))
 
-    def may_fit(self, room: Sequence[int], totals: Sequence[int]) -> bool:
+    def may_fit(self, room: Sequence[int], richest: Sequence[int], most: int) -> bool:
         """Whether it is worth asking placement: never False where placement would have an answer.
 
         Args:
             room: blocks that it can take on each rank.
-            totals: blocks of each rank.
+            richest: the same for so many ranks together, those that have most: of the first, of two, of all.
+            most: blocks of the largest rank.
         """
         want = self.want
-        alone = want.start == 1 and want.home is None and not self.spread and want.blocks <= max(totals)
-        richest = max(room) if alone else sum(sorted(room, reverse=True)[: want.limit])
-        return richest + self.shared >= want.blocks and self.grown(room)
+        alone = want.start == 1 and want.home is None and not self.spread and want.blocks <= most
+        return richest[0 if alone else want.limit - 1] + self.shared >= want.blocks and self.grown(room)
 
 
 def as_overtaken(load: RankLoad, block_size: int) -> RankLoad:

@@ -8,7 +8,8 @@ keep nobody waiting. A step passes over a bounded number of requests, however ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -40,17 +41,33 @@ class _Room:
     def __init__(self, loads: list[RankLoad]) -> None:
         self.loads = loads
         self.totals = [load.total_blocks for load in loads]
+        self.most = max(self.totals)
         self._free = [load.free_blocks for load in loads]
         self._slots = [load.slots for load in loads]
         # Ranks whose room is kept for requests that are due.
         self.closed: set[int] = set()
+        self._known: dict[tuple[int | None, bool], tuple[list[int], list[int]]] = {}
 
-    def of(self, adapter: int | None, kept: bool = False) -> list[int]:
-        """Blocks that a request with this adapter can take on each rank; ``kept``: also where they are for others."""
-        return [
-            max(0, free) if slots > 0 and load.takes(adapter) and (kept or rank not in self.closed) else 0
-            for rank, (free, slots, load) in enumerate(zip(self._free, self._slots, self.loads, strict=True))
-        ]
+    def of(self, adapter: int | None, kept: bool = False) -> tuple[list[int], list[int]]:
+        """Blocks that a request with this adapter can take on each rank, and on so many of the richest together.
+
+        Args:
+            adapter: of the request.
+            kept: whether it may have what is kept for those that are due.
+        """
+        known = self._known.get((adapter, kept))
+        if known is None:
+            room = [
+                max(0, free) if slots > 0 and load.takes(adapter) and (kept or rank not in self.closed) else 0
+                for rank, (free, slots, load) in enumerate(zip(self._free, self._slots, self.loads, strict=True))
+            ]
+            known = self._known[adapter, kept] = room, list(accumulate(sorted(room, reverse=True)))
+        return known
+
+    def close(self, ranks: Iterable[int]) -> None:
+        """Keep what these ranks have."""
+        self.closed.update(ranks)
+        self._known.clear()
 
     def takes(self, adapter: int, home: int | None) -> bool:
         """Whether a rank that may take a request has a slot for its adapter."""
@@ -64,6 +81,7 @@ class _Room:
         for run, held in zip(prefix.runs, prefix.held, strict=True):  # that takes no room
             self._free[run.rank] += held
         self._slots[shard_map.home] -= 1
+        self._known.clear()
 
 
 class Admission:
@@ -120,10 +138,10 @@ class Admission:
                 if self.scheduler.by_priority and request.priority > passed[-1].priority:
                     for other in passed:  # those that are more important
                         self._close(other, room)
-                if not any(room.of(None)):
+                if not any(room.of(None)[0]):
                     break
                 blocked = self._blocked.get(request.request_id)
-                if blocked is not None and not blocked.may_fit(room.of(adapter), room.totals):
+                if blocked is not None and not blocked.may_fit(*room.of(adapter), room.most):
                     passed.append(waiting.pop_request())
                     self._close_if_due(request, room)
                     continue
@@ -159,7 +177,7 @@ class Admission:
         scheduler, request_id = self.scheduler, request.request_id
         home, adapter = scheduler.rank_of.get(request_id), adapter_of(request)
         closed = room.closed if passed else ()
-        mine = room.of(adapter, kept=not passed)
+        mine, _ = room.of(adapter, kept=not passed)
         blocked = self._blocked.get(request_id)
         # A prefix, a long one perhaps, is not looked for again in each step, but when there is more room.
         sought = blocked is None or blocked.grown(mine)
@@ -252,9 +270,9 @@ class Admission:
         if blocked.ranks and room.closed.issuperset(blocked.ranks):  # in this step already, or kept for one before it
             return
         if not blocked.ranks or not room.closed.isdisjoint(blocked.ranks):
-            mine = room.of(adapter_of(request), kept=True)
+            mine, _ = room.of(adapter_of(request), kept=True)
             blocked.ranks = ranks_for(blocked.want, mine, room.totals, room.closed)
-        room.closed.update(blocked.ranks)
+        room.close(blocked.ranks)
 
     # -- slots for adapters --------------------------------------------------------------------------------------
 

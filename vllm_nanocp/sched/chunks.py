@@ -14,9 +14,12 @@ from copy import copy
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
+
+from ..placement import cdiv
 
 if TYPE_CHECKING:
     _Base = Scheduler
@@ -47,6 +50,11 @@ class ChunkDoors(_Base):
         self._shares_steps = not self.scheduler_config.long_prefill_token_threshold and self._share > 0
         self._shares_steps &= not self.need_mamba_block_aligned_split
 
+    @property
+    def spare_blocks(self) -> int:
+        """Free blocks that nobody who runs needs for the tokens it has; ``RankDoors`` knows."""
+        raise NotImplementedError
+
     def share_step(self) -> None:
         """Before a step: how large a chunk of a prompt may be in it."""
         if not self._shares_steps:
@@ -71,13 +79,19 @@ class ChunkDoors(_Base):
 
         With priorities only the first ones count, in the order that they have.
         """
+        if not self.waiting or self._pause_state != PauseState.UNPAUSED:
+            return 0
         brought: list[Request] = []
         tokens = 0
+        slots = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
+        room = self.spare_blocks * self.block_size  # what long ones have yet to take is theirs
         for request in islice(self.waiting, _LOOKED_AT):
             left = _left(request)
-            if request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) and left <= most - tokens:
+            ready = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) and len(brought) < slots
+            if ready and left <= most - tokens and request.num_tokens < room:
                 brought.append(request)
                 tokens += left
+                room -= cdiv(request.num_tokens + 1, self.block_size) * self.block_size
             elif self.policy == SchedulingPolicy.PRIORITY:  # which no one overtakes
                 return tokens
         if brought and list(islice(self.waiting, len(brought))) != brought:

@@ -13,7 +13,6 @@ import pytest
 from vllm_nanocp.sched import rank_process
 from vllm_nanocp.sched.ranks import RankSpec
 
-
 # Whether worlds have their schedulers behind messages.
 in_use = False
 

@@ -102,7 +102,8 @@ def test_requests_behind_one_that_waits_for_its_adapter_go_on(vllm_config: Any) 
     for _ in range(100):
         output = scheduler.schedule()
         if scheduler.num_steps == 1:
-            assert sorted(name for part in payloads(output) for name in part.num_scheduled_tokens) == ["a", "b", "d", "e"]
+            names = sorted(name for part in payloads(output) for name in part.num_scheduled_tokens)
+            assert names == ["a", "b", "d", "e"]
         for outputs in scheduler.update_from_output(output, device.execute(output)).values():
             ended += [answer.request_id for answer in outputs.outputs if answer.finish_reason is not None]
     assert sorted(ended[:4]) == ["a", "b", "d", "e"] and ended[4:] == ["c"]

@@ -217,6 +217,7 @@ class World:
         left = {
             "members": scheduler.members.leftovers(),
             "prefixes": scheduler.prefixes.leftovers(),
+            "admission": scheduler.admission.leftovers(),
             "unplaced": scheduler.unplaced,
             "failures": scheduler.failures.leftovers(),
             "waiting": list(scheduler.waiting),

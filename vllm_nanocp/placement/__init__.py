@@ -3,6 +3,7 @@
 
 from .place import RankLoad, cdiv, place, queue_at
 from .prefix import Prefix, place_after_prefix
+from .queue import Want
 from .shard_map import Run, ShardMap
 
-__all__ = ["Prefix", "RankLoad", "Run", "ShardMap", "cdiv", "place", "place_after_prefix", "queue_at"]
+__all__ = ["Prefix", "RankLoad", "Run", "ShardMap", "Want", "cdiv", "place", "place_after_prefix", "queue_at"]

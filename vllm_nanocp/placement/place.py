@@ -30,6 +30,7 @@ class RankLoad:
             are used.
         adapters: those of requests that run there, wait to, or are on their way; by number.
         max_adapters: how many may be active at once; None: as many as one likes.
+        backlog: half steps that the prompts there take until they are computed.
     """
 
     free_blocks: int
@@ -39,6 +40,7 @@ class RankLoad:
     read_blocks: int | None = None
     adapters: frozenset[int] = frozenset()
     max_adapters: int | None = None
+    backlog: int = 0
 
     def takes(self, adapter: int | None) -> bool:
         """Whether a request with this adapter can run there beside the others; None: without one."""
@@ -49,6 +51,10 @@ class RankLoad:
     def for_adapter(self, adapter: int | None) -> RankLoad:
         """The load as a request with this adapter finds it: no slot where it cannot run."""
         return self if self.takes(adapter) else replace(self, slots=0)
+
+    def closed(self) -> RankLoad:
+        """The load as those find it for whom there is to be no room."""
+        return replace(self, free_blocks=0, used_blocks=self.total_blocks, slots=0)
 
     def with_adapter(self, adapter: int | None) -> RankLoad:
         """The load once a request with this adapter is there."""
@@ -139,10 +145,14 @@ def _participants(
 
 
 def _by_load(loads: Sequence[RankLoad], room: Sequence[int], kv_weight: float | None) -> list[int]:
-    """Ranks in the order in which a request should use them; those without room last."""
+    """Ranks in the order in which a request should use them; those without room last.
+
+    A prompt is computed behind those that came before it, and a step takes as long as its slowest rank: so ranks with
+    few of them come first. Not where KV is weighed: it would be the less even.
+    """
     ranks = range(len(loads))
     if kv_weight is None:
-        return sorted(ranks, key=lambda r: (room[r] == 0, loads[r].batch, -room[r], r))
+        return sorted(ranks, key=lambda r: (room[r] == 0, loads[r].backlog, loads[r].batch, -room[r], r))
     # Both in units of their mean, so that neither counts more for being counted in larger numbers.
     per_request = (1 - kv_weight) / max(1, sum(load.batch for load in loads))
     per_block = kv_weight / max(1, sum(load.kv_level for load in loads))

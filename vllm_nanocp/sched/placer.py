@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from vllm.config import SchedulerConfig
@@ -11,9 +11,11 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from ..config import NanoCPConfig
-from ..placement import Prefix, RankLoad, Run, ShardMap, cdiv, place, place_after_prefix, queue_at
+from ..placement import Prefix, RankLoad, Run, ShardMap, Want, cdiv, place, place_after_prefix, queue_at
 from ..placement.moves import with_reserve
+from ..placement.place import start_degree
 from ..placement.prefix import light
+from ..placement.queue import as_overtaken
 from ..rank_hint import preferred_rank
 from .adapters import adapter_of
 from .rank import Rank
@@ -75,7 +77,16 @@ class Placer:
         # Whether requests go where their prefix is.
         self.follows_prefixes = find_prefixes and config.placement != "round_robin"
 
-    def place(self, request: Request, home: int | None, turn: int, prefix: Prefix) -> ShardMap | None:
+    def place(
+        self,
+        request: Request,
+        home: int | None,
+        turn: int,
+        prefix: Prefix,
+        closed: Collection[int] = (),
+        may_wait: bool = True,
+        overtakes: bool = False,
+    ) -> ShardMap | None:
         """A shard map for a request, or None when it has to wait.
 
         Args:
@@ -83,8 +94,15 @@ class Placer:
             home: the rank that has its sampling state, if it has run before.
             turn: how many requests were placed before.
             prefix: where its first blocks are cached, or will be.
+            closed: ranks whose room is kept for others.
+            may_wait: whether it may be sent to a rank to wait for room there.
+            overtakes: whether requests before it found no room.
         """
         loads = [load.for_adapter(adapter_of(request)) for load in self._loads()]
+        if overtakes:
+            loads = [as_overtaken(load, self.block_size) for load in loads]
+        for rank in closed:
+            loads[rank] = loads[rank].closed()
         weight = None
         if self._moves is not None:
             # Batches are evened out later, KV is not; and what grows must not have to leave at once.
@@ -106,7 +124,7 @@ class Placer:
             if after is not None:
                 return after
         fresh = place(tokens, block_size, loads, **afresh)
-        if fresh is not None:
+        if fresh is not None or not may_wait:
             return fresh
         idle = [rank.view.nobody_waits for rank in self.ranks]
         wished = None if preferred is None else self._queue_at(request, preferred, loads, idle)
@@ -121,12 +139,17 @@ class Placer:
         preferred = preferred_rank(request)
         return preferred if preferred is None or 0 <= preferred < len(self.ranks) else None
 
-    def lacks_adapter_slot(self, adapter: int | None, home: int | None) -> bool:
-        """Whether all ranks that may take a request with this adapter have others active, as many as may be."""
-        if adapter is None:
-            return False
-        loads = self._loads()
-        return not any(load.takes(adapter) for load in (loads if home is None else [loads[home]]))
+    def want(self, request: Request, home: int | None) -> Want:
+        """What a waiting request needs to start.
+
+        Args:
+            request: waiting.
+            home: the rank that has its sampling state, if it has run before.
+        """
+        rules = self._rules(request, home)
+        limit = min(rules["max_degree"], len(self.ranks))
+        blocks = cdiv(request.num_tokens, self.block_size) + rules["headroom_blocks"]
+        return Want(blocks, start_degree(request.num_tokens, self.config.segment_size, limit), limit, home)
 
     def _rules(self, request: Request, home: int | None) -> dict[str, Any]:
         """What placement may do with a request, whatever the ranks' loads."""

@@ -18,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from .adapters import AdapterDoors
+from .chunks import ChunkDoors
 from .output import part_of
 from .rank import Decoding, Part
 from .rank_view import RankView, view_of
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
 
 
-class RankDoors(SessionDoors, AdapterDoors):
+class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
     """Mixed into vLLM's scheduler: hooks on leaving, and shards that no queue knows of."""
 
     # The rank's scheduler has preempted a request, or freed a finished one, of this id.
@@ -62,6 +63,7 @@ class RankDoors(SessionDoors, AdapterDoors):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.refresh()
         self.reserve_adapters()
+        self.share_step()
         idle = not (self.running or self._coming or self._leaving)
         output = super().schedule(*args, **kwargs)
         if idle and not self.running:
@@ -211,6 +213,11 @@ class RankDoors(SessionDoors, AdapterDoors):
     @property
     def num_free_blocks(self) -> int:
         return self.block_pool.get_num_free_blocks()
+
+    @property
+    def spare_blocks(self) -> int:
+        """See ``RankView``."""
+        return view_of(self).spare_blocks
 
     @property
     def num_blocks(self) -> int:

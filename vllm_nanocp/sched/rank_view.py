@@ -34,6 +34,8 @@ class RankView:
         slots: requests that the model runner has room for, without those about to leave or to arrive.
         tokens: of all that run, wait or are about to leave.
         to_compute: of these, yet to be computed by those that run or wait.
+        prompt_tokens: of prompts, yet to be computed.
+        budget: tokens of a step.
         computed: tokens of those that run whose KV is there: what a step reads.
         nobody_waits: whether nobody is in the queue of those without blocks, but idle sessions.
         busy: whether something runs or waits for nothing but room.
@@ -59,6 +61,8 @@ class RankView:
     slots: int
     tokens: int
     to_compute: int
+    prompt_tokens: int
+    budget: int
     computed: int
     nobody_waits: bool
     busy: bool
@@ -93,6 +97,7 @@ class RankView:
             slots=self.slots + self.coming - batch - self.idle_sessions,
             adapters=self.adapters,
             max_adapters=self.max_adapters,
+            backlog=2 * max(0, self.prompt_tokens) // self.budget,
         )
 
     def note_entered(self, request: Request, held: int, to_share: int, block_size: int) -> None:
@@ -110,7 +115,9 @@ class RankView:
         self.unfinished += 1
         self.promised += max(0, -(-tokens // block_size) - held - to_share)
         self.tokens += tokens
-        self.to_compute += max(0, tokens - request.num_computed_tokens) - to_share * block_size
+        left = max(0, tokens - request.num_computed_tokens) - to_share * block_size
+        self.to_compute += left
+        self.prompt_tokens += left
         self.nobody_waits = False
         self.busy = True
         if adapter is not None and self.max_adapters is not None:
@@ -132,10 +139,12 @@ def view_of(rank: RankDoors) -> RankView:
         to_take += needed if needed > 0 else 0
         only_chunks &= request.is_prefill_chunk
     promised = 0
+    prompts = sum(request.num_tokens - request.num_computed_tokens for request in rank._inflight_prefills)
     for request in chain(rank.waiting, rank.kv_holding_waiting):
         have, done = len(request._all_token_ids), request.num_computed_tokens
         tokens += have
         left += max(0, have - done)
+        prompts += have - done
         if not is_idle(request):
             request_id = request.request_id
             needed = -(-have // block_size) - len(held.get(request_id, ())) - shared.get(request_id, 0)
@@ -157,6 +166,8 @@ def view_of(rank: RankDoors) -> RankView:
         slots=rank.max_num_active_reqs,
         tokens=tokens,
         to_compute=left - sum(shared.values()) * block_size,
+        prompt_tokens=prompts - sum(shared.values()) * block_size,
+        budget=rank.max_num_scheduled_tokens,
         computed=computed,
         nobody_waits=all(map(is_idle, rank.waiting)),
         busy=rank.is_busy,

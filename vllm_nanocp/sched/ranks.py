@@ -67,6 +67,7 @@ class RankSpec:
         counted = len(groups) == 1 and isinstance(groups[0].kv_cache_spec, FullAttentionSpec)
         most = scheduler.num_blocks * self.block_size if counted else self.vllm_config.model_config.max_model_len
         scheduler.most_tokens = most
+        scheduler.whole_chunks = bool(config.parallel_prefill)
         return scheduler
 
 

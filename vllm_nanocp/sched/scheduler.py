@@ -31,10 +31,9 @@ from .. import config as nanocp_config
 from .. import kv_event_sources, rank_hint, status
 from ..errors import NanoCPConfigError, refuse
 from ..metrics.collector import Collector
-from ..placement import ShardMap
 from ..placement.moves import MoveConfig
 from . import outlets, sessions
-from .adapters import adapter_of
+from .admission import Admission
 from .cadence import PrefillCadence
 from .failures import Failures
 from .members import Members
@@ -134,8 +133,7 @@ class NanoCPScheduler(RanksTogether):
         # Members that ranks have preempted in the step at hand.
         self._preempted: list[str] = []
         self.failures = Failures()
-        # Requests placed so far: whose turn it is, where that decides.
-        self._num_placed = 0
+        self.admission = Admission(self, create_request_queue, policy)
         self._pause_state = PauseState.UNPAUSED
         self.num_steps = self.num_sharded_steps = self.num_tokens = self.num_preemptions = 0
         # Preemptions while a rank still had blocks to spare.
@@ -181,70 +179,6 @@ class NanoCPScheduler(RanksTogether):
             self.ranks[home].watch(request)
         (self.waiting.prepend_request if first else self.waiting.add_request)(request)
 
-    def _admit(self) -> None:
-        """Place waiting requests in their order, as long as there is room for the first."""
-        if not self.waiting or self._pause_state != PauseState.UNPAUSED:
-            return
-        passed: list[Request] = []
-        self._place(passed)
-        for request in reversed(passed):
-            self.waiting.prepend_request(request)
-
-    def _place(self, passed: list[Request]) -> None:
-        """Place the first of the queue, until one finds no room; ``passed`` gets those that wait for an adapter's slot,
-        behind which vLLM's scheduler goes on, too."""
-        full: set[tuple[int | None, int | None]] = set()  # an adapter for which there is no slot, and at which home
-        while self.waiting:
-            request = self.waiting.peek_request()
-            home = self.rank_of.get(request.request_id)
-            adapter = adapter_of(request)
-            if (adapter, home) in full or self.placer.lacks_adapter_slot(adapter, home):
-                full.add((adapter, home))
-                passed.append(self.waiting.pop_request())
-                continue
-            prefix = self.prefixes.find(request)
-            if prefix is None:  # set aside, for another one that computes what it begins with
-                self.waiting.pop_request()
-                continue
-            shard_map = self.placer.place(request, home, self._num_placed, prefix)
-            if shard_map is None and not self.placer.ever_fits(request, home):
-                self._fail(request)
-                continue
-            if shard_map is None:
-                sessions.make_way(self.ranks if home is None else [self.ranks[home]])
-            if shard_map is None or self.prefixes.claim(request, shard_map, prefix):
-                self.prefixes.note_blocked(request)
-                return
-            if self.prefixes.look_again():
-                continue
-            self.waiting.pop_request()
-            del self.unplaced[request.request_id]
-            hashes = self.placer.lookup_hashes(request)
-            if len(shard_map.runs) == 1 and not self._bench(request, shard_map):
-                self.rank_of[request.request_id] = shard_map.home
-                rank = self.ranks[shard_map.home]
-                to_share = prefix.held[0] if prefix.runs and prefix.runs[0].rank == shard_map.home else 0
-                hits = max(rank.cached_run(hashes, 0)[0], to_share) * self.block_size
-                self.collector.admitted(1, hits, 0, request.num_tokens - hits)
-                rank.enter(request, to_share)
-            else:
-                hits, local = self.members.open(request, shard_map, hashes)
-                self.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
-            if home is not None:
-                self.ranks[home].unwatch(request.request_id)
-            self.prefixes.lead(request, shard_map, hits // self.block_size)
-            self._num_placed += 1
-
-    def _fail(self, request: Request) -> None:
-        """End a request that the ranks cannot hold, however empty."""
-        logger.warning(
-            "nanocp: request %s ends with an error: its %d tokens, and those it may make, can have room nowhere",
-            request.request_id,
-            request.num_tokens,
-        )
-        for ended in self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR):
-            self.failures.note(ended)
-
     def _on_turn(self, request_id: str, idle: bool) -> None:
         """A session has made its tokens after a rank had preempted it: if it waits in the queue here, and has its next
         chunk, it goes on to."""
@@ -253,11 +187,6 @@ class NanoCPScheduler(RanksTogether):
                 return
             self._unqueue(request_id)
         self.ranks[self.rank_of[request_id]].requeue(request_id)
-
-    def _bench(self, request: Request, shard_map: ShardMap) -> bool:
-        """Whether a request of one run is to be taken as computed: then its blocks are allocated here, too."""
-        room = self.ranks[shard_map.home].view.free_blocks
-        return self.members.taken_as_computed(request) and room >= shard_map.num_blocks
 
     def _on_free(self, member_id: str) -> None:
         """A rank's scheduler has freed a finished request, or a member of one."""
@@ -281,7 +210,7 @@ class NanoCPScheduler(RanksTogether):
     def _unqueue(self, request_id: str) -> Request:
         """A request that waits to be placed has ended."""
         request = self.unplaced.pop(request_id)
-        if not self.prefixes.leave(request_id):
+        if not self.admission.leave(request_id) and not self.prefixes.leave(request_id):
             self.waiting.remove_request(request)
         return request
 
@@ -351,9 +280,9 @@ class NanoCPScheduler(RanksTogether):
         for rank in self.ranks:
             for session_id in rank.take_outgrown():
                 if session_id in self.requests:
-                    self._fail(self.requests[session_id])
+                    self.admission.fail(self.requests[session_id])
         self.mover.step()
-        self._admit()
+        self.admission.step()
         now = time.monotonic()
         parts = self._schedule_ranks(throttle_prefills)
         self.mover.last_work = work = self.mover.work()

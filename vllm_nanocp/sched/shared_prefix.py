@@ -108,40 +108,17 @@ class SharedPrefixes:
         self._followed: dict[str, Leader] = {}
         # Requests that have waited long enough, until they are placed.
         self._impatient: set[str] = set()
-        # The first of the queue, if it found no room, and the ranks' free blocks then.
-        self._blocked: tuple[str, list[int]] | None = None
-        self._unsought = False
         self.num_set_aside = 0
 
     # -- requests come and go ----------------------------------------------------------------------------------
 
     def find(self, request: Request) -> Prefix | None:
-        """What the first of the queue should be placed around.
+        """What a request that waits should be placed around.
 
         Returns:
             Where its first blocks are cached, or will be when its turn has come; None if it is set aside now.
         """
-        free = [rank.view.free_blocks for rank in self.ranks]
-        self._unsought = (
-            self._blocked is not None
-            and self._blocked[0] == request.request_id
-            and all(now <= then for now, then in zip(free, self._blocked[1], strict=True))
-        )
-        if self._unsought:
-            return Prefix()
-        self._blocked = None
         return self._follow(request, self.placer.lookup_hashes(request), self.placer.find_prefix(request))
-
-    def note_blocked(self, request: Request) -> None:
-        """The first of the queue has found no room: its prefix, a long one perhaps, is not looked for again in each
-        step, but when there is more room."""
-        self._blocked = request.request_id, [rank.view.free_blocks for rank in self.ranks]
-
-    def look_again(self) -> bool:
-        """Whether there is room, but what it is for was not looked for in the caches."""
-        if self._unsought:
-            self._blocked = None
-        return self._unsought
 
     def claim(self, request: Request, shard_map: ShardMap, prefix: Prefix) -> bool:
         """Whether a request, so placed, would take the room that those who come before it, and are set aside, need."""

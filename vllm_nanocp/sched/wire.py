@@ -52,8 +52,8 @@ class RequestState:
 
 @dataclass(slots=True)
 class SessionState:
-    """A session's tokens, how many of them are prompt, how many it may make; of each chunk that is queued, whether it is
-    the end of its input."""
+    """A session's tokens, how many of them are prompt, how many it may make; and of each chunk that is queued, whether it
+    is the end of its input."""
 
     tokens: list[int]
     num_prompt: int

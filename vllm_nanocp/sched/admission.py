@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Places waiting requests: looks at those at the front of the queue and lets start what fits.
+
+Who may overtake whom, and what room is kept for those that were overtaken, is policy (``placement.queue``). Requests
+for whose adapter there is no slot wait aside, by adapter, and are looked at again when there is one; as in vLLM they
+keep nobody waiting. A step passes over a bounded number of requests, however many wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
+from vllm.v1.request import Request, RequestStatus
+
+from ..placement import Prefix, RankLoad, ShardMap
+from ..placement.queue import LOOKS, WINDOW, Blocked, ranks_for
+from . import sessions
+from .adapters import adapter_of
+
+if TYPE_CHECKING:
+    from .scheduler import NanoCPScheduler
+
+logger = init_logger("vllm.nanocp.scheduler")
+
+# An adapter, and the home of requests that have one.
+_Slot = tuple[int, int | None]
+
+
+class _Room:
+    """Room on the ranks in the step at hand, kept up to date by what is placed; in a step it never grows.
+
+    Args:
+        loads: the ranks'.
+    """
+
+    def __init__(self, loads: list[RankLoad]) -> None:
+        self.loads = loads
+        self.totals = [load.total_blocks for load in loads]
+        self.most = max(self.totals)
+        self._free = [load.free_blocks for load in loads]
+        self._slots = [load.slots for load in loads]
+        # Ranks whose room is kept for requests that are due.
+        self.closed: set[int] = set()
+        self._known: dict[tuple[int | None, bool], tuple[list[int], list[int]]] = {}
+
+    def of(self, adapter: int | None, kept: bool = False) -> tuple[list[int], list[int]]:
+        """Blocks that a request with this adapter can take on each rank, and on so many of the richest together.
+
+        Args:
+            adapter: of the request.
+            kept: whether it may have what is kept for those that are due.
+        """
+        known = self._known.get((adapter, kept))
+        if known is None:
+            room = [
+                max(0, free) if slots > 0 and load.takes(adapter) and (kept or rank not in self.closed) else 0
+                for rank, (free, slots, load) in enumerate(zip(self._free, self._slots, self.loads, strict=True))
+            ]
+            known = self._known[adapter, kept] = room, list(accumulate(sorted(room, reverse=True)))
+        return known
+
+    def close(self, ranks: Iterable[int]) -> None:
+        """Keep what these ranks have."""
+        self.closed.update(ranks)
+        self._known.clear()
+
+    def takes(self, adapter: int, home: int | None) -> bool:
+        """Whether a rank that may take a request has a slot for its adapter."""
+        return any(load.takes(adapter) for load in (self.loads if home is None else [self.loads[home]]))
+
+    def take(self, shard_map: ShardMap, prefix: Prefix, adapter: int | None) -> None:
+        """A request has been placed."""
+        for run in shard_map.runs:
+            self._free[run.rank] -= run.num_blocks
+            self.loads[run.rank] = self.loads[run.rank].with_adapter(adapter)
+        for run, held in zip(prefix.runs, prefix.held, strict=True):  # that takes no room
+            self._free[run.rank] += held
+        self._slots[shard_map.home] -= 1
+        self._known.clear()
+
+
+class Admission:
+    """From the queue of all ranks to the ranks.
+
+    Args:
+        scheduler: over all ranks.
+        create_queue: vLLM's, for requests that wait for an adapter's slot.
+        policy: of the queues.
+    """
+
+    def __init__(
+        self,
+        scheduler: NanoCPScheduler,
+        create_queue: Callable[[SchedulingPolicy], RequestQueue],
+        policy: SchedulingPolicy,
+    ) -> None:
+        self.scheduler = scheduler
+        self._create_queue = lambda: create_queue(policy)
+        # Requests that have found no room, by id.
+        self._blocked: dict[str, Blocked] = {}
+        # Requests that wait for an adapter's slot, and which one each waits for.
+        self._by_slot: dict[_Slot, RequestQueue] = {}
+        self._slot_of: dict[str, _Slot] = {}
+        # Requests placed so far: whose turn it is, where that decides.
+        self.num_placed = 0
+        self.num_overtakings = 0
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Place what fits."""
+        scheduler = self.scheduler
+        if scheduler._pause_state != PauseState.UNPAUSED or not (scheduler.waiting or self._by_slot):
+            return
+        room = _Room(scheduler.mover.loads())
+        self._return_to_queue(room)
+        passed = self._scan(room)
+        for request in reversed(passed):
+            scheduler.waiting.prepend_request(request)
+
+    def _scan(self, room: _Room) -> list[Request]:
+        """Place what fits of the first requests; those that do not are taken out of the queue and returned."""
+        waiting, first_placed = self.scheduler.waiting, self.num_placed
+        passed: list[Request] = []
+        looks = 0
+        while waiting and len(passed) < WINDOW and looks < LOOKS:
+            request = waiting.peek_request()
+            home, adapter = self.scheduler.rank_of.get(request.request_id), adapter_of(request)
+            if adapter is not None and not room.takes(adapter, home):
+                self._wait_for_slot(waiting.pop_request(), (adapter, home))
+                continue
+            if passed:
+                if self.scheduler.by_priority and request.priority > passed[-1].priority:
+                    for other in passed:  # those that are more important
+                        self._close(other, room)
+                if not any(room.of(None)[0]):
+                    break
+                blocked = self._blocked.get(request.request_id)
+                if blocked is not None and not blocked.may_fit(*room.of(adapter), room.most):
+                    passed.append(waiting.pop_request())
+                    self._close_if_due(request, room)
+                    continue
+            if not self._place(request, room, passed, may_wait=not passed and self._is_due(request)):
+                looks += bool(passed)
+                passed.append(waiting.pop_request())
+                self._close_if_due(request, room)
+                if len(passed) == 1:
+                    first_placed = self.num_placed
+        if self.num_placed > first_placed:
+            return passed
+        # While nobody overtakes it, the first may as well wait at a rank: vLLM's scheduler knows best when it fits.
+        while passed and not self._is_due(passed[0]):
+            waiting.prepend_request(passed[0])
+            if not self._place(passed[0], room, passed=[], may_wait=True):
+                waiting.pop_request()
+                break
+            del passed[0]
+        return passed
+
+    def _place(self, request: Request, room: _Room, passed: list[Request], may_wait: bool) -> bool:
+        """Place the first of the queue, or take it out of it because it waits for another's prefix or has ended.
+
+        Args:
+            request: the first of the queue.
+            room: on the ranks.
+            passed: requests before it that found none.
+            may_wait: whether it may go to a rank to wait there.
+
+        Returns:
+            False if it finds no room.
+        """
+        scheduler, request_id = self.scheduler, request.request_id
+        home, adapter = scheduler.rank_of.get(request_id), adapter_of(request)
+        closed = room.closed if passed else ()
+        mine, _ = room.of(adapter, kept=not passed)
+        blocked = self._blocked.get(request_id)
+        # A prefix, a long one perhaps, is not looked for again in each step, but when there is more room.
+        sought = blocked is None or blocked.grown(mine)
+        rules = (request, home, self.num_placed)
+        how = (closed, may_wait, bool(passed))
+        shard_map = None
+        prefix = Prefix()
+        if not sought:
+            shard_map = scheduler.placer.place(*rules, prefix, *how)
+        if sought or shard_map is not None:
+            found = scheduler.prefixes.find(request)
+            if found is None:  # set aside, for another one that computes what it begins with
+                scheduler.waiting.pop_request()
+                return True
+            prefix = found
+            shard_map = scheduler.placer.place(*rules, prefix, *how)
+        want = scheduler.placer.want(request, home)
+        if shard_map is None:
+            unknown = blocked is None or blocked.want != want
+            if unknown and not scheduler.placer.ever_fits(request, home):
+                self.fail(request)
+                return True
+            if may_wait:
+                sessions.make_way(scheduler.ranks if home is None else [scheduler.ranks[home]])
+        if shard_map is None or scheduler.prefixes.claim(request, shard_map, prefix):
+            if blocked is None:
+                blocked = self._blocked[request_id] = Blocked(want, urgent=request.num_preemptions > 0)
+            blocked.want, blocked.room = want, mine
+            if sought:
+                blocked.shared, blocked.spread = sum(prefix.held), len(prefix.runs) > 1
+            return False
+        scheduler.waiting.pop_request()
+        self._count(passed, shard_map.num_blocks - sum(prefix.held))
+        room.take(shard_map, prefix, adapter)
+        self._enter(request, shard_map, prefix)
+        return True
+
+    def _count(self, passed: list[Request], blocks: int) -> None:
+        """So many blocks go to a request behind these."""
+        for other in passed:
+            self._blocked[other.request_id].overtaken += max(1, blocks)
+        self.num_overtakings += bool(passed)
+
+    def _enter(self, request: Request, shard_map: ShardMap, prefix: Prefix) -> None:
+        scheduler, request_id = self.scheduler, request.request_id
+        del scheduler.unplaced[request_id]
+        self._blocked.pop(request_id, None)
+        hashes = scheduler.placer.lookup_hashes(request)
+        home = scheduler.rank_of.get(request_id)
+        if len(shard_map.runs) == 1 and not self._bench(request, shard_map):
+            scheduler.rank_of[request_id] = shard_map.home
+            rank = scheduler.ranks[shard_map.home]
+            to_share = prefix.held[0] if prefix.runs and prefix.runs[0].rank == shard_map.home else 0
+            hits = max(rank.cached_run(hashes, 0)[0], to_share) * scheduler.block_size
+            scheduler.collector.admitted(1, hits, 0, request.num_tokens - hits)
+            rank.enter(request, to_share)
+        else:
+            hits, local = scheduler.members.open(request, shard_map, hashes)
+            scheduler.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
+        if home is not None:
+            scheduler.ranks[home].unwatch(request_id)
+        scheduler.prefixes.lead(request, shard_map, hits // scheduler.block_size)
+        self.num_placed += 1
+
+    def _bench(self, request: Request, shard_map: ShardMap) -> bool:
+        """Whether a request of one run is to be taken as computed: then its blocks are allocated here, too."""
+        room = self.scheduler.ranks[shard_map.home].view.free_blocks
+        return self.scheduler.members.taken_as_computed(request) and room >= shard_map.num_blocks
+
+    def fail(self, request: Request) -> None:
+        """End a request that the ranks cannot hold, however empty."""
+        logger.warning(
+            "nanocp: request %s ends with an error: its %d tokens, and those it may make, can have room nowhere",
+            request.request_id,
+            request.num_tokens,
+        )
+        for ended in self.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR):
+            self.scheduler.failures.note(ended)
+
+    # -- requests that are due ---------------------------------------------------------------------------------
+
+    def _is_due(self, request: Request) -> bool:
+        blocked = self._blocked.get(request.request_id)
+        return request.num_preemptions > 0 or (blocked is not None and blocked.due)
+
+    def _close_if_due(self, request: Request, room: _Room) -> None:
+        if self._blocked[request.request_id].due:
+            self._close(request, room)
+
+    def _close(self, request: Request, room: _Room) -> None:
+        """Keep for a request what is free, or comes free, on as many ranks as it needs."""
+        blocked = self._blocked[request.request_id]
+        if blocked.ranks and room.closed.issuperset(blocked.ranks):  # in this step already, or kept for one before it
+            return
+        if not blocked.ranks or not room.closed.isdisjoint(blocked.ranks):
+            mine, _ = room.of(adapter_of(request), kept=True)
+            blocked.ranks = ranks_for(blocked.want, mine, room.totals, room.closed)
+        room.close(blocked.ranks)
+
+    # -- slots for adapters --------------------------------------------------------------------------------------
+
+    def _wait_for_slot(self, request: Request, slot: _Slot) -> None:
+        self._slot_of[request.request_id] = slot
+        if slot not in self._by_slot:
+            self._by_slot[slot] = self._create_queue()
+        self._by_slot[slot].add_request(request)
+
+    def _return_to_queue(self, room: _Room) -> None:
+        """Requests for whose adapter there is a slot now, a few of each in a step, take their places in the queue."""
+        for slot in [slot for slot in self._by_slot if room.takes(*slot)]:
+            queue = self._by_slot[slot]
+            back: list[Request] = []
+            while queue and len(back) < WINDOW:
+                back.append(queue.pop_request())
+                del self._slot_of[back[-1].request_id]
+            if not queue:
+                del self._by_slot[slot]
+            self._insert(back)
+
+    def _insert(self, back: list[Request]) -> None:
+        """Put requests, which are in order, behind those that came before them."""
+        waiting = self.scheduler.waiting
+        before: list[Request] = []
+        merged: list[Request] = []
+        for request in back:
+            while waiting and len(before) < WINDOW and self._precedes(waiting.peek_request(), request):
+                before.append(waiting.pop_request())
+                merged.append(before[-1])
+            merged.append(request)
+        for request in reversed(merged):
+            waiting.prepend_request(request)
+
+    def _precedes(self, request: Request, other: Request) -> bool:
+        if self.scheduler.by_priority:
+            return request < other
+        return request.num_preemptions > 0 or request.arrival_time <= other.arrival_time
+
+    def leave(self, request_id: str) -> bool:
+        """A request that waits to be placed has ended; whether it waited for an adapter's slot."""
+        self._blocked.pop(request_id, None)
+        slot = self._slot_of.pop(request_id, None)
+        if slot is None:
+            return False
+        queue = self._by_slot[slot]
+        queue.remove_request(next(request for request in queue if request.request_id == request_id))
+        if not queue:
+            del self._by_slot[slot]
+        return True
+
+    def leftovers(self) -> list[str]:
+        """Ids that are still remembered; for tests, when no request is left."""
+        return [*self._blocked, *self._slot_of, *map(str, self._by_slot)]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that tests read or change inside one rank's scheduler. ``rank`` is an element of the scheduler's ``ranks``: it, or
-the near end of one behind a channel of this process (``loopback.py``)."""
+"""All that tests read or change inside one rank's scheduler. ``rank`` is an element of the scheduler's ``ranks``: it,
+or the near end of one behind a channel of this process (``loopback.py``)."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from .cached_blocks import CacheRecorder
 from .output import part_of
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .wire import Answer, RequestState, Scheduled, SessionState, pack, state_of, unpack
@@ -54,6 +55,9 @@ class RankServer:
         self._turns: list[tuple[str, bool]] = []
         # Freed by what the message at hand has brought.
         self._gone: list[str] = []
+        # Only where prefixes are found by the blocks of one group.
+        one_group = len(scheduler.kv_cache_config.kv_cache_groups) == 1
+        self._cache = CacheRecorder(scheduler.block_pool) if hasher is not None and one_group else None
         self._payload: bytes | None = None
         # Outputs to be sent once the near end has been answered.
         self._outputs: dict[int, EngineCoreOutputs] | None = None
@@ -110,6 +114,7 @@ class RankServer:
             self._freed[:],
             self._turns[:],
             self.scheduler.take_outgrown(),
+            None if self._cache is None else self._cache.changes(),
         )
         for told in (self._preempted, self._freed, self._turns):
             told.clear()  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vllm.v1.core import kv_cache_utils
 
 from ..errors import NanoCPError
+from .cached_blocks import CachedBlocks
 from .output import PackedOutput
 from .rank import Decoding, Part
 from .rank_server import packed
@@ -72,6 +73,7 @@ class RemoteRank:
         # Copies of the sessions here.
         self._sessions: dict[str, Request] = {}
         self._outgrown: list[str] = []
+        self._cached = CachedBlocks()
         self._none_hash: BlockHash | None = None
         # What an answer is to come to.
         self._asked = ""
@@ -100,6 +102,8 @@ class RemoteRank:
             if request_id in self._watched:
                 apply(state, self._watched[request_id][0])
         self._outgrown += answer.outgrown
+        if answer.cache is not None:
+            self._cached.follow(answer.cache)
         for request_id in answer.preempted:
             self.on_preempt(request_id)
         for request_id in answer.freed:
@@ -235,7 +239,10 @@ class RemoteRank:
     # -- shards and members ------------------------------------------------------------------------------------
 
     def cached_run(self, hashes: Sequence[BlockHash], first_block: int) -> tuple[int, int]:
-        length, held = self._call("cached_run", list(hashes[first_block:]), 0)
+        length = self._cached.run(hashes, first_block)
+        if not length:
+            return 0, 0
+        length, held = self._call("cached_run", list(hashes[first_block : first_block + length]), 0)
         return length, held
 
     def adopt_cached(self, member_id: str, hashes: Sequence[BlockHash]) -> int:

@@ -16,6 +16,7 @@ from vllm.v1.request import Request, StreamingUpdate
 from vllm.v1.structured_output.request import StructuredOutputRequest
 from vllm.v1.utils import ConstantList
 
+from .cached_blocks import Changes
 from .rank_view import RankView
 
 # Of a request, what is made anew at the other end.
@@ -52,8 +53,8 @@ class RequestState:
 
 @dataclass(slots=True)
 class SessionState:
-    """A session's tokens, how many of them are prompt, how many it may make; and of each chunk that is queued, whether it
-    is the end of its input."""
+    """A session's tokens, how many of them are prompt, how many it may make; and of each chunk that is queued, whether
+    it is the end of its input."""
 
     tokens: list[int]
     num_prompt: int
@@ -91,6 +92,7 @@ class Answer:
         preempted, freed: ids, in order.
         turns: sessions that have made their tokens after a preemption; and whether they are idle.
         outgrown: sessions that have no place any more, by id.
+        cache: what has changed in the prefix cache.
         error: what went wrong, if something did; the rank is not to be used any more.
     """
 
@@ -101,6 +103,7 @@ class Answer:
     freed: list[str] = field(default_factory=list)
     turns: list[tuple[str, bool]] = field(default_factory=list)
     outgrown: list[str] = field(default_factory=list)
+    cache: Changes | None = None
     error: str | None = None
 
 

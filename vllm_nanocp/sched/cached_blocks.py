@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which blocks a rank's prefix cache has, told to another process by what changes.
+
+Touches vLLM 0.32's ``BlockPool.cached_block_hash_to_block`` and ``BlockHashToBlockMap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.block_pool import BlockHashToBlockMap
+from vllm.v1.core.kv_cache_utils import get_block_hash
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool, KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId
+
+
+@dataclass(slots=True)
+class Changes:
+    """Since they were told last.
+
+    Attributes:
+        anew: whether all that was cached before is gone.
+        cached, evicted: hashes.
+    """
+
+    anew: bool
+    cached: list[BlockHash]
+    evicted: list[BlockHash]
+
+
+class _Recorded(BlockHashToBlockMap):
+    """vLLM's map from hashes to blocks, which notes what comes and goes."""
+
+    def __init__(self, changes: dict[BlockHash, bool]) -> None:
+        super().__init__()
+        self.changes = changes
+
+    def insert(self, key: BlockHashWithGroupId, block: KVCacheBlock) -> None:
+        if key not in self._cache:
+            self.changes[get_block_hash(key)] = True
+        super().insert(key, block)
+
+    def pop(self, key: BlockHashWithGroupId, block_id: int) -> KVCacheBlock | None:
+        block = super().pop(key, block_id)
+        if block is not None and key not in self._cache:
+            self.changes[get_block_hash(key)] = False
+        return block
+
+
+class CacheRecorder:
+    """Records a pool's changes. The pool must be of one KV cache group, and its cache empty."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._map: BlockHashToBlockMap = pool.cached_block_hash_to_block
+        self.changes()
+
+    def changes(self) -> Changes | None:
+        """What has changed since the last call; None if nothing has."""
+        pool = self._pool
+        anew = pool.cached_block_hash_to_block is not self._map or not isinstance(self._map, _Recorded)
+        if anew:  # the pool was reset
+            old, self._map = pool.cached_block_hash_to_block, _Recorded({})
+            for key, blocks in old._cache.items():
+                self._map._cache[key] = blocks
+                self._map.changes[get_block_hash(key)] = True
+            pool.cached_block_hash_to_block = self._map
+        changes = self._map.changes  # type: ignore[attr-defined]
+        if not changes and not anew:
+            return None
+        cached = [block_hash for block_hash, there in changes.items() if there]
+        evicted = [block_hash for block_hash, there in changes.items() if not there]
+        changes.clear()
+        return Changes(anew, cached, evicted)
+
+
+class CachedBlocks:
+    """The hashes that a rank elsewhere has."""
+
+    def __init__(self) -> None:
+        self._hashes: set[BlockHash] = set()
+
+    def follow(self, changes: Changes) -> None:
+        if changes.anew:
+            self._hashes.clear()
+        self._hashes.update(changes.cached)
+        self._hashes.difference_update(changes.evicted)
+
+    def run(self, hashes: Sequence[BlockHash], first: int) -> int:
+        """How many from ``first`` on, one after another, are there."""
+        known, end = self._hashes, first
+        while end < len(hashes) and hashes[end] in known:
+            end += 1
+        return end - first

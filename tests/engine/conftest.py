@@ -22,7 +22,7 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
         # Chunks large enough for all: stock vLLM on CPU dies of a seeded request that takes more than one.
         "stock": dict(ranks=1, max_num_batched_tokens=1 << 17, num_gpu_blocks_override=4096),
         "two": dict(ranks=2, nanocp={"segment_size": 1024, "parallel_prefill": False}),  # ranks take turns
-        "three": dict(ranks=3, nanocp={"segment_size": 512}, enable_prefix_caching=True),
+        "three": dict(ranks=3, nanocp={"segment_size": 512, "scheduler_processes": True}, enable_prefix_caching=True),
         # Stock that preempts: 3,072 tokens for all requests together.
         "small-stock": dict(ranks=1, num_gpu_blocks_override=2 * SMALL_BLOCKS - 1, max_model_len=2048),
         "small": dict(
@@ -35,7 +35,7 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
         ),
         "small-caching": dict(
             ranks=3,
-            nanocp={"segment_size": 700},
+            nanocp={"segment_size": 700, "scheduler_processes": True},
             num_gpu_blocks_override=SMALL_BLOCKS,
             max_model_len=4096,
             enable_prefix_caching=True,
@@ -43,7 +43,7 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
         # A cache so small and margins so narrow that homes move and ranks spill all the time.
         "moving": dict(
             ranks=3,
-            nanocp={"segment_size": 1024, "moves": RESTLESS},
+            nanocp={"segment_size": 1024, "moves": RESTLESS, "scheduler_processes": True},
             num_gpu_blocks_override=SMALL_BLOCKS,
             max_model_len=4096,
             enable_prefix_caching=True,
@@ -58,7 +58,7 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
         ),
         "tensor-parallel": dict(
             ranks=2,
-            nanocp={"segment_size": 512},
+            nanocp={"segment_size": 512, "scheduler_processes": True},
             tensor_parallel_size=2,
             worker_extension_cls="tests.engine.trainer.Trainer",
         ),

@@ -42,12 +42,7 @@ def open_channels(specs: Sequence[RankSpec]) -> list[Loopback]:
     return [Loopback(spec) for spec in specs]
 
 
-@pytest.fixture
-def behind_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test's worlds have their schedulers behind messages."""
-    monkeypatch.setattr(sys.modules[__name__], "in_use", True)
+def use(monkeypatch: pytest.MonkeyPatch, apart: bool = True) -> None:
+    """Have the schedulers of a test's worlds behind messages, or not."""
+    monkeypatch.setattr(sys.modules[__name__], "in_use", apart)
     monkeypatch.setattr(rank_process, "open_channels", open_channels)
-
-
-# A test with this runs with the ranks' schedulers at hand, and behind messages.
-both_forms = pytest.mark.parametrize("form", ["at hand", "behind messages"])

@@ -241,6 +241,7 @@ def run_worlds(
     asynchronous: bool,
     worlds: int,
     monkeypatch: pytest.MonkeyPatch,
+    apart: bool | None = None,
 ) -> Counter[str]:
     """Run a kind of worlds, each from its seed on, and count what happened in them.
 
@@ -251,6 +252,7 @@ def run_worlds(
         asynchronous: whether steps are scheduled before the output of those before is known.
         worlds: how many.
         monkeypatch: the test's.
+        apart: whether the ranks' schedulers are behind messages; None: in every other world.
 
     Raises:
         AssertionError: a world went wrong; says which, in which step, and how.
@@ -259,6 +261,8 @@ def run_worlds(
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(version - 1))
     counts: Counter[str] = Counter()
     for seed in range(worlds):
+        # Every other one with its schedulers behind messages.
+        loopback.use(monkeypatch, bool(seed % 2) if apart is None else apart)
         world = make(vllm_config, seed, version, asynchronous)
         for module in (scheduler_module, mover_module):
             monkeypatch.setattr(module, "time", world)

@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vllm.logger import init_logger
 
@@ -36,6 +36,8 @@ on_death: Callable[[], None] | None = None
 
 # Started, and not in use yet.
 _ready: list[Pipe] = []
+# Not fork: the engine has threads, and torch's of its own.
+START_METHOD: Literal["spawn", "fork"] = "spawn"
 # Sentinels of processes that were told to end.
 _closed: set[int] = set()
 # How long a process has to end by itself.
@@ -77,7 +79,7 @@ class Pipe:
 
 def launch(count: int) -> None:
     """Start processes that ``open_channels`` will use. They import vLLM and wait."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     for _ in range(count - len(_ready)):
         mine, theirs = context.Pipe()
         process = context.Process(target=run, args=(theirs,), name="a rank's scheduler process", daemon=True)

@@ -348,8 +348,8 @@ class NanoCPScheduler(RanksTogether):
             rank.begin_update(part, output)
         # Of requests that end now, too.
         outlet_of = dict(self.members.outlet_of)
-        for rank in self.ranks:
-            for client, outputs in self.outlets.forward(rank.end_update(), outlet_of).items():
+        for answered in [rank.end_update() for rank in self.ranks]:
+            for client, outputs in self.outlets.forward(answered, outlet_of).items():
                 if outputs.scheduler_stats is not None:
                     stats.append(outputs.scheduler_stats)
                     outputs.scheduler_stats = None

@@ -5,7 +5,7 @@
     python benchmarks/loads.py --system stock --ranks 4 --out FOLDER flat:16 flat:512 prefill:131072
     python benchmarks/loads.py --system nanocp --ranks 4 --out FOLDER --settings '{"segment_size": 16384}' rate:8x40000
 
-Loads (only the prompts of ``prefill`` and ``mixed`` are computed; the KV of others is taken as there, see
+Loads (only the prompts of ``prefill``, ``mixed`` and ``computed`` are computed; the KV of others is taken as there, see
 decode_interference.py):
 
     flat:N           N requests of --short tokens at once: the gap between their tokens, tokens a second
@@ -16,6 +16,7 @@ decode_interference.py):
     mixed:NxTxP      while N requests of T tokens decode, prompts of P tokens are computed one after another
     rate:RxT         requests of T tokens arrive at R a second (Poisson) for --window seconds
     trace:R          the same with the lengths of a conversation trace, prompts stretched by --stretch
+    computed:RxS     the same with seed S, prompts as long as in the trace, and computed
 
 Gaps in ms; the first 5 of a stream do not count. FOLDER gets SYSTEM.json after each load, and the server's log.
 """
@@ -173,14 +174,16 @@ class Loads:
             "ttft_ms": [round(1e3 * (high - low), 1) for low, high in spans],
         }
 
-    def arrivals(self, rate: float, lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    def arrivals(
+        self, rate: float, lengths: Sequence[tuple[int, int]], seed: str = "", compute: bool = False
+    ) -> dict[str, Any]:
         """Of those that arrive after --settle seconds, until no more arrive."""
-        dice, at = random.Random(self.args.seed), 0.0
+        dice, at = random.Random(self.args.seed + seed), 0.0
         specs: list[tuple[float, tuple[Any, ...]]] = []
         while at < self.args.window:
             at += dice.expovariate(rate)
             prompt, output = lengths[len(specs) % len(lengths)]
-            specs.append((at, self.spec("r", prompt, output)))
+            specs.append((at, self.spec("r", prompt, output, compute)))
         begin = time.perf_counter()
         found = self.play(specs)
         first = min(s["sent"] for s in found)
@@ -210,6 +213,12 @@ class Loads:
             return self.arrivals(
                 numbers[0], [(min(most, int(p * self.args.stretch)), max(2, min(600, o))) for p, o in pairs]
             )
+        if kind == "computed":
+            seed = int(numbers[1])
+            pairs = trace_load.lengths(1000)
+            pairs = pairs[100 * seed % len(pairs) :] + pairs[: 100 * seed % len(pairs)]
+            lengths = [(min(self.args.max_model_len - 1024, p), max(2, min(600, o))) for p, o in pairs]
+            return self.arrivals(numbers[0], lengths, str(seed), compute=True)
         raise SystemExit(f"loads: unknown load {load!r}")
 
 

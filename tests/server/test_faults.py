@@ -89,6 +89,16 @@ def test_a_worker_is_killed(doomed: Server, rank: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("doomed", [ONE], indirect=True, ids=["one"])
+def test_a_scheduler_process_is_killed(doomed: Server) -> None:
+    """It is as much a part of the engine as a worker."""
+    victims = [process for process in doomed.members() if "RankScheduler" in process.name()]
+    assert len(victims) == RANKS
+    clients = clients_of(doomed)
+    victims[-1].kill()
+    ends_with_a_line(doomed, clients, time.monotonic())
+
+
+@pytest.mark.parametrize("doomed", [ONE], indirect=True, ids=["one"])
 def test_all_are_killed(doomed: Server) -> None:
     """Nobody removes the names of their shared memory then: there must be none."""
     clients = running_clients(doomed)

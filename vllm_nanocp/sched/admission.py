@@ -227,13 +227,14 @@ class Admission:
         self._blocked.pop(request_id, None)
         hashes = scheduler.placer.lookup_hashes(request)
         home = scheduler.rank_of.get(request_id)
-        if len(shard_map.runs) == 1 and not self._bench(request, shard_map):
+        if len(shard_map.runs) == 1:
             scheduler.rank_of[request_id] = shard_map.home
             rank = scheduler.ranks[shard_map.home]
             to_share = prefix.held[0] if prefix.runs and prefix.runs[0].rank == shard_map.home else 0
             hits = max(rank.cached_run(hashes, 0)[0], to_share) * scheduler.block_size
             scheduler.collector.admitted(1, hits, 0, request.num_tokens - hits)
-            rank.enter(request, to_share)
+            taken = request.num_tokens - 1 if scheduler.members.taken_as_computed(request) else 0
+            rank.enter(request, to_share, taken)
         else:
             hits, local = scheduler.members.open(request, shard_map, hashes)
             scheduler.collector.admitted(shard_map.degree, local, hits - local, request.num_tokens - hits)
@@ -241,11 +242,6 @@ class Admission:
             scheduler.ranks[home].unwatch(request_id)
         scheduler.prefixes.lead(request, shard_map, hits // scheduler.block_size)
         self.num_placed += 1
-
-    def _bench(self, request: Request, shard_map: ShardMap) -> bool:
-        """Whether a request of one run is to be taken as computed: then its blocks are allocated here, too."""
-        room = self.scheduler.ranks[shard_map.home].view.free_blocks
-        return self.scheduler.members.taken_as_computed(request) and room >= shard_map.num_blocks
 
     def fail(self, request: Request) -> None:
         """End a request that the ranks cannot hold, however empty."""

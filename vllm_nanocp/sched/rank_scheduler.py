@@ -17,6 +17,7 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from ..placement import cdiv
 from .adapters import AdapterDoors
 from .chunks import ChunkDoors
 from .output import part_of
@@ -237,14 +238,19 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
 
     # -- members -----------------------------------------------------------------------------------------------
 
-    def enter(self, request: Request, to_share: int = 0) -> None:
+    def enter(self, request: Request, to_share: int = 0, taken: int = 0) -> None:
         """Let a request wait here: a new one, a member with its shard open, or one that was preempted here.
 
         Args:
             request: waits nowhere.
             to_share: blocks that others hold and that it will share when it is scheduled.
+            taken: tokens of it to take as computed, if its blocks are free.
         """
         request_id = request.request_id
+        if taken and self.num_free_blocks >= (blocks := cdiv(request.num_tokens, self._manager.block_size)):
+            self.adopt_cached(request_id, [])
+            self.allocate(request_id, blocks)
+            request.num_computed_tokens = taken
         if to_share:
             self.to_share[request_id] = to_share
         events = len(request.events)

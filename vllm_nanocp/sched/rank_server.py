@@ -154,8 +154,8 @@ class RankServer:
     def do_unwatch(self, request_id: str) -> None:
         self._told.pop(request_id, None)
 
-    def do_enter(self, state: dict[str, Any], to_share: int) -> None:
-        self.scheduler.enter(self._take(state), to_share)
+    def do_enter(self, state: dict[str, Any], to_share: int, taken: int) -> None:
+        self.scheduler.enter(self._take(state), to_share, taken)
 
     def do_resume(self, request_id: str, num_computed_tokens: int, to_share: int) -> None:
         """Let a request wait here that the model runner knows from before its preemption."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vllm.v1.core import kv_cache_utils
 
 from ..errors import NanoCPError
+from ..placement import cdiv
 from .cached_blocks import CachedBlocks
 from .output import PackedOutput
 from .rank import Decoding, Part
@@ -154,19 +155,23 @@ class RemoteRank:
 
     # -- requests ----------------------------------------------------------------------------------------------
 
-    def enter(self, request: Request, to_share: int = 0) -> None:
+    def enter(self, request: Request, to_share: int = 0, taken: int = 0) -> None:
         request_id = request.request_id
+        needed = cdiv(request.num_tokens, self.block_size)
         if request_id in self._known:
             self._tell("resume", request_id, request.num_computed_tokens, to_share)
         else:
             self._known.add(request_id)
             self._tell_none_hash()
-            self._tell("enter", packed(request), to_share)
+            self._tell("enter", packed(request), to_share, taken)
             if request.streaming_queue is not None:
                 self._sessions[request_id] = request
                 request.streaming_queue = deque()
         # The blocks of one that comes with a part computed are there already.
-        held = -(-request.num_tokens // self.block_size) if request.num_computed_tokens else 0
+        held = needed if request.num_computed_tokens else 0
+        if taken and self.view.free_blocks >= needed:
+            self.view.free_blocks -= needed
+            held = needed
         self.view.note_entered(request, held, to_share, self.block_size)
 
     def _tell_none_hash(self) -> None:

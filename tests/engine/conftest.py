@@ -35,7 +35,7 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
         ),
         "small-caching": dict(
             ranks=3,
-            nanocp={"segment_size": 700, "scheduler_processes": True},
+            nanocp={"segment_size": 700},
             num_gpu_blocks_override=SMALL_BLOCKS,
             max_model_len=4096,
             enable_prefix_caching=True,
@@ -58,7 +58,7 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
         ),
         "tensor-parallel": dict(
             ranks=2,
-            nanocp={"segment_size": 512, "scheduler_processes": True},
+            nanocp={"segment_size": 512},
             tensor_parallel_size=2,
             worker_extension_cls="tests.engine.trainer.Trainer",
         ),

@@ -33,7 +33,7 @@ LONG = 3500
 COMPLETIONS = "/v1/completions"
 FLAGS = [
     "--data-parallel-size", str(RANKS), "--enable-expert-parallel",
-    "--nanocp", "--nanocp-config", '{"segment_size": 512, "scheduler_processes": true}',
+    "--nanocp", "--nanocp-config", '{"segment_size": 512}',
     "--enforce-eager", "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--block-size", str(BLOCK),
     "--num-gpu-blocks-override", str(RANK_BLOCKS), "--max-num-batched-tokens", "512",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ from .worlds import World, in_each_mode, run_worlds
 __all__ = ["MODES", "Shape", "World", "vllm_config"]
 
 # Worlds of each mode; more of them look further.
-WORLDS = int(os.environ.get("NANOCP_WORLDS", "30"))
+WORLDS = int(os.environ.get("NANOCP_WORLDS", "20"))
 
 
 @in_each_mode

@@ -2,29 +2,32 @@
 """Processes that run the ranks' schedulers.
 
 They are children of the engine's process, each at the end of a pipe, and end when it is closed: when the engine has
-ended, however. One that dies ends the engine. They are started before the workers load the model, so that what they
-import is there when they are needed.
+ended, however it did. One that dies ends the engine. They are started before the workers load the model, so that what
+they import is there when they are needed.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import json
+import os
 import pickle
-import signal
+import subprocess
+import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
+from multiprocessing import Pipe as make_pipe
 from multiprocessing import connection
-from typing import TYPE_CHECKING, Literal
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Protocol
 
 from vllm.logger import init_logger
 
 from ..errors import NanoCPError
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-    from multiprocessing.process import BaseProcess
-
     from .rank_server import RankServer
     from .ranks import RankSpec
     from .remote_rank import Channel
@@ -34,21 +37,40 @@ logger = init_logger("vllm.nanocp.scheduler")
 # Called, from a thread, when a process has died; the executor's.
 on_death: Callable[[], None] | None = None
 
-# Started, and not in use yet.
-_ready: list[Pipe] = []
-# Not fork: the engine has threads, and torch's of its own.
-START_METHOD: Literal["spawn", "fork"] = "spawn"
-# Sentinels of processes that were told to end.
-_closed: set[int] = set()
 # How long a process has to end by itself.
 _GRACE_S = 2.0
+# A fresh interpreter: neither the engine's threads are copied, nor is a user's script imported anew. Ctrl-C reaches all
+# processes of the terminal; who ends first is the engine's matter.
+_CODE = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from vllm_nanocp.sched import rank_process
+rank_process.run(int(sys.argv[2]))
+"""
+
+
+class Process(Protocol):
+    """A process that was started."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
 
 
 class Pipe:
     """The engine's end of a pipe to a process. A ``Channel``."""
 
-    def __init__(self, process: BaseProcess, end: Connection) -> None:
+    def __init__(self, process: Process, end: Connection) -> None:
         self.process = process
+        self.name = "a rank's scheduler process"
+        self.closed = False
         self._end = end
 
     def send(self, message: bytes) -> None:
@@ -64,28 +86,37 @@ class Pipe:
             raise self._gone() from error
 
     def _gone(self) -> NanoCPError:
-        self.process.join(_GRACE_S)
-        return NanoCPError(f"nanocp: {self.process.name} has died (exit code {self.process.exitcode})")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_GRACE_S)
+        return NanoCPError(f"nanocp: {self.name} has died (exit code {self.process.poll()})")
 
     def close(self) -> None:
-        """Let the process end."""
-        _end(self.process, self._end)
+        """Let the process end; ``reap`` waits for it."""
+        self.closed = True
+        self._end.close()
 
-    def reuse(self) -> None:
-        """Let the process drop its scheduler, and wait to make another."""
-        self.send(b"")
-        _ready.append(self)
+
+# Processes with this end of their pipes, until they have ended.
+_started: list[tuple[Process, Connection]] = []
+# Started, and not in use yet.
+_ready: list[Pipe] = []
+
+
+def start(theirs: Connection) -> Process:
+    """Start a process at the other end of a pipe."""
+    end = theirs.fileno()
+    command = [sys.executable, "-c", _CODE, json.dumps(sys.path), str(end)]
+    return subprocess.Popen(command, pass_fds=[end], stdin=subprocess.DEVNULL)
 
 
 def launch(count: int) -> None:
-    """Start processes that ``open_channels`` will use. They import vLLM and wait."""
-    context = multiprocessing.get_context(START_METHOD)
+    """Have so many processes ready that ``open_channels`` will use. They import vLLM and wait."""
     for _ in range(count - len(_ready)):
-        mine, theirs = context.Pipe()
-        process = context.Process(target=run, args=(theirs,), name="a rank's scheduler process", daemon=True)
-        process.start()
+        mine, theirs = make_pipe()
+        pipe = Pipe(start(theirs), mine)
         theirs.close()
-        _ready.append(Pipe(process, mine))
+        _ready.append(pipe)
+        _started.append((pipe.process, mine))
 
 
 def open_channels(specs: Sequence[RankSpec]) -> list[Channel]:
@@ -97,40 +128,48 @@ def open_channels(specs: Sequence[RankSpec]) -> list[Channel]:
     launch(len(specs))
     pipes = [_ready.pop(0) for _ in specs]
     for pipe, spec in zip(pipes, specs, strict=True):
-        pipe.process.name = f"the scheduler process of rank {spec.rank}"
+        pipe.name = f"the scheduler process of rank {spec.rank}"
         pipe.send(pickle.dumps(spec, -1))
     for pipe in pipes:
         answer = pickle.loads(pipe.receive())
         if answer is not None:
-            raise NanoCPError(f"nanocp: {pipe.process.name} could not start: {answer}")
-    watcher = threading.Thread(target=_watch, args=([p.process for p in pipes],), daemon=True, name="RankProcesses")
-    watcher.start()
-    for pipe in pipes:
-        weakref.finalize(pipe, _end, pipe.process, pipe._end)
+            raise NanoCPError(f"nanocp: {pipe.name} could not start: {answer}")
+    threading.Thread(target=_watch, args=(list(map(weakref.ref, pipes)),), daemon=True, name="RankProcesses").start()
     return list(pipes)
 
 
-def _end(process: BaseProcess, end: Connection) -> None:
-    _closed.add(process.sentinel)
-    end.close()
-    process.join(_GRACE_S)
-    if process.is_alive():
-        process.kill()
+def reap() -> None:
+    """Wait for all whose pipe is closed, together and not for long."""
+    deadline = time.monotonic() + _GRACE_S
+    for process, end in [one for one in _started if one[1].closed]:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        _started.remove((process, end))
 
 
-def _watch(processes: list[BaseProcess]) -> None:
+def _watch(pipes: Sequence[weakref.ref[Pipe]]) -> None:
     """Report the first that ends though nobody told it to."""
-    connection.wait([process.sentinel for process in processes])
-    failed = [p for p in processes if p.exitcode is not None and p.sentinel not in _closed]
-    if failed and on_death is not None:
-        logger.error("nanocp: %s has died (exit code %s); the engine ends", failed[0].name, failed[0].exitcode)
+    handles = [os.pidfd_open(pipe.process.pid) for ref in pipes if (pipe := ref()) is not None]
+    connection.wait(handles)
+    for handle in handles:
+        os.close(handle)
+    left = [pipe for ref in pipes if (pipe := ref()) is not None and not pipe.closed]
+    dead = [pipe for pipe in left if pipe.process.poll() is not None]
+    if dead and on_death is not None:
+        logger.error("nanocp: %s has died (exit code %s); the engine ends", dead[0].name, dead[0].process.poll())
         on_death()
 
 
-def run(end: Connection) -> None:
-    """The process: make a scheduler, then obey until the pipe is closed."""
-    # Ctrl-C reaches all processes of the terminal; who ends first is the engine's matter.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def run(handle: int) -> None:
+    """The process: make a scheduler, then obey until the pipe is closed.
+
+    Args:
+        handle: of its end of the pipe.
+    """
+    end = Connection(handle)
     try:
         from vllm.plugins import load_general_plugins
 

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
+from . import rank_process
 from .output import NanoCPGrammarOutput, NanoCPSchedulerOutput
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class RanksTogether(SchedulerInterface):
     def shutdown(self) -> None:
         for rank in self.ranks:
             rank.shutdown()
+        rank_process.reap()
 
     def get_kv_event_publisher_config(self) -> Any:
         return self.ranks[0].get_kv_event_publisher_config()

@@ -34,12 +34,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
-if __package__:
-    from .virtual_workers import WARM_UP, World, answer, cpu_ms, drop_output, make_requests, scheduler_args
-else:
-    from virtual_workers import WARM_UP, World, answer, cpu_ms, drop_output, make_requests, scheduler_args
+from virtual_workers import WARM_UP, World, answer, cpu_ms, drop_output, make_requests, scheduler_args
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -122,6 +120,14 @@ def measure_burst(args: argparse.Namespace, model: str, path: str) -> dict[str, 
     )
 
 
+def timed_into(times: dict[str, float], name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(*args: Any) -> Any:
+        result, times[name] = cpu_ms(lambda: call(*args))
+        return result
+
+    return timed
+
+
 def measure_child(args: argparse.Namespace, model: str, path: str) -> dict[str, Any]:
     from vllm.utils.gc_utils import freeze_gc_heap
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -144,12 +150,7 @@ def measure_child(args: argparse.Namespace, model: str, path: str) -> dict[str, 
         stock.add_request(request)
     inside = {"schedule": 0.0, "update_from_output": 0.0}
     for name in inside:
-
-        def timed(*its: Any, _name: str = name, _original: Any = getattr(server.scheduler, name)) -> Any:
-            result, inside[_name] = cpu_ms(lambda: _original(*its))
-            return result
-
-        setattr(server.scheduler, name, timed)
+        setattr(server.scheduler, name, timed_into(inside, name, getattr(server.scheduler, name)))
     prompts = {f"short-{i}": length for i, length in enumerate(lengths)}
     computed: tuple[dict[str, int], dict[str, int]] = ({}, {})
     its: list[dict[str, float]] = []
@@ -161,8 +162,8 @@ def measure_child(args: argparse.Namespace, model: str, path: str) -> dict[str, 
         ask = pickle.dumps(([("schedule", (False,))], True), -1)
         frames, at["child_schedule_message"] = cpu_ms(lambda ask=ask: server.obey(ask))
         at["child_schedule"] = inside["schedule"]
-        serial = pickle.loads(frames[0]).result.serial
-        part = pickle.loads(frames[1])
+        result = pickle.loads(frames[0]).result
+        serial, part = result.serial, pickle.loads(result.payload)
         theirs = answer(pickle.loads(its_part), computed[0], prompts)
         mine = pickle.dumps(answer(part, computed[1], prompts), -1)
         if flying is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import multiprocessing
+import os
 import pickle
 import time
 from collections.abc import Callable
@@ -98,6 +100,29 @@ def answer(part: Any, computed: dict[str, int], prompts: dict[str, int]) -> Any:
     return ModelRunnerOutput(ids, {req_id: n for n, req_id in enumerate(ids)}, tokens)
 
 
+class Forked:
+    """A scheduler's process, forked: a ``rank_process.Process``."""
+
+    def __init__(self, theirs: Any) -> None:
+        from vllm_nanocp.sched import rank_process
+
+        context = multiprocessing.get_context("fork")
+        self._process = context.Process(target=lambda: rank_process.run(os.dup(theirs.fileno())), daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        return self._process.exitcode or 0
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
 class Engine:
     """What the ranks' sockets to the API servers know of the engine."""
 
@@ -117,7 +142,7 @@ class World:
         from vllm_nanocp.sched import rank_process
         from vllm_nanocp.sched.scheduler import NanoCPScheduler
 
-        rank_process.START_METHOD = "fork"
+        rank_process.start = Forked
         kwargs = scheduler_args(args, model, slots)
         init_none_hash(get_hash_fn_by_name("sha256"))
         freeze_gc_heap()

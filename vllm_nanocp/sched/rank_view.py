@@ -8,6 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from ..placement.place import RankLoad
+from ..plan import packs_flat
 from .adapters import adapter_of
 from .sessions import is_idle
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .rank_scheduler import RankDoors
 
 
+@packs_flat
 @dataclass(slots=True)
 class RankView:
     """A rank's queues and cache in numbers.

@@ -38,8 +38,8 @@ class Channel(Protocol):
 
     def send(self, message: bytes) -> None: ...
 
-    def receive(self) -> bytes:
-        """The next frame; raises ``NanoCPError`` if there is nobody any more."""
+    def receive(self) -> bytes | memoryview:
+        """The next answer, to be used before the next one; raises ``NanoCPError`` if there is nobody any more."""
         ...
 
     def close(self) -> None: ...
@@ -136,9 +136,8 @@ class RemoteRank:
 
     def end_schedule(self) -> Part:
         step: Scheduled = self._hear()
-        payload = self.channel.receive()
         self.introduced = step.introduced
-        return Part(step.tokens, step.batch, step.scheduled, step.structured, step.pending, payload, step.serial)
+        return Part(step.tokens, step.batch, step.scheduled, step.structured, step.pending, step.payload, step.serial)
 
     def begin_update(self, part: Part, output: Any) -> None:
         message = output.data if isinstance(output, PackedOutput) else pickle.dumps(output, -1)

@@ -238,9 +238,9 @@ class RemoteRank:
     # -- shards and members ------------------------------------------------------------------------------------
 
     def cached_run(self, hashes: Sequence[BlockHash], first_block: int) -> tuple[int, int]:
+        if first_block >= len(hashes) or hashes[first_block] not in self._cached:
+            return 0, 0  # as almost always, and it is asked of all ranks
         length = self._cached.run(hashes, first_block)
-        if not length:
-            return 0, 0
         length, held = self._call("cached_run", list(hashes[first_block : first_block + length]), 0)
         return length, held
 
@@ -263,6 +263,7 @@ class RemoteRank:
 
     def park(self, member_id: str, first_block: int) -> None:
         self._tell("park", member_id, first_block)
+        self.view.changes += 1
         self.view.running -= 1
         self.view.unfinished -= 1
         self._forget(member_id)
@@ -287,6 +288,7 @@ class RemoteRank:
 
     def expect_no_more(self, request_id: str) -> None:
         self._tell("expect_no_more", request_id)
+        self.view.changes += 1
         self.view.coming -= 1
         self.view.to_take -= 1
         self.view.slots += 1

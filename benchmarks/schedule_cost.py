@@ -1,155 +1,236 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""What the composed scheduler costs: its ``schedule()`` over the sum of the vLLM ``schedule()`` calls inside it.
+"""What scheduling costs when each rank's vLLM scheduler runs in a process of its own: real schedulers, no workers.
 
-    python benchmarks/schedule_cost.py [--ranks 8] [--requests 64] [--sharded 8] [--steps 300]
+    python benchmarks/schedule_cost.py step --ranks 32 --requests 256 --sharded 2
+    python benchmarks/schedule_cost.py burst --ranks 64 --burst 4096
+    python benchmarks/schedule_cost.py child --requests 256
+    python benchmarks/schedule_cost.py all --save benchmarks/results/schedule_cost.json
 
-Real schedulers, no workers: every scheduled request gets a token back each step. ``--requests`` decode on each rank;
-``--sharded`` of all are spread over several ranks. Prints one JSON object; times are wall clock, the ratio is of sums
-over all steps (and of medians, which a shared machine disturbs less).
+``step``: CPU time of the engine's process in ``schedule()`` and ``update_from_output()`` of steps in which all
+requests decode, one step in flight, ``--sharded`` of each rank's requests spread over ranks. With ``--in-process``
+all schedulers run in that process. ``burst``: CPU time of placing so many short requests that come at once, while
+others decode. ``child``: what one rank's scheduler process does, beside a stock vLLM scheduler with the same
+requests, in the same process, in turns. ``--profile`` prints where the engine's time goes, instead of measuring it.
+
+Workers are virtual: parts are decoded and outputs are made between the timed calls, and given as workers give them.
+Output goes by sockets to a process that drops it, as it goes to API servers. All times are CPU time (user and system)
+of the process in question: two cores cannot run 64 processes at once. The schedulers' processes are forked, not
+spawned as in an engine, so that 64 of them share the memory of what they have imported.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import multiprocessing
 import os
+import pickle
 import platform
+import pstats
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
+
+from virtual_workers import WARM_UP, World, answer, cpu_ms, drop_output, make_requests, scheduler_args
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-BLOCK = 32
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BOUNDS_MS = {(8, 256): 1.0, (32, 256): 3.0, (64, 256): 6.0}  # a step of the engine's process
+PLACEMENT_US, CHILD = 50.0, 1.1
+ALL = [
+    *(f"step --ranks {ranks} --steps {steps}" for ranks, steps in ((8, 300), (32, 120), (64, 100))),
+    "step --ranks 32 --steps 120 --moves",
+    *(f"step --ranks {ranks} --steps {steps} --in-process" for ranks, steps in ((8, 100), (32, 100))),
+    "burst --ranks 64 --requests 32",
+    "child --steps 300",
+]
 
 
-def make_scheduler(model: str, ranks: int, requests: int, sharded: int) -> Any:
-    """A ``NanoCPScheduler`` over ranks that exist only for it."""
-    import torch
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+def summary(values: list[float]) -> dict[str, float]:
+    numbers = dict(median=statistics.median(values), mean=statistics.fmean(values), longest=max(values))
+    return {name: round(value, 4) for name, value in numbers.items()}
+
+
+def report(profile: cProfile.Profile) -> None:
+    pstats.Stats(profile).sort_stats("tottime").print_stats(35)
+    pstats.Stats(profile).sort_stats("cumtime").print_stats(45)
+
+
+def measure_step(args: argparse.Namespace, model: str, path: str) -> dict[str, Any]:
+    world = World(args, model, path, args.requests)
+    world.fill(args.ranks, args.requests - args.sharded, args.sharded)
+    profile = cProfile.Profile(time.process_time) if args.profile else None
+    times = [world.step(profile) for _ in range(args.steps)]
+    world.scheduler.shutdown()
+    if profile is not None:
+        report(profile)
+        return {}
+    schedule, message, update = (list(column) for column in zip(*times, strict=True))
+    both = [a + b for a, b in zip(schedule, update, strict=True)]
+    bound = None if args.in_process else BOUNDS_MS.get((args.ranks, args.requests))
+    result: dict[str, Any] = dict(step_ms=summary(both), schedule_ms=summary(schedule), update_ms=summary(update))
+    result |= dict(workers_message_ms=summary(message), moves=world.scheduler.mover.num_moves)
+    if bound is not None:
+        result |= dict(bound_ms=bound, median_to_bound=round(statistics.median(both) / bound, 3))
+    return result | dict(raw_step_ms=[round(value, 3) for value in both])
+
+
+def measure_burst(args: argparse.Namespace, model: str, path: str) -> dict[str, Any]:
+    world = World(args, model, path, 256)
+    world.fill(args.ranks, args.requests - args.sharded, args.sharded)
+    before = [sum(world.step()[::2]) for _ in range(20)]
+    placing = [0.0]
+    original = world.scheduler.admission.step
+
+    def timed() -> None:
+        placing[0] += cpu_ms(original)[1]
+
+    world.scheduler.admission.step = timed  # type: ignore[method-assign]
+    profile = cProfile.Profile(time.process_time) if args.profile else None
+    added = world.add(make_requests("burst", [40 + i % 100 for i in range(args.burst)]))
+    steps: list[float] = []
+    while world.scheduler.unplaced or not steps:
+        schedule, _, update = world.step(profile)
+        steps.append(schedule + update)
+    after = [sum(world.step()[::2]) for _ in range(5)]
+    world.scheduler.shutdown()
+    if profile is not None:
+        report(profile)
+        return {}
+    over = sum(steps) + sum(after) - (len(steps) + len(after)) * statistics.median(before)
+    placement = 1e3 * placing[0] / args.burst
+    return dict(
+        placement_us=round(placement, 2),
+        bound_us=PLACEMENT_US,
+        to_bound=round(placement / PLACEMENT_US, 3),
+        add_request_us=round(1e3 * added / args.burst, 2),
+        all_but_decoding_us=round(1e3 * over / args.burst, 2),
+        steps_to_place=len(steps),
+        longest_step_ms=round(max(steps), 2),
+        step_before_ms=summary(before),
+        raw_step_ms=[round(value, 3) for value in (*steps, *after)],
+    )
+
+
+def timed_into(times: dict[str, float], name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(*args: Any) -> Any:
+        result, times[name] = cpu_ms(lambda: call(*args))
+        return result
+
+    return timed
+
+
+def measure_child(args: argparse.Namespace, model: str, path: str) -> dict[str, Any]:
+    from vllm.utils.gc_utils import freeze_gc_heap
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.structured_output import StructuredOutputManager
 
-    from vllm_nanocp.sched.scheduler import NanoCPScheduler
+    from vllm_nanocp.sched import rank_process
+    from vllm_nanocp.sched.ranks import RankSpec
+    from vllm_nanocp.sched.wire import pack
 
-    args = EngineArgs(
-        model=model,
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=8192,
-        max_num_batched_tokens=8192,
-        max_num_seqs=requests + sharded,
-        block_size=BLOCK,
-        enable_prefix_caching=False,
-        enable_expert_parallel=True,
-        additional_config={"nanocp": {"ranks": ranks, "segment_size": 1024}},
-    )
-    config = args.create_engine_config()
-    blocks = 40 * (requests + sharded)
-    config.cache_config.num_gpu_blocks = blocks
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    kv_cache = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l"], spec)])
-    return NanoCPScheduler(
-        vllm_config=config,
-        kv_cache_config=kv_cache,
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK,
-        hash_block_size=BLOCK,
-    )
-
-
-def make_request(request_id: str, length: int) -> Any:
-    from vllm import SamplingParams
-    from vllm.v1.request import Request
-
-    params = SamplingParams(temperature=0.0, max_tokens=4000, ignore_eos=True)
-    return Request(request_id, [(7 * k) % 256 for k in range(length)], params, None)
-
-
-def answer(part: Any) -> Any:
-    """A token for every request that reached the end of what it has; the scheduler drops what it does not want."""
-    from vllm.v1.outputs import ModelRunnerOutput
-
-    ids = list(part.num_scheduled_tokens)
-    return ModelRunnerOutput(ids, {i: n for n, i in enumerate(ids)}, [[5] for _ in ids])
-
-
-def run(scheduler: Any, steps: int) -> tuple[list[float], list[float]]:
-    """Seconds of each ``schedule()``, and of the vLLM calls inside it; async, one step in flight as vLLM runs it."""
-    inside = 0.0
-    for rank in scheduler.ranks:
-        original = rank.schedule
-
-        def timed(*args: Any, _original: Any = original) -> Any:
-            nonlocal inside
-            start = time.perf_counter()
-            try:
-                return _original(*args)
-            finally:
-                inside += time.perf_counter() - start
-
-        rank.schedule = timed
-    total, inner = [], []
+    args.ranks = 1
+    kwargs = scheduler_args(args, model, args.requests)
+    stock = AsyncScheduler(structured_output_manager=StructuredOutputManager(kwargs["vllm_config"]), **kwargs)
+    server = rank_process.make_server(RankSpec(rank=0, include_finished_set=False, **kwargs))
+    server.do_connect([path], 0)
+    freeze_gc_heap()
+    lengths = [40 + i % 100 for i in range(args.requests)]
+    for request in make_requests("short", lengths):
+        server.do_enter(pack(request), 0)
+    for request in make_requests("short", lengths):
+        stock.add_request(request)
+    inside = {"schedule": 0.0, "update_from_output": 0.0}
+    for name in inside:
+        setattr(server.scheduler, name, timed_into(inside, name, getattr(server.scheduler, name)))
+    prompts = {f"short-{i}": length for i, length in enumerate(lengths)}
+    computed: tuple[dict[str, int], dict[str, int]] = ({}, {})
+    its: list[dict[str, float]] = []
     flying: Any = None
-    for _ in range(steps):
-        inside = 0.0
-        start = time.perf_counter()
-        output = scheduler.schedule()
-        total.append(time.perf_counter() - start)
-        inner.append(inside)
+    for _ in range(WARM_UP + args.steps):
+        at: dict[str, float] = {}
+        scheduled, at["stock_schedule"] = cpu_ms(stock.schedule)
+        its_part, at["stock_pickle"] = cpu_ms(lambda scheduled=scheduled: pickle.dumps(scheduled, -1))
+        ask = pickle.dumps(([("schedule", (False,))], True), -1)
+        frames, at["child_schedule_message"] = cpu_ms(lambda ask=ask: server.obey(ask))
+        at["child_schedule"] = inside["schedule"]
+        result = pickle.loads(frames[0]).result
+        serial, part = result.serial, pickle.loads(result.payload)
+        theirs = answer(pickle.loads(its_part), computed[0], prompts)
+        mine = pickle.dumps(answer(part, computed[1], prompts), -1)
         if flying is not None:
-            scheduler.update_from_output(flying, [answer(part) for part in flying.ranks])
-        flying = output
-    return total, inner
+            old, old_answer, old_serial, old_mine = flying
+            got, at["stock_unpickle"] = cpu_ms(lambda data=old_answer: pickle.loads(data))
+            _, at["stock_update"] = cpu_ms(lambda old=old, got=got: stock.update_from_output(old, got))
+            ask = pickle.dumps(([("update", (old_serial, old_mine))], True), -1)
+            _, at["child_update_message"] = cpu_ms(lambda ask=ask: server.obey(ask))
+            at["child_update"] = inside["update_from_output"]
+            _, at["child_send"] = cpu_ms(server.after)
+        flying = scheduled, pickle.dumps(theirs, -1), serial, mine
+        its.append(at)
+    its = its[WARM_UP:]
+    ms = {name: statistics.median(at[name] for at in its) for name in its[0]}
+    own, stock_own = (ms[f"{who}_schedule"] + ms[f"{who}_update"] for who in ("child", "stock"))
+    whole = ms["child_schedule_message"] + ms["child_update_message"]
+    stock_whole = stock_own + ms["stock_pickle"] + ms["stock_unpickle"]
+    return dict(
+        median_ms={name: round(value, 4) for name, value in ms.items()},
+        bound=CHILD,
+        ratio=round(own / stock_own, 3),
+        ratio_schedule=round(ms["child_schedule"] / ms["stock_schedule"], 3),
+        ratio_update=round(ms["child_update"] / ms["stock_update"], 3),
+        ratio_with_messages_and_pickling=round(whole / stock_whole, 3),
+        ratio_with_messages_to_stock_without=round(whole / stock_own, 3),
+    )
+
+
+def measure_all(save: str) -> None:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    runs = []
+    for line in ALL:
+        print(line, flush=True)
+        command = [sys.executable, os.path.abspath(__file__), *line.split()]
+        runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}; shared with other work"
+    with open(save, "w") as file:
+        json.dump(dict(machine=machine, commit=commit, time="CPU time of the process", runs=runs), file, indent=1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("step", "burst", "child", "all"))
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=64, help="decoding requests a rank")
-    parser.add_argument("--sharded", type=int, default=8, help="how many of all are sharded")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--requests", type=int, default=256, help="that decode on each rank")
+    parser.add_argument("--sharded", type=int, default=2, help="of each rank's requests")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--burst", type=int, default=4096, help="short requests that come at once")
+    parser.add_argument("--in-process", action="store_true")
+    parser.add_argument("--moves", action="store_true", help="let homes move")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--save", default=os.path.join(ROOT, "benchmarks", "results", "schedule_cost.json"))
     args = parser.parse_args()
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    sys.path.insert(0, root)
+    if args.what == "all":
+        return measure_all(args.save)
+    sys.path.insert(0, ROOT)
     import vllm
 
     from tests.tiny_models import make_qwen3_moe
 
     with tempfile.TemporaryDirectory() as folder:
-        scheduler = make_scheduler(str(make_qwen3_moe(folder)), args.ranks, args.requests, args.sharded)
-        short = args.ranks * args.requests - args.sharded
-        for i in range(args.sharded):
-            scheduler.add_request(make_request(f"long-{i}", 3000 + 100 * i))
-        for i in range(short):
-            scheduler.add_request(make_request(f"short-{i}", 40 + i % 100))
-        warm_up = 60  # all prefilled, every request decoding
-        total, inner = run(scheduler, warm_up + args.steps)
-        running, waiting = scheduler.get_request_counts()
-        assert (running, waiting) == (short + args.sharded, 0), (running, waiting)
-        assert {f"long-{i}" for i in range(args.sharded)} <= scheduler.sharded.keys()
-        assert all(s.at_home for s in scheduler.sharded.values())
-        moves = scheduler.mover.num_moves
-    total, inner = total[warm_up:], inner[warm_up:]
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "vllm": vllm.__version__,
-        "python": platform.python_version(),
-        "ranks": args.ranks,
-        "requests_per_rank": args.requests,
-        "sharded": args.sharded,
-        "steps": args.steps,
-        "moves": moves,
-        "schedule_ms_median": round(1e3 * statistics.median(total), 4),
-        "vllm_schedule_ms_median": round(1e3 * statistics.median(inner), 4),
-        "ratio_of_medians": round(statistics.median(total) / statistics.median(inner), 4),
-        "ratio_of_sums": round(sum(total) / sum(inner), 4),
-    }
-    print(json.dumps(result, indent=2))
+        path = f"ipc://{folder}/output"
+        multiprocessing.get_context("fork").Process(target=drop_output, args=(path,), daemon=True).start()
+        measure = {"step": measure_step, "burst": measure_burst, "child": measure_child}[args.what]
+        result = measure(args, str(make_qwen3_moe(folder)), path)
+    versions = dict(vllm=vllm.__version__, python=platform.python_version())
+    print(json.dumps(dict(command=" ".join(["python", *sys.argv]), **versions, **result)))
 
 
 if __name__ == "__main__":

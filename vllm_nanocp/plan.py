@@ -4,9 +4,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
+def packs_flat(cls: type[_T]) -> type[_T]:
+    """Have a dataclass of several fields pickle as its values in order: what goes between processes in each step is
+    decoded in half the time that names and values take."""
+    values = attrgetter(*(one.name for one in fields(cls)))  # type: ignore[arg-type]
+
+    def reduce(self: _T) -> tuple[Any, ...]:
+        return cls, values(self)
+
+    cls.__reduce__ = reduce  # type: ignore[method-assign, assignment]
+    return cls
+
+
+@packs_flat
 @dataclass(slots=True)
 class Holder:
     """A shard that a row's queries visit.
@@ -22,6 +39,7 @@ class Holder:
     length: int
 
 
+@packs_flat
 @dataclass(slots=True)
 class PlanRow:
     """The queries of one sharded request in this step.
@@ -43,6 +61,7 @@ class PlanRow:
     holders: tuple[Holder, ...]
 
 
+@packs_flat
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What the other ranks must know of one rank's batch, so that all run the same graph or none.

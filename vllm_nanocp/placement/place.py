@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from .shard_map import Run, ShardMap, join
 
@@ -61,6 +62,16 @@ class RankLoad:
         if adapter is None or self.max_adapters is None:
             return self
         return replace(self, adapters=self.adapters | {adapter})
+
+    @cached_property
+    def room(self) -> int:
+        """Blocks that a request can take."""
+        return self.free_blocks if self.slots > 0 else 0
+
+    @cached_property
+    def rank_order(self) -> tuple[bool, int, int, int]:
+        """Ranks with less come first; see ``_by_load``."""
+        return self.room == 0, self.backlog, self.batch, -self.room
 
     @property
     def kv_level(self) -> int:
@@ -152,7 +163,7 @@ def _by_load(loads: Sequence[RankLoad], room: Sequence[int], kv_weight: float | 
     """
     ranks = range(len(loads))
     if kv_weight is None:
-        return sorted(ranks, key=lambda r: (room[r] == 0, loads[r].backlog, loads[r].batch, -room[r], r))
+        return sorted(ranks, key=lambda r: loads[r].rank_order)
     # Both in units of their mean, so that neither counts more for being counted in larger numbers.
     per_request = (1 - kv_weight) / max(1, sum(load.batch for load in loads))
     per_block = kv_weight / max(1, sum(load.kv_level for load in loads))
@@ -201,9 +212,15 @@ def place(
     need = cdiv(num_tokens, block_size)
     limit = min(max_degree, len(loads))
     degree = start_degree(num_tokens, segment_size, limit)
-    room = [load.free_blocks if load.slots > 0 else 0 for load in loads]
+    room = [load.room for load in loads]
     if home is not None and room[home] < 1 + headroom_blocks:
         return None
+    if degree == 1 and home is None and preferred is None and kv_weight is None and policy == "balanced":
+        # The first rank, found without sorting them, mostly does.
+        orders = [load.rank_order for load in loads]
+        first = orders.index(min(orders))
+        if room[first] >= need + headroom_blocks:
+            return ShardMap(block_size, (Run(first, 0, need),))
     if policy == "round_robin":
         order = [(turn + i) % len(loads) for i in range(len(loads))]
     else:

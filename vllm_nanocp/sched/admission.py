@@ -177,10 +177,9 @@ class Admission:
         scheduler, request_id = self.scheduler, request.request_id
         home, adapter = scheduler.rank_of.get(request_id), adapter_of(request)
         closed = room.closed if passed else ()
-        mine, _ = room.of(adapter, kept=not passed)
         blocked = self._blocked.get(request_id)
         # A prefix, a long one perhaps, is not looked for again in each step, but when there is more room.
-        sought = blocked is None or blocked.grown(mine)
+        sought = blocked is None or blocked.grown(room.of(adapter, kept=not passed)[0])
         rules = (request, home, self.num_placed)
         how = (closed, may_wait, bool(passed))
         shard_map = None
@@ -194,8 +193,8 @@ class Admission:
                 return True
             prefix = found
             shard_map = scheduler.placer.place(*rules, prefix, *how)
-        want = scheduler.placer.want(request, home)
-        if shard_map is None:
+        want = scheduler.placer.want(request, home) if shard_map is None else None
+        if want is not None:
             unknown = blocked is None or blocked.want != want
             if unknown and not scheduler.placer.ever_fits(request, home):
                 self.fail(request)
@@ -203,9 +202,10 @@ class Admission:
             if may_wait:
                 sessions.make_way(scheduler.ranks if home is None else [scheduler.ranks[home]])
         if shard_map is None or scheduler.prefixes.claim(request, shard_map, prefix):
+            want = want or scheduler.placer.want(request, home)
             if blocked is None:
                 blocked = self._blocked[request_id] = Blocked(want, urgent=request.num_preemptions > 0)
-            blocked.want, blocked.room = want, mine
+            blocked.want, blocked.room = want, room.of(adapter, kept=not passed)[0]
             if sought:
                 blocked.shared, blocked.spread = sum(prefix.held), len(prefix.runs) > 1
             return False

@@ -90,6 +90,9 @@ class CachedBlocks:
         self._hashes.update(changes.cached)
         self._hashes.difference_update(changes.evicted)
 
+    def __contains__(self, block_hash: BlockHash) -> bool:
+        return block_hash in self._hashes
+
     def run(self, hashes: Sequence[BlockHash], first: int) -> int:
         """How many from ``first`` on, one after another, are there."""
         known, end = self._hashes, first

@@ -58,6 +58,8 @@ class Members:
         # Requests of which the step at hand computes a part; and parts beside another one of the same request.
         self._computing: set[str] = set()
         self.num_parallel_parts = 0
+        # How often a request has been sharded, gone on to its next run, moved or ended.
+        self.changes = 0
 
     def owner_of(self, member_id: str) -> str:
         """The request that a member works for; the id itself if it is no member's."""
@@ -110,6 +112,7 @@ class Members:
             if sharded.run_done:
                 self.ranks[sharded.rank].park(sharded.member.request_id, sharded.run.first_block)
                 sharded.park()
+                self.changes += 1
                 self._publish(sharded)
                 self._enter(sharded, sharded.local_start)
 
@@ -162,6 +165,7 @@ class Members:
             sharded.active += 1
             self._publish(sharded)
         self._enter(sharded, starts[sharded.active])
+        self.changes += 1
         return hits, local * self.block_size
 
     def _publish(self, sharded: ShardedRequest) -> None:
@@ -194,6 +198,7 @@ class Members:
             self._owner.pop(member.request_id, None)
         self.plan.closed.extend(shard for shard, _ in sharded.open_shards.values())
         del self.sharded[sharded.request.request_id]
+        self.changes += 1
 
     def take_back(self, sharded: ShardedRequest) -> None:
         """Give back all shards of a request whose active member waits at its rank; it waits nowhere then."""
@@ -228,6 +233,7 @@ class Members:
         outlet = self.outlet_of.setdefault(request_id, source)
         self.ranks[target].arrive(request, sharded.shard_map.runs[-1].first_block, outlet)
         self.ranks[target].watch(request)
+        self.changes += 1
 
     def ask_for_generator(self, request_id: str) -> None:
         """Have the worker of a request's home report, with the next step, the state of its generator."""

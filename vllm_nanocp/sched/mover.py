@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.sampling_params import SamplingType
 from vllm.v1.request import Request, RequestStatus
@@ -26,6 +26,7 @@ from .sharded import ShardedRequest, can_shard
 
 if TYPE_CHECKING:
     from .rank import Decoding
+    from .rank_view import RankView
     from .scheduler import NanoCPScheduler
 
 _importance = attrgetter("priority", "arrival_time")  # less is more
@@ -36,6 +37,21 @@ def _give_to_holders(read: list[int], sharded: ShardedRequest) -> None:
     read[sharded.rank] -= sharded.local_start
     for rank, (_, tokens) in sharded.open_shards.items():
         read[rank] += tokens
+
+
+class Ahead(NamedTuple):
+    """What sharded requests will have on a rank.
+
+    Attributes:
+        homes: of how many it will be the home and has not begun to.
+        adapters: of those that it computes a run of, now or later; None: without one.
+        read: KV tokens that a step will read once all decode, beside those of the rank's own requests: of a burst,
+            those placed first must count for the next ones, before any of them runs.
+    """
+
+    homes: int
+    adapters: set[int | None]
+    read: int
 
 
 class Mover:
@@ -64,6 +80,13 @@ class Mover:
         self._last_update = 0.0
         self.last_work = [StepLoad(0, 0)] * scheduler.config.ranks
         self.num_moves = self.num_spills = 0
+        # Loads, and of which numbers of the ranks; what is ahead, and at which state of the sharded requests.
+        count = scheduler.config.ranks
+        self._loads = [RankLoad(0, 0, 0, 0)] * count
+        self._loads_of: list[RankView | None] = [None] * count
+        self._loads_at = [0] * count
+        self._ahead: list[Ahead] | None = None
+        self._ahead_at = 0
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -130,42 +153,45 @@ class Mover:
     # -- loads -------------------------------------------------------------------------------------------------
 
     def loads(self) -> list[RankLoad]:
-        """What placement knows of each rank, requests on their way and those with their home still ahead included."""
-        scheduler = self.scheduler
-        ahead = [0] * len(scheduler.ranks)
-        for sharded in scheduler.sharded.values():
-            if not sharded.at_home and sharded.shard_map.home != sharded.rank:
-                ahead[sharded.shard_map.home] += 1
-        loads = [rank.view.load(more) for rank, more in zip(scheduler.ranks, ahead, strict=True)]
-        self._count_adapters_ahead(loads)
-        if not self.moves:
-            return loads
-        return [
-            replace(load, read_blocks=tokens // scheduler.block_size)
-            for load, tokens in zip(loads, self._to_read(), strict=True)
-        ]
+        """What placement knows of each rank, requests on their way and those with their home still ahead included.
 
-    def _count_adapters_ahead(self, loads: list[RankLoad]) -> None:
-        """Ranks that have yet to compute a run of a request will need its adapter."""
-        if loads[0].max_adapters is None:
-            return
-        for sharded in self.scheduler.sharded.values():
-            for rank in {run.rank for run in sharded.shard_map.runs[sharded.active :]}:
-                loads[rank] = loads[rank].with_adapter(adapter_of(sharded.request))
+        Kept, and taken anew for ranks whose numbers have changed: a burst asks once for each of its requests.
+        """
+        members = self.scheduler.members
+        if self._ahead is None or self._ahead_at != members.changes:
+            self._ahead, self._ahead_at = self._look_ahead(), members.changes
+            self._loads_of = [None] * len(self._ahead)
+        for rank, scheduler in enumerate(self.scheduler.ranks):
+            view = scheduler.view
+            if self._loads_of[rank] is not view or self._loads_at[rank] != view.changes:
+                self._loads_of[rank], self._loads_at[rank] = view, view.changes
+                self._loads[rank] = self._load(view, self._ahead[rank])
+        return self._loads[:]
 
-    def _to_read(self) -> list[int]:
-        """KV tokens that each rank will read in a step once all it was given decode: of a burst, those placed first
-        must count for the next ones, before any of them runs."""
-        ranks = self.scheduler.ranks
-        read = [rank.view.tokens for rank in ranks]
+    def _load(self, view: RankView, ahead: Ahead) -> RankLoad:
+        load = view.load(ahead.homes)
+        for adapter in ahead.adapters:
+            load = load.with_adapter(adapter)
+        if self.moves:
+            load = replace(load, read_blocks=(view.tokens + ahead.read) // self.scheduler.block_size)
+        return load
+
+    def _look_ahead(self) -> list[Ahead]:
+        """What sharded requests will have on each rank that its numbers do not say."""
+        count = len(self.scheduler.ranks)
+        homes, read = [0] * count, [0] * count
+        adapters: list[set[int | None]] = [set() for _ in range(count)]
         for sharded in self.scheduler.sharded.values():
+            for run in sharded.shard_map.runs[sharded.active :]:
+                adapters[run.rank].add(adapter_of(sharded.request))
             if sharded.at_home:
                 _give_to_holders(read, sharded)
                 continue
+            homes[sharded.shard_map.home] += sharded.shard_map.home != sharded.rank
             read[sharded.rank] -= sharded.member.num_tokens
-            for rank, tokens in enumerate(sharded.shard_map.tokens_by_rank(len(ranks), sharded.request.num_tokens)):
+            for rank, tokens in enumerate(sharded.shard_map.tokens_by_rank(count, sharded.request.num_tokens)):
                 read[rank] += tokens
-        return read
+        return list(map(Ahead, homes, adapters, read))
 
     def work(self) -> list[StepLoad]:
         """What the ranks' running requests read and compute in a step."""

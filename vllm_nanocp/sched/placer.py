@@ -98,7 +98,9 @@ class Placer:
             may_wait: whether it may be sent to a rank to wait for room there.
             overtakes: whether requests before it found no room.
         """
-        loads = [load.for_adapter(adapter_of(request)) for load in self._loads()]
+        loads, adapter = self._loads(), adapter_of(request)
+        if adapter is not None:
+            loads = [load.for_adapter(adapter) for load in loads]
         if overtakes:
             loads = [as_overtaken(load, self.block_size) for load in loads]
         for rank in closed:

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import threading
@@ -37,6 +38,8 @@ logger = init_logger("vllm.nanocp.scheduler")
 # Called, from a thread, when a process has died; the executor's.
 on_death: Callable[[], None] | None = None
 
+# What ``Connection`` puts before a message; the second one if the first is -1.
+_LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!Q")
 # How long a process has to end by itself.
 _GRACE_S = 2.0
 # A fresh interpreter: neither the engine's threads are copied, nor is a user's script imported anew. Ctrl-C reaches all
@@ -72,6 +75,7 @@ class Pipe:
         self.name = "a rank's scheduler process"
         self.closed = False
         self._end = end
+        self._buffer = bytearray(1 << 16)
 
     def send(self, message: bytes) -> None:
         try:
@@ -79,11 +83,33 @@ class Pipe:
         except OSError as error:
             raise self._gone() from error
 
-    def receive(self) -> bytes:
+    def receive(self) -> memoryview:
+        """As ``Connection.recv_bytes`` does, which reads a message's length first and then copies what it reads: here
+        one call of the system mostly does. Nothing comes behind an answer before the next question."""
         try:
-            return self._end.recv_bytes()
+            have = self._read(0)
+            while have < _LENGTH.size:
+                have += self._read(have)
+            (length,) = _LENGTH.unpack_from(self._buffer)
+            start = _LENGTH.size
+            if length == -1:  # too long for that
+                while have < start + _LONG.size:
+                    have += self._read(have)
+                (length,) = _LONG.unpack_from(self._buffer, start)
+                start += _LONG.size
+            if start + length > len(self._buffer):
+                self._buffer = self._buffer[:have] + bytes(start + length - have)
+            while have < start + length:
+                have += self._read(have)
         except (EOFError, OSError) as error:
             raise self._gone() from error
+        return memoryview(self._buffer)[start : start + length]
+
+    def _read(self, at: int) -> int:
+        count = os.readv(self._end.fileno(), [memoryview(self._buffer)[at:]])
+        if not count:
+            raise EOFError
+        return count
 
     def _gone(self) -> NanoCPError:
         with contextlib.suppress(subprocess.TimeoutExpired):

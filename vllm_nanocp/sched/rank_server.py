@@ -58,7 +58,6 @@ class RankServer:
         # Only where prefixes are found by the blocks of one group.
         one_group = len(scheduler.kv_cache_config.kv_cache_groups) == 1
         self._cache = CacheRecorder(scheduler.block_pool) if hasher is not None and one_group else None
-        self._payload: bytes | None = None
         # Outputs to be sent once the near end has been answered.
         self._outputs: dict[int, EngineCoreOutputs] | None = None
         scheduler.on_preempt = self._preempted.append
@@ -77,7 +76,7 @@ class RankServer:
             message: pickled; a list of (command, arguments), and whether the last one's result is asked for.
 
         Returns:
-            The answer, and what comes behind it; nothing if none is asked for.
+            The answer, if one is asked for.
         """
         commands, asked = pickle.loads(message)
         result = None
@@ -89,11 +88,7 @@ class RankServer:
             return [pickle.dumps(Answer(None, self.scheduler.view, error=f"{error!r}\n{traceback.format_exc()}"), -1)]
         if not asked:
             return []
-        frames = [pickle.dumps(self._answer(result), -1)]
-        if self._payload is not None:
-            frames.append(self._payload)
-            self._payload = None
-        return frames
+        return [pickle.dumps(self._answer(result), -1)]
 
     def after(self) -> None:
         """What need not be done before the answer."""
@@ -199,8 +194,6 @@ class RankServer:
         output = self.scheduler.schedule(throttle_prefills)
         self._serial += 1
         self._steps.append((self._serial, output))
-        # It is changed later on, by structured output for one.
-        self._payload = pickle.dumps(output, -1)
         part = part_of(output)
         return Scheduled(
             serial=self._serial,
@@ -210,6 +203,8 @@ class RankServer:
             structured=part.structured,
             pending=part.pending,
             introduced=self.scheduler.introduced,
+            # Now, for the output is changed later on, by structured output for one.
+            payload=pickle.dumps(output, -1),
         )
 
     def _step(self, serial: int) -> SchedulerOutput:

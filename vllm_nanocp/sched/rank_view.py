@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from ..placement.place import RankLoad
+from ..plan import packs_flat
 from .adapters import adapter_of
 from .sessions import is_idle
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .rank_scheduler import RankDoors
 
 
+@packs_flat
 @dataclass(slots=True)
 class RankView:
     """A rank's queues and cache in numbers.
@@ -47,6 +49,7 @@ class RankView:
         kv_usage: part of the cache in use.
         adapters: those of requests that run there or are about to.
         max_adapters: how many may be active; None: as many as one likes.
+        changes: how often the numbers have been changed since they were taken.
     """
 
     total_blocks: int
@@ -74,6 +77,7 @@ class RankView:
     kv_usage: float
     adapters: frozenset[int]
     max_adapters: int | None
+    changes: int = field(default=0, compare=False)
 
     @property
     def spare_blocks(self) -> int:
@@ -110,6 +114,7 @@ class RankView:
             block_size: tokens a block holds.
         """
         tokens, adapter = request.num_tokens, adapter_of(request)
+        self.changes += 1
         self.waiting += 1
         self.queued += 1
         self.unfinished += 1

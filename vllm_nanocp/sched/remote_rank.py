@@ -39,8 +39,8 @@ class Channel(Protocol):
 
     def send(self, message: bytes) -> None: ...
 
-    def receive(self) -> bytes:
-        """The next frame; raises ``NanoCPError`` if there is nobody any more."""
+    def receive(self) -> bytes | memoryview:
+        """The next answer, to be used before the next one; raises ``NanoCPError`` if there is nobody any more."""
         ...
 
     def close(self) -> None: ...
@@ -137,9 +137,8 @@ class RemoteRank:
 
     def end_schedule(self) -> Part:
         step: Scheduled = self._hear()
-        payload = self.channel.receive()
         self.introduced = step.introduced
-        return Part(step.tokens, step.batch, step.scheduled, step.structured, step.pending, payload, step.serial)
+        return Part(step.tokens, step.batch, step.scheduled, step.structured, step.pending, step.payload, step.serial)
 
     def begin_update(self, part: Part, output: Any) -> None:
         message = output.data if isinstance(output, PackedOutput) else pickle.dumps(output, -1)
@@ -244,9 +243,9 @@ class RemoteRank:
     # -- shards and members ------------------------------------------------------------------------------------
 
     def cached_run(self, hashes: Sequence[BlockHash], first_block: int) -> tuple[int, int]:
+        if first_block >= len(hashes) or hashes[first_block] not in self._cached:
+            return 0, 0  # as almost always, and it is asked of all ranks
         length = self._cached.run(hashes, first_block)
-        if not length:
-            return 0, 0
         length, held = self._call("cached_run", list(hashes[first_block : first_block + length]), 0)
         return length, held
 
@@ -269,6 +268,8 @@ class RemoteRank:
 
     def park(self, member_id: str, first_block: int) -> None:
         self._tell("park", member_id, first_block)
+        self.view.changes += 1
+        self.view.changes += 1
         self.view.running -= 1
         self.view.unfinished -= 1
         self._forget(member_id)
@@ -293,6 +294,8 @@ class RemoteRank:
 
     def expect_no_more(self, request_id: str) -> None:
         self._tell("expect_no_more", request_id)
+        self.view.changes += 1
+        self.view.changes += 1
         self.view.coming -= 1
         self.view.to_take -= 1
         self.view.slots += 1

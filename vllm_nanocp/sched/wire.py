@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.v1.request import Request, StreamingUpdate
+from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 from vllm.v1.structured_output.request import StructuredOutputRequest
 from vllm.v1.utils import ConstantList
 
+from ..plan import packs_flat
 from .cached_blocks import Changes
 from .rank_view import RankView
 
@@ -30,13 +31,14 @@ _REMADE = (
 )
 
 
+@packs_flat
 @dataclass(slots=True)
 class RequestState:
     """Of a watched request, what has changed or may have.
 
     Attributes:
         computed, in_flight, placeholders, stale: vLLM's counters of tokens.
-        status: vLLM's.
+        status: vLLM's, as a number: members of enumerations are slow to decode.
         tokens: output tokens since the last state that was told.
         session: of a session, whose tokens do not only grow at the end.
     """
@@ -46,7 +48,7 @@ class RequestState:
     placeholders: int
     stale: int
     preemptions: int
-    status: Any
+    status: int
     tokens: list[int]
     session: SessionState | None = None
 
@@ -77,10 +79,12 @@ class SessionState:
         session.streaming_queue = deque(None if end else _A_CHUNK for end in self.queue)
 
 
+_STATUS = {status.value: status for status in RequestStatus}
 # Stands for a chunk that is elsewhere.
 _A_CHUNK = StreamingUpdate(None, None, 0, 0.0, None)
 
 
+@packs_flat
 @dataclass(slots=True)
 class Answer:
     """A rank's answer.
@@ -107,9 +111,10 @@ class Answer:
     error: str | None = None
 
 
+@packs_flat
 @dataclass(slots=True)
 class Scheduled:
-    """The result of a rank's ``schedule``; its workers' part comes behind the answer, as bytes."""
+    """The result of a rank's ``schedule``, with its workers' part as bytes."""
 
     serial: int
     tokens: int
@@ -118,6 +123,7 @@ class Scheduled:
     structured: bool
     pending: bool
     introduced: dict[str, list[int]]
+    payload: bytes = field(repr=False)
 
 
 def pack(request: Request) -> dict[str, Any]:
@@ -171,7 +177,7 @@ def state_of(request: Request, told: int) -> RequestState:
         placeholders=request.num_output_placeholders,
         stale=request.num_stale_output_tokens,
         preemptions=request.num_preemptions,
-        status=request.status,
+        status=request.status.value,
         tokens=request._output_token_ids[told:],
         session=SessionState.of(request) if is_session else None,
     )
@@ -184,7 +190,7 @@ def apply(state: RequestState, request: Request) -> None:
     request.num_output_placeholders = state.placeholders
     request.num_stale_output_tokens = state.stale
     request.num_preemptions = state.preemptions
-    request.status = state.status
+    request.status = _STATUS[state.status]
     if state.session is not None:
         state.session.apply(request)
     elif state.tokens:

@@ -16,9 +16,14 @@ def scheduler_of(rank: Any) -> Any:
 
 def leftovers(rank: Any) -> list[Any]:
     """What it keeps of requests: nothing, when all have ended."""
+    ends: list[str] = []
+    if hasattr(rank, "channel"):
+        rank.refresh()
+        ends = [*rank._known, *rank._watched, *rank._sessions, *rank.channel.server.leftovers()]
     rank = scheduler_of(rank)
     manager = rank.kv_cache_manager.coordinator.single_type_managers[0]
     return [
+        *ends,
         *rank._strangers,
         *rank.requests,
         *rank.running,

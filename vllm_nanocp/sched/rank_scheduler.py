@@ -414,10 +414,14 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
         del self._update
         return self.update_from_output(part.payload, output)
 
-    def grammar_bitmask(self, part: Part) -> Any:
+    def begin_bitmask(self, part: Part) -> None:
+        self._bitmask_of = part.payload
+
+    def end_bitmask(self) -> Any:
         """The part's bitmask, or None. A copy: ranks may share the manager, which fills one buffer for all."""
-        assert not isinstance(part.payload, bytes)
-        bitmask = self.get_grammar_bitmask(part.payload)
+        assert not isinstance(self._bitmask_of, bytes)
+        bitmask = self.get_grammar_bitmask(self._bitmask_of)
+        del self._bitmask_of
         if bitmask is not None:
             bitmask.grammar_bitmask = bitmask.grammar_bitmask.copy()
         return bitmask

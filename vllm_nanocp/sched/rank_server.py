@@ -136,6 +136,15 @@ class RankServer:
         session = self.scheduler.requests.get(request_id)
         return None if session is None else SessionState.of(session)
 
+    def do_hand_over(self, request_id: str, keeper_id: str, first_block: int) -> None:
+        self.scheduler.hand_over(request_id, keeper_id, first_block)
+        if self.outlets is not None:
+            self.outlets.foreign.discard(request_id)
+
+    def leftovers(self) -> list[str]:
+        """Ids that are still remembered; for tests, when no request is left."""
+        return [*self._told, *(self.outlets.foreign if self.outlets is not None else ())]
+
     def do_look(self) -> None:
         """Nothing is done; the answer tells how the rank stands."""
 

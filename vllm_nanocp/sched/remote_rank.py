@@ -127,7 +127,8 @@ class RemoteRank:
     def _forget(self, request_id: str) -> None:
         """The rank's scheduler knows a request no more, and its model runner is to be told."""
         self._known.discard(request_id)
-        self._watched.pop(request_id, None)
+        if self._watched.pop(request_id, None) is not None:
+            self._tell("unwatch", request_id)
         self.view.finished = True
 
     # -- a step ------------------------------------------------------------------------------------------------
@@ -148,8 +149,11 @@ class RemoteRank:
         outputs: dict[int, EngineCoreOutputs] = self._hear()
         return outputs
 
-    def grammar_bitmask(self, part: Part) -> bytes | None:
-        bitmask: bytes | None = self._call("bitmask", part.serial)
+    def begin_bitmask(self, part: Part) -> None:
+        self._ask("bitmask", part.serial)
+
+    def end_bitmask(self) -> bytes | None:
+        bitmask: bytes | None = self._hear()
         return bitmask
 
     # -- requests ----------------------------------------------------------------------------------------------

@@ -37,10 +37,11 @@ class RanksTogether(SchedulerInterface):
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)
         if not scheduler_output.has_structured_output_requests:
             return None
-        bitmasks = [
-            rank.grammar_bitmask(part) if part.structured else None
-            for rank, part in zip(self.ranks, scheduler_output.parts, strict=True)
-        ]
+        pairs = list(zip(self.ranks, scheduler_output.parts, strict=True))
+        for rank, part in pairs:
+            if part.structured:
+                rank.begin_bitmask(part)
+        bitmasks = [rank.end_bitmask() if part.structured else None for rank, part in pairs]
         return NanoCPGrammarOutput(bitmasks) if any(b is not None for b in bitmasks) else None
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:

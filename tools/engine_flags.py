@@ -186,7 +186,7 @@ ENGINE = (
     Group(VLLM, "this package's metrics are on and off with vLLM's", "disable_log_stats"),
     Group(VLLM, "vLLM's statistics of the ranks are taken together as the guide says",
           "kv_cache_metrics kv_cache_metrics_sample cudagraph_metrics enable_mfu_metrics"),
-    Group(VLLM, "it keeps the ranks' schedulers in the engine's process; refused with `scheduler_processes` set to `true`",
+    Group(VLLM, "keeps the ranks' schedulers in the engine's process; refused with `scheduler_processes` set to `true`",
           "enable_logging_iteration_details"),
     Group(VLLM, "sleep and weights go through vLLM's calls to all workers",
           "enable_sleep_mode sleep_mode_offload_cudagraph sleep_preserve_parameter_names weight_transfer_config"),

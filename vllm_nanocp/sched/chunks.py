@@ -71,8 +71,10 @@ class ChunkDoors(_Base):
         short += self._bring_forward(share - short)
         if short > 0:
             others = len(self.running) - len(self._inflight_prefills)
-            rest = self.max_num_scheduled_tokens - others - min(share, short)
-            self.scheduler_config.long_prefill_token_threshold = max(1, rest // len(long))
+            kept = min(share, short)
+            rest = self.max_num_scheduled_tokens - others - kept
+            if rest > 0:  # it bounds short ones, too
+                self.scheduler_config.long_prefill_token_threshold = max(rest // len(long), kept)
 
     def _bring_forward(self, most: int) -> int:
         """Put waiting requests that are short before those that are not, up to so many tokens; returns how many.

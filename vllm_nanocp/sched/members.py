@@ -209,7 +209,7 @@ class Members:
         elif sharded.request.num_preemptions:  # the model runner may know it
             rank.take_from_queues(member.request_id)
         else:
-            rank.withdraw(member.request_id)
+            member.events[:0] = rank.withdraw(member.request_id)
             del self.rank_of[sharded.request.request_id]
         self.close(sharded)
 

@@ -135,11 +135,12 @@ class EngineOutlets:
         foreign: dict[int, dict[int, list[EngineCoreOutput]]] = {}
         for client, some in outputs.items():
             for output in some.outputs:
-                foreign.setdefault(outlet_of[output.request_id], {}).setdefault(client, []).append(output)
-            some.outputs = []
+                if output.request_id in outlet_of:
+                    foreign.setdefault(outlet_of[output.request_id], {}).setdefault(client, []).append(output)
+            some.outputs = [output for output in some.outputs if output.request_id not in outlet_of]
         for outlet, its in foreign.items():
             self._ranks[outlet].forward(its)
-        return {client: some for client, some in outputs.items() if some.scheduler_stats is not None}
+        return {client: some for client, some in outputs.items() if some.outputs or some.scheduler_stats is not None}
 
 
 def install_engine() -> None:

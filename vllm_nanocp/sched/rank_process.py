@@ -24,7 +24,9 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Protocol
 
+import cloudpickle
 from vllm.logger import init_logger
+from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
 
 from ..errors import NanoCPError
 
@@ -119,6 +121,8 @@ class Pipe:
     def close(self) -> None:
         """Let the process end; ``reap`` waits for it."""
         self.closed = True
+        with contextlib.suppress(OSError):  # a process that was forked meanwhile may hold this end, too
+            self._end.send_bytes(b"")
         self._end.close()
 
 
@@ -131,7 +135,8 @@ _ready: list[Pipe] = []
 def start(theirs: Connection) -> Process:
     """Start a process at the other end of a pipe."""
     end = theirs.fileno()
-    command = [sys.executable, "-c", _CODE, json.dumps(sys.path), str(end)]
+    path = json.dumps([folder for folder in sys.path if isinstance(folder, str)])
+    command = [sys.executable, "-c", _CODE, path, str(end)]
     return subprocess.Popen(command, pass_fds=[end], stdin=subprocess.DEVNULL)
 
 
@@ -153,9 +158,11 @@ def open_channels(specs: Sequence[RankSpec]) -> list[Channel]:
     """
     launch(len(specs))
     pipes = [_ready.pop(0) for _ in specs]
+    # As vLLM's own processes get it: classes of models' code and of a user's script by value.
+    maybe_register_config_serialize_by_value()
     for pipe, spec in zip(pipes, specs, strict=True):
         pipe.name = f"the scheduler process of rank {spec.rank}"
-        pipe.send(pickle.dumps(spec, -1))
+        pipe.send(cloudpickle.dumps(spec))
     for pipe in pipes:
         answer = pickle.loads(pipe.receive())
         if answer is not None:
@@ -200,26 +207,37 @@ def run(handle: int) -> None:
         from vllm.plugins import load_general_plugins
 
         load_general_plugins()
-        while _serve(end):
-            pass
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        _serve(end)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
 
 
-def _serve(end: Connection) -> bool:
-    """One scheduler's life; says whether another one is to come."""
+def _end_with_parent(parent: int) -> None:
+    """The pipe stays open if the engine is killed and a process that it has forked lives on."""
+    with contextlib.suppress(OSError):
+        connection.wait([os.pidfd_open(parent)])
+        time.sleep(_GRACE_S)
+        os._exit(1)
+
+
+def _serve(end: Connection) -> None:
+    """A scheduler's life."""
     from vllm.utils.gc_utils import freeze_gc_heap
     from vllm.utils.system_utils import decorate_logs, set_process_title
 
-    spec = pickle.loads(end.recv_bytes())
-    set_process_title("RankScheduler", str(spec.rank))
-    decorate_logs(f"RankScheduler_{spec.rank}")
+    message = end.recv_bytes()
+    if not message:
+        return
     try:
+        spec = pickle.loads(message)
+        set_process_title("RankScheduler", str(spec.rank))
+        decorate_logs(f"RankScheduler_{spec.rank}")
         server = make_server(spec)
         freeze_gc_heap()
     except Exception as error:
         end.send_bytes(pickle.dumps(repr(error)))
-        return False
+        return
     end.send_bytes(pickle.dumps(None))
     try:
         while message := end.recv_bytes():
@@ -228,7 +246,6 @@ def _serve(end: Connection) -> bool:
             server.after()
     finally:
         server.close()
-    return True
 
 
 def make_server(spec: RankSpec) -> RankServer:

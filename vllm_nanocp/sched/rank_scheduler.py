@@ -349,10 +349,15 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
         self.running.remove(member)
         self._forget(member)
 
-    def withdraw(self, member_id: str) -> None:
-        """Take a member that waits (after a preemption, or not yet started) out; its shard stays, if any."""
+    def withdraw(self, member_id: str) -> list[Any]:
+        """Take a member that waits (after a preemption, or not yet started) out; its shard stays, if any.
+
+        Returns:
+            Events that the caller's copy of it lacks.
+        """
         self.take_from_queues(member_id)
         self._forget(self.requests[member_id])
+        return []
 
     def take_from_queues(self, request_id: str) -> None:
         """Out of the waiting queues; the scheduler and the model runner still know the request."""

@@ -47,6 +47,8 @@ class RankServer:
         self._hasher = hasher
         # Output tokens that the near end knows of each watched request.
         self._told: dict[str, int] = {}
+        # Of watched sessions, what was told last.
+        self._told_sessions: dict[str, tuple[int, ...]] = {}
         # Steps whose output has not come.
         self._steps: deque[tuple[int, SchedulerOutput]] = deque()
         self._serial = 0
@@ -66,7 +68,7 @@ class RankServer:
 
     def _note_freed(self, request_id: str) -> None:
         self._freed.append(request_id)
-        self._told.pop(request_id, None)
+        self.do_unwatch(request_id)
         self._gone.append(request_id)
 
     def obey(self, message: bytes) -> list[bytes]:
@@ -120,8 +122,12 @@ class RankServer:
         for request_id, told in self._told.items():
             request = self.scheduler.requests.get(request_id)
             if request is not None:
-                states[request_id] = state_of(request, told)
+                states[request_id] = state = state_of(request, told)
                 self._told[request_id] = request.num_output_tokens
+                if state.session is not None and self._told_sessions.get(request_id) == state.session.size:
+                    state.session = None
+                elif state.session is not None:
+                    self._told_sessions[request_id] = state.session.size
         return states
 
     # -- commands ----------------------------------------------------------------------------------------------
@@ -143,7 +149,7 @@ class RankServer:
 
     def leftovers(self) -> list[str]:
         """Ids that are still remembered; for tests, when no request is left."""
-        return [*self._told, *(self.outlets.foreign if self.outlets is not None else ())]
+        return [*self._told, *self._told_sessions, *(self.outlets.foreign if self.outlets is not None else ())]
 
     def do_look(self) -> None:
         """Nothing is done; the answer tells how the rank stands."""
@@ -157,9 +163,19 @@ class RankServer:
 
     def do_unwatch(self, request_id: str) -> None:
         self._told.pop(request_id, None)
+        self._told_sessions.pop(request_id, None)
+
+    def do_withdraw(self, member_id: str) -> list[Any]:
+        """Returns its events: it goes back to the near end."""
+        member = self.scheduler.requests[member_id]
+        self.scheduler.withdraw(member_id)
+        return member.events
 
     def do_enter(self, state: dict[str, Any], to_share: int, taken: int) -> None:
-        self.scheduler.enter(self._take(state), to_share, taken)
+        request = self._take(state)
+        if self.outlets is not None:
+            self.outlets.foreign.discard(request.request_id)
+        self.scheduler.enter(request, to_share, taken)
 
     def do_resume(self, request_id: str, num_computed_tokens: int, to_share: int) -> None:
         """Let a request wait here that the model runner knows from before its preemption."""
@@ -184,8 +200,11 @@ class RankServer:
 
     def _take(self, state: dict[str, Any]) -> Request:
         request = unpack(state, self._hasher)
-        if request.use_structured_output:
-            self.scheduler.structured_output_manager.grammar_init(request)
+        if request.structured_output_request is not None:
+            try:
+                self.scheduler.structured_output_manager.grammar_init(request)
+            except Exception as error:  # it ends this request, as one that comes while the grammar is compiled
+                request.structured_output_request._grammar = error
         return request
 
     def _replay(self, request: Request) -> None:
@@ -194,7 +213,7 @@ class RankServer:
         assert structured is not None
         if isinstance(structured._grammar, Future):
             structured._grammar.exception()  # waits
-        if request.num_output_tokens:
+        if request.num_output_tokens and not isinstance(structured.grammar, Exception):
             self.scheduler.structured_output_manager.accept_tokens(request, list(request.output_token_ids))
 
     # -- a step ------------------------------------------------------------------------------------------------

@@ -278,9 +278,10 @@ class RemoteRank:
         self.view.unfinished -= 1
         self._forget(member_id)
 
-    def withdraw(self, member_id: str) -> None:
-        self._call("withdraw", member_id)
+    def withdraw(self, member_id: str) -> list[Any]:
+        events: list[Any] = self._call("withdraw", member_id)
         self._forget(member_id)
+        return events
 
     def record_prefix_hits(self, num_tokens: int, num_hits: int, preempted: bool) -> None:
         self._tell("record_prefix_hits", num_tokens, num_hits, preempted)

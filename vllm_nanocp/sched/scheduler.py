@@ -177,6 +177,7 @@ class NanoCPScheduler(RanksTogether):
         home = self.rank_of.get(request.request_id)
         if home is not None:  # what it has in flight may yet come
             self.ranks[home].watch(request)
+            self.ranks[home].refresh()  # the copy may be from when it entered
         (self.waiting.prepend_request if first else self.waiting.add_request)(request)
 
     def _on_turn(self, request_id: str, idle: bool) -> None:
@@ -186,6 +187,7 @@ class NanoCPScheduler(RanksTogether):
             if not idle:
                 return
             self._unqueue(request_id)
+            self.ranks[self.rank_of[request_id]].unwatch(request_id)
         self.ranks[self.rank_of[request_id]].requeue(request_id)
 
     def _on_free(self, member_id: str) -> None:

@@ -68,13 +68,20 @@ class SessionState:
         queue = [chunk is None for chunk in session.streaming_queue or ()]
         return cls(list(session._all_token_ids), session.num_prompt_tokens, session.max_tokens, queue)
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Another one where anything has changed."""
+        return len(self.tokens), self.num_prompt, self.max_tokens, len(self.queue), sum(self.queue)
+
     def apply(self, session: Request) -> None:
         """Bring a copy up to date. Of queued chunks it is only told that they are there."""
+        goes_on = self.tokens[: session.num_tokens] == session._all_token_ids
         session._all_token_ids[:] = self.tokens
         session._output_token_ids[:] = self.tokens[self.num_prompt :]
         session.num_prompt_tokens = self.num_prompt
         session.max_tokens = self.max_tokens
-        del session.block_hashes[:]
+        if not goes_on:
+            del session.block_hashes[:]
         session.update_block_hashes()
         session.streaming_queue = deque(None if end else _A_CHUNK for end in self.queue)
 
@@ -178,7 +185,7 @@ def state_of(request: Request, told: int) -> RequestState:
         stale=request.num_stale_output_tokens,
         preemptions=request.num_preemptions,
         status=request.status.value,
-        tokens=request._output_token_ids[told:],
+        tokens=[] if is_session else request._output_token_ids[told:],
         session=SessionState.of(request) if is_session else None,
     )
 

@@ -46,11 +46,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BOUNDS_MS = {(8, 256): 1.0, (32, 256): 3.0, (64, 256): 6.0}  # a step of the engine's process
 PLACEMENT_US, CHILD = 50.0, 1.1
 ALL = [
-    *(f"step --ranks {ranks} --steps {steps}" for ranks, steps in ((8, 300), (32, 120), (64, 100))),
-    "step --ranks 32 --steps 120 --moves",
-    *(f"step --ranks {ranks} --steps {steps} --in-process" for ranks, steps in ((8, 100), (32, 100))),
+    "child --steps 200",
     "burst --ranks 64 --requests 32",
-    "child --steps 300",
+    *(f"step --ranks {ranks} --steps 100" for ranks in (8, 32, 64)),
+    "step --ranks 8 --steps 100 --in-process",
+    "step --ranks 32 --steps 100 --in-process",
+    "step --ranks 32 --steps 100 --moves",
 ]
 
 
@@ -68,7 +69,10 @@ def measure_step(args: argparse.Namespace, model: str, path: str) -> dict[str, A
     world = World(args, model, path, args.requests)
     world.fill(args.ranks, args.requests - args.sharded, args.sharded)
     profile = cProfile.Profile(time.process_time) if args.profile else None
-    times = [world.step(profile) for _ in range(args.steps)]
+    times = []
+    for _ in range(args.steps):
+        times.append(world.step(profile))
+        assert args.moves or world.scheduled == args.requests * args.ranks, "a request was left out"
     world.scheduler.shutdown()
     if profile is not None:
         report(profile)
@@ -128,6 +132,58 @@ def timed_into(times: dict[str, float], name: str, call: Callable[..., Any]) -> 
     return timed
 
 
+class Stock:
+    """vLLM's scheduler, one step in flight, and what its engine pickles."""
+
+    def __init__(self, scheduler: Any, prompts: dict[str, int]) -> None:
+        self.scheduler, self.prompts = scheduler, prompts
+        self.scheduled: dict[str, int] = {}
+        self._computed: dict[str, int] = {}
+        self._flying: list[tuple[Any, bytes]] = []
+
+    def schedule(self, at: dict[str, float]) -> None:
+        output, at["stock_schedule"] = cpu_ms(self.scheduler.schedule)
+        packed, at["stock_pickle"] = cpu_ms(lambda: pickle.dumps(output, -1))
+        self.fly(output, pickle.loads(packed))
+
+    def fly(self, step: Any, part: Any) -> None:
+        self.scheduled = part.num_scheduled_tokens
+        self._flying.append((step, pickle.dumps(answer(part, self._computed, self.prompts), -1)))
+
+    def land(self) -> Any:
+        return self._flying.pop(0) if len(self._flying) > 1 else None
+
+    def update(self, at: dict[str, float]) -> None:
+        if landed := self.land():
+            step, data = landed
+            output, at["stock_unpickle"] = cpu_ms(lambda: pickle.loads(data))
+            _, at["stock_update"] = cpu_ms(lambda: self.scheduler.update_from_output(step, output))
+
+
+class Child(Stock):
+    """A rank's scheduler process, without the process: with messages, and what of it are vLLM's calls."""
+
+    def __init__(self, server: Any, prompts: dict[str, int]) -> None:
+        super().__init__(server.scheduler, prompts)
+        self.server, self._inside = server, {"schedule": 0.0, "update_from_output": 0.0}
+        for name in self._inside:
+            setattr(self.scheduler, name, timed_into(self._inside, name, getattr(self.scheduler, name)))
+
+    def schedule(self, at: dict[str, float]) -> None:
+        message = pickle.dumps(([("schedule", (False,))], True), -1)
+        (frame,), at["child_schedule_message"] = cpu_ms(lambda: self.server.obey(message))
+        at["child_schedule"] = self._inside["schedule"]
+        result = pickle.loads(frame).result
+        self.fly(result.serial, pickle.loads(result.payload))
+
+    def update(self, at: dict[str, float]) -> None:
+        if landed := self.land():
+            message = pickle.dumps(([("update", landed)], True), -1)
+            _, at["child_update_message"] = cpu_ms(lambda: self.server.obey(message))
+            at["child_update"] = self._inside["update_from_output"]
+            _, at["child_send"] = cpu_ms(self.server.after)
+
+
 def measure_child(args: argparse.Namespace, model: str, path: str) -> dict[str, Any]:
     from vllm.utils.gc_utils import freeze_gc_heap
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -137,7 +193,6 @@ def measure_child(args: argparse.Namespace, model: str, path: str) -> dict[str, 
     from vllm_nanocp.sched.ranks import RankSpec
     from vllm_nanocp.sched.wire import pack
 
-    args.ranks = 1
     kwargs = scheduler_args(args, model, args.requests)
     stock = AsyncScheduler(structured_output_manager=StructuredOutputManager(kwargs["vllm_config"]), **kwargs)
     server = rank_process.make_server(RankSpec(rank=0, include_finished_set=False, **kwargs))
@@ -148,33 +203,17 @@ def measure_child(args: argparse.Namespace, model: str, path: str) -> dict[str, 
         server.do_enter(pack(request), 0)
     for request in make_requests("short", lengths):
         stock.add_request(request)
-    inside = {"schedule": 0.0, "update_from_output": 0.0}
-    for name in inside:
-        setattr(server.scheduler, name, timed_into(inside, name, getattr(server.scheduler, name)))
     prompts = {f"short-{i}": length for i, length in enumerate(lengths)}
-    computed: tuple[dict[str, int], dict[str, int]] = ({}, {})
+    sides = (Stock(stock, prompts), Child(server, prompts))
     its: list[dict[str, float]] = []
-    flying: Any = None
-    for _ in range(WARM_UP + args.steps):
+    for number in range(WARM_UP + args.steps):
+        order = sides if number % 2 else sides[::-1]  # who comes first finds the caches of the machine colder
         at: dict[str, float] = {}
-        scheduled, at["stock_schedule"] = cpu_ms(stock.schedule)
-        its_part, at["stock_pickle"] = cpu_ms(lambda scheduled=scheduled: pickle.dumps(scheduled, -1))
-        ask = pickle.dumps(([("schedule", (False,))], True), -1)
-        frames, at["child_schedule_message"] = cpu_ms(lambda ask=ask: server.obey(ask))
-        at["child_schedule"] = inside["schedule"]
-        result = pickle.loads(frames[0]).result
-        serial, part = result.serial, pickle.loads(result.payload)
-        theirs = answer(pickle.loads(its_part), computed[0], prompts)
-        mine = pickle.dumps(answer(part, computed[1], prompts), -1)
-        if flying is not None:
-            old, old_answer, old_serial, old_mine = flying
-            got, at["stock_unpickle"] = cpu_ms(lambda data=old_answer: pickle.loads(data))
-            _, at["stock_update"] = cpu_ms(lambda old=old, got=got: stock.update_from_output(old, got))
-            ask = pickle.dumps(([("update", (old_serial, old_mine))], True), -1)
-            _, at["child_update_message"] = cpu_ms(lambda ask=ask: server.obey(ask))
-            at["child_update"] = inside["update_from_output"]
-            _, at["child_send"] = cpu_ms(server.after)
-        flying = scheduled, pickle.dumps(theirs, -1), serial, mine
+        for side in order:
+            side.schedule(at)
+        for side in order:
+            side.update(at)
+        assert number < WARM_UP or sides[0].scheduled == sides[1].scheduled, "they do not do the same"
         its.append(at)
     its = its[WARM_UP:]
     ms = {name: statistics.median(at[name] for at in its) for name in its[0]}
@@ -194,14 +233,15 @@ def measure_child(args: argparse.Namespace, model: str, path: str) -> dict[str, 
 
 def measure_all(save: str) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    runs = []
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}; shared with other work"
+    runs: list[dict[str, Any]] = []
     for line in ALL:
         print(line, flush=True)
         command = [sys.executable, os.path.abspath(__file__), *line.split()]
         runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}; shared with other work"
-    with open(save, "w") as file:
-        json.dump(dict(machine=machine, commit=commit, time="CPU time of the process", runs=runs), file, indent=1)
+        with open(save, "w") as file:
+            json.dump(dict(machine=machine, commit=commit, time="CPU time of the process", runs=runs), file, indent=1)
+            file.write("\n")
 
 
 def main() -> None:
@@ -230,7 +270,11 @@ def main() -> None:
         measure = {"step": measure_step, "burst": measure_burst, "child": measure_child}[args.what]
         result = measure(args, str(make_qwen3_moe(folder)), path)
     versions = dict(vllm=vllm.__version__, python=platform.python_version())
-    print(json.dumps(dict(command=" ".join(["python", *sys.argv]), **versions, **result)))
+    print(
+        json.dumps(
+            dict(command=" ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]), **versions, **result)
+        )
+    )
 
 
 if __name__ == "__main__":

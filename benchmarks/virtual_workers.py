@@ -47,10 +47,10 @@ def scheduler_args(args: argparse.Namespace, model: str, slots: int) -> dict[str
         max_num_batched_tokens=8192,
         max_num_seqs=slots,
         block_size=BLOCK,
-        async_scheduling=True,
         enable_expert_parallel=True,
         additional_config={"nanocp": settings | {"scheduler_processes": not args.in_process}},
     ).create_engine_config()
+    config.scheduler_config.async_scheduling = True  # which vLLM does not do on CPU
     blocks = 20 * slots + 400
     config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
@@ -181,6 +181,12 @@ class World:
         self._flying = output, [self._answer(*at) for at in enumerate(output.parts)]
         return schedule, message, update
 
+    @property
+    def scheduled(self) -> int:
+        """Tokens of the last step."""
+        tokens: int = self._flying[0].total_num_scheduled_tokens
+        return tokens
+
     def _answer(self, rank: int, part: Any) -> Any:
         from vllm_nanocp.sched.output import PackedOutput
 
@@ -196,6 +202,7 @@ class World:
         self.add(make_requests("short", [40 + i % 100 for i in range(shorts * ranks)]))
         for _ in range(WARM_UP):
             self.step()
+        assert self.scheduled == (shorts + sharded) * ranks, self.scheduled
         counts = self.scheduler.get_request_counts()
         assert counts == ((shorts + sharded) * ranks, 0), counts
         assert len(self.scheduler.sharded) >= sharded * ranks, len(self.scheduler.sharded)

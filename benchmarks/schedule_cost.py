@@ -170,15 +170,15 @@ class Child(Stock):
             setattr(self.scheduler, name, timed_into(self._inside, name, getattr(self.scheduler, name)))
 
     def schedule(self, at: dict[str, float]) -> None:
-        message = pickle.dumps(([("schedule", (False,))], True), -1)
-        (frame,), at["child_schedule_message"] = cpu_ms(lambda: self.server.obey(message))
+        message = pickle.dumps([("schedule", (False,))], -1)
+        frame, at["child_schedule_message"] = cpu_ms(lambda: self.server.obey(message))
         at["child_schedule"] = self._inside["schedule"]
         result = pickle.loads(frame).result
         self.fly(result.serial, pickle.loads(result.payload))
 
     def update(self, at: dict[str, float]) -> None:
         if landed := self.land():
-            message = pickle.dumps(([("update", landed)], True), -1)
+            message = pickle.dumps([("update", landed)], -1)
             _, at["child_update_message"] = cpu_ms(lambda: self.server.obey(message))
             at["child_update"] = self._inside["update_from_output"]
             _, at["child_send"] = cpu_ms(self.server.after)
@@ -200,7 +200,7 @@ def measure_child(args: argparse.Namespace, model: str, path: str) -> dict[str, 
     freeze_gc_heap()
     lengths = [40 + i % 100 for i in range(args.requests)]
     for request in make_requests("short", lengths):
-        server.do_enter(pack(request), 0)
+        server.do_enter(pack(request), 0, 0)
     for request in make_requests("short", lengths):
         stock.add_request(request)
     prompts = {f"short-{i}": length for i, length in enumerate(lengths)}

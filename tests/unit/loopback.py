@@ -28,7 +28,7 @@ class Loopback:
     def send(self, message: bytes) -> None:
         self.messages += 1
         self.bytes += len(message)
-        self._frames.extend(self.server.obey(message))
+        self._frames.append(self.server.obey(message))
         self.server.after()
 
     def receive(self) -> bytes:

@@ -241,8 +241,7 @@ def _serve(end: Connection) -> None:
     end.send_bytes(pickle.dumps(None))
     try:
         while message := end.recv_bytes():
-            for frame in server.obey(message):
-                end.send_bytes(frame)
+            end.send_bytes(server.obey(message))
             server.after()
     finally:
         server.close()

@@ -18,7 +18,7 @@ from vllm.v1.request import Request
 from .cached_blocks import CacheRecorder
 from .output import part_of
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
-from .wire import Answer, RequestState, Scheduled, SessionState, pack, state_of, unpack
+from .wire import Answer, RequestState, Scheduled, SessionState, state_of, unpack
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
@@ -71,26 +71,23 @@ class RankServer:
         self.do_unwatch(request_id)
         self._gone.append(request_id)
 
-    def obey(self, message: bytes) -> list[bytes]:
+    def obey(self, message: bytes) -> bytes:
         """Do what a message says.
 
         Args:
-            message: pickled; a list of (command, arguments), and whether the last one's result is asked for.
+            message: pickled; a list of (command, arguments).
 
         Returns:
-            The answer, if one is asked for.
+            The answer, pickled, with the last command's result.
         """
-        commands, asked = pickle.loads(message)
         result = None
         try:
-            for name, args in commands:
+            for name, args in pickle.loads(message):
                 own = getattr(self, f"do_{name}", None)
                 result = (own or getattr(self.scheduler, name))(*args)
         except Exception as error:
-            return [pickle.dumps(Answer(None, self.scheduler.view, error=f"{error!r}\n{traceback.format_exc()}"), -1)]
-        if not asked:
-            return []
-        return [pickle.dumps(self._answer(result), -1)]
+            return pickle.dumps(Answer(None, self.scheduler.view, error=f"{error!r}\n{traceback.format_exc()}"), -1)
+        return pickle.dumps(self._answer(result), -1)
 
     def after(self) -> None:
         """What need not be done before the answer."""
@@ -122,12 +119,8 @@ class RankServer:
         for request_id, told in self._told.items():
             request = self.scheduler.requests.get(request_id)
             if request is not None:
-                states[request_id] = state = state_of(request, told)
+                states[request_id] = state_of(request, told, self._told_sessions)
                 self._told[request_id] = request.num_output_tokens
-                if state.session is not None and self._told_sessions.get(request_id) == state.session.size:
-                    state.session = None
-                elif state.session is not None:
-                    self._told_sessions[request_id] = state.session.size
         return states
 
     # -- commands ----------------------------------------------------------------------------------------------
@@ -269,10 +262,3 @@ class RankServer:
         self.scheduler.shutdown()
         if self.outlets is not None:
             self.outlets.close()
-
-
-def packed(request: Request) -> dict[str, Any]:
-    """A request that goes to another process; what it has told of itself is told there."""
-    state = pack(request)
-    request.events = []
-    return state

@@ -20,9 +20,8 @@ from ..placement import cdiv
 from .cached_blocks import CachedBlocks
 from .output import PackedOutput
 from .rank import Decoding, Part
-from .rank_server import packed
 from .sessions import keep_chunk
-from .wire import Answer, Scheduled, SessionState, apply
+from .wire import Answer, Scheduled, SessionState, apply, pack
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
@@ -90,7 +89,7 @@ class RemoteRank:
         assert not self._asked, f"{name} while the answer to {self._asked} is still to come"
         self._asked = name
         self._commands.append((name, args))
-        self.channel.send(pickle.dumps((self._commands, True), -1))
+        self.channel.send(pickle.dumps(self._commands, -1))
         self._commands = []
 
     def _hear(self) -> Any:
@@ -166,7 +165,7 @@ class RemoteRank:
         else:
             self._known.add(request_id)
             self._tell_none_hash()
-            self._tell("enter", packed(request), to_share, taken)
+            self._tell("enter", pack(request), to_share, taken)
             if request.streaming_queue is not None:
                 self._sessions[request_id] = request
                 request.streaming_queue = deque()
@@ -185,10 +184,10 @@ class RemoteRank:
             self._tell("hash_from", none_hash)
 
     def add_chunk(self, chunk: Request) -> None:
-        self._call("add_chunk", packed(chunk))
+        self._call("add_chunk", pack(chunk))
 
     def queue_chunk(self, session: Request, chunk: Request) -> None:
-        self._tell("queue_chunk", session.request_id, packed(chunk))
+        self._tell("queue_chunk", session.request_id, pack(chunk))
         keep_chunk(session, chunk)
 
     def requeue(self, request_id: str) -> None:
@@ -218,7 +217,8 @@ class RemoteRank:
         self._call("all_give_way")
 
     def decoding(self) -> list[Decoding]:
-        return [Decoding(*at) for at in self._call("decoding")]
+        found: list[Decoding] = self._call("decoding")
+        return found
 
     def watch(self, request: Request) -> None:
         known = self._watched.get(request.request_id)
@@ -273,7 +273,6 @@ class RemoteRank:
     def park(self, member_id: str, first_block: int) -> None:
         self._tell("park", member_id, first_block)
         self.view.changes += 1
-        self.view.changes += 1
         self.view.running -= 1
         self.view.unfinished -= 1
         self._forget(member_id)
@@ -300,7 +299,6 @@ class RemoteRank:
     def expect_no_more(self, request_id: str) -> None:
         self._tell("expect_no_more", request_id)
         self.view.changes += 1
-        self.view.changes += 1
         self.view.coming -= 1
         self.view.to_take -= 1
         self.view.slots += 1
@@ -313,7 +311,7 @@ class RemoteRank:
         self._known.add(request.request_id)
         if request.num_output_tokens:
             request.prefill_stats = None  # it went with the first token
-        self._call("arrive", packed(request), first_block, outlet != self.number)
+        self._call("arrive", pack(request), first_block, outlet != self.number)
 
     # -- output ------------------------------------------------------------------------------------------------
 

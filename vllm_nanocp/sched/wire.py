@@ -68,10 +68,16 @@ class SessionState:
         queue = [chunk is None for chunk in session.streaming_queue or ()]
         return cls(list(session._all_token_ids), session.num_prompt_tokens, session.max_tokens, queue)
 
-    @property
-    def size(self) -> tuple[int, ...]:
-        """Another one where anything has changed."""
-        return len(self.tokens), self.num_prompt, self.max_tokens, len(self.queue), sum(self.queue)
+    @classmethod
+    def unless(cls, session: Request, told: dict[str, tuple[int, ...]]) -> SessionState | None:
+        """The state, if it is another one than was told last; ``told`` notes sizes that change with it, by id."""
+        queue = session.streaming_queue or ()
+        ends = sum(chunk is None for chunk in queue)
+        sizes = session.num_tokens, session.num_prompt_tokens, session.max_tokens, len(queue), ends
+        if told.get(session.request_id) == sizes:
+            return None
+        told[session.request_id] = sizes
+        return cls.of(session)
 
     def apply(self, session: Request) -> None:
         """Bring a copy up to date. Of queued chunks it is only told that they are there."""
@@ -134,7 +140,8 @@ class Scheduled:
 
 
 def pack(request: Request) -> dict[str, Any]:
-    """A request as plain data. Its grammar, if it has one, is compiled anew at the other end."""
+    """A request as plain data, to go on in another process: what it has told of itself (events) goes with it. Its
+    grammar, if it has one, is compiled anew there."""
     state = {name: value for name, value in vars(request).items() if name not in _REMADE}
     state["output"] = request._output_token_ids
     # A prompt that is embedded, or a session's that has grown, is not what is computed.
@@ -143,6 +150,7 @@ def pack(request: Request) -> dict[str, Any]:
     state["hashed"] = request._block_hasher is not None
     grammar = request.structured_output_request
     state["grammar"] = None if grammar is None else (grammar.reasoning_ended, grammar.reasoning_parser_kwargs)
+    request.events = []
     return state
 
 
@@ -170,12 +178,13 @@ def unpack(state: dict[str, Any], hasher: Callable[[Request], list[Any]] | None)
     return request
 
 
-def state_of(request: Request, told: int) -> RequestState:
+def state_of(request: Request, told: int, told_sessions: dict[str, tuple[int, ...]]) -> RequestState:
     """What to tell of a watched request.
 
     Args:
         request: watched.
         told: output tokens that are known at the other end.
+        told_sessions: see ``SessionState.unless``.
     """
     is_session = request.resumable or request.streaming_queue is not None
     return RequestState(
@@ -186,7 +195,7 @@ def state_of(request: Request, told: int) -> RequestState:
         preemptions=request.num_preemptions,
         status=request.status.value,
         tokens=[] if is_session else request._output_token_ids[told:],
-        session=SessionState.of(request) if is_session else None,
+        session=SessionState.unless(request, told_sessions) if is_session else None,
     )
 
 

@@ -136,7 +136,8 @@ def test_the_plugin_adds_no_routes() -> None:
 
 def test_nothing_of_a_client_is_unpickled(guarded: tuple[Server, Path]) -> None:
     """Steps and answers go between engine and workers as pickles. What a client sends is never read as one: whatever
-    is unpickled while requests are served comes out of those queues, and names nothing of a client's.
+    is unpickled while requests are served comes out of those queues (a rank's part of a step: as bytes in a step), and
+    names nothing of a client's.
     """
     server, audit = guarded
     bomb = base64.b64encode(pickle.dumps(Bomb())).decode()
@@ -169,5 +170,5 @@ def test_nothing_of_a_client_is_unpickled(guarded: tuple[Server, Path]) -> None:
     names = {process.pid: process.name() for process in server.members() if process.name().startswith("VLLM")}
     assert set(seen) == {pid for pid, name in names.items() if "APIServer" not in name}, "API servers unpickle nothing"
     everything = [event for events in seen.values() for event in events]
-    assert all(event["queue"] for event in everything), [event for event in everything if not event["queue"]]
+    assert all(event["carrier"] for event in everything), [event for event in everything if not event["carrier"]]
     assert not [event for event in everything if "putenv" in event["name"]]

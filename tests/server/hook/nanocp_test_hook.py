@@ -6,7 +6,7 @@
 - ``repair``: apply the CPU repairs of ``vllm_nanocp.patches``, without which stock vLLM has no data-parallel experts
   on CPU;
 - ``audit``: a folder. While it has a file ``armed``, each process writes there what the pickles that it loads name, and
-  whether they come from the queues between engine and workers;
+  which file of ``CARRIERS`` has them loaded (None: another);
 - ``where``, ``worker``, ``armed``: the worker of that number in the world raises in ``init`` (before it joins the
   world), in ``load`` (of the model), or in a ``step``: in the middle of its layers, once the file ``armed`` exists.
 """
@@ -21,6 +21,9 @@ from typing import Any
 
 FAILURE = "a failure that a test has asked for"
 LAYERS_FIRST = 2
+# What loads pickles that engine, schedulers and workers send each other: vLLM's queues, and the parts of a step that are
+# decoded only by the rank that they are for, after the queue has brought them.
+CARRIERS = ("vllm/distributed/device_communicators/shm_broadcast.py", "vllm_nanocp/sched/output.py")
 _audited = False
 
 
@@ -53,9 +56,10 @@ def _audit(folder: Path) -> None:
         if event != "pickle.find_class" or not armed.exists():
             return
         frame = sys._getframe()
-        while frame is not None and not frame.f_code.co_filename.endswith("shm_broadcast.py"):
+        while frame is not None and not frame.f_code.co_filename.endswith(CARRIERS):
             frame = frame.f_back
-        line = json.dumps({"name": ".".join(map(str, args)), "queue": frame is not None})
+        carrier = frame and next(name for name in CARRIERS if frame.f_code.co_filename.endswith(name))
+        line = json.dumps({"name": ".".join(map(str, args)), "carrier": carrier})
         with (folder / f"{os.getpid()}.jsonl").open("a") as sink:
             sink.write(line + "\n")
 

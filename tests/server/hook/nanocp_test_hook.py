@@ -21,8 +21,8 @@ from typing import Any
 
 FAILURE = "a failure that a test has asked for"
 LAYERS_FIRST = 2
-# What loads pickles that engine, schedulers and workers send each other: vLLM's queues, and the parts of a step that are
-# decoded only by the rank that they are for, after the queue has brought them.
+# What loads pickles that engine, schedulers and workers send each other: vLLM's queues, and the parts of a step, which
+# only the rank that they are for decodes, after the queue has brought them.
 CARRIERS = ("vllm/distributed/device_communicators/shm_broadcast.py", "vllm_nanocp/sched/output.py")
 _audited = False
 

@@ -13,7 +13,7 @@ import pytest
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.engine import FinishReason
+from vllm.v1.engine import EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_nanocp.sched import mover as mover_module
@@ -147,8 +147,12 @@ class World:
             return
         output, answers = self.flying.popleft()
         self.abort(self.rng.random() < 0.5)
-        for outputs in self.scheduler.update_from_output(output, answers).values():
-            for answer in outputs.outputs:
+        self.deliver(self.scheduler.update_from_output(output, answers))
+
+    def deliver(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """What leaves by the engine comes to the clients."""
+        for some in outputs.values():
+            for answer in some.outputs:
                 self.take(answer.request_id, answer.new_token_ids, answer.finish_reason)
 
     def take(self, name: str, tokens: list[int], finish: FinishReason | None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter, deque
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
@@ -25,7 +25,7 @@ from .worlds import WorldError, in_each_mode, run_worlds
 class Connection:
     """A way to the client: what goes in comes out in order, and at any time."""
 
-    opened: list[Connection] = []
+    opened: ClassVar[list[Connection]] = []
     _decoder = MsgpackDecoder(EngineCoreOutputs)
 
     def __init__(self) -> None:

@@ -159,7 +159,6 @@ class EngineOutlets:
             self._ranks[outlet].forward(its)
         return {client: some for client, some in outputs.items() if some.outputs or some.scheduler_stats is not None}
 
-
     def send_aborts(self, requests: Sequence[Request]) -> list[Request]:
         """Have those that the engine has aborted, and that have been on a rank, end by their outlets.
 

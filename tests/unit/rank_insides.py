@@ -5,6 +5,7 @@ or the near end of one behind a channel of this process (``loopback.py``) or of 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -154,3 +155,13 @@ def cached_run(rank: Any, hashes: Sequence[Any]) -> int:
 def num_cached_blocks(rank: Any) -> int:
     rank = scheduler_of(rank)
     return len(rank.block_pool.cached_block_hash_to_block)
+
+
+# -- its answers -------------------------------------------------------------------------------------------------------
+
+
+@inside
+def dawdle(rank: Any, seconds: float, size: int) -> bytes:
+    """A long answer that takes its time."""
+    time.sleep(seconds)
+    return bytes(size)

@@ -4,8 +4,8 @@
 Wrong upstream: `zmq_socket_ctx` (vllm/utils/network_utils.py), within which `launch_core_engines` waits for the engines
 to start, takes a `KeyboardInterrupt` for the end of its body. `vllm serve` with one API server raises one when SIGTERM
 or Ctrl-C comes before it serves. It is lost: the server goes on to start as if nothing had come; or, if an engine has
-not yet been told what it is to know, both wait for each other until the engine is given up (VLLM_ENGINE_READY_TIMEOUT_S,
-ten minutes).
+not yet been told what it is to know, both wait for each other until the engine is given up, after
+VLLM_ENGINE_READY_TIMEOUT_S, ten minutes.
 
 Versions: 0.32.0.
 

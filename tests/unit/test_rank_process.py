@@ -8,6 +8,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -15,12 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 from vllm.v1.engine.core import EngineCore
 
 from vllm_nanocp import failed_start
 from vllm_nanocp.errors import NanoCPError
-from vllm_nanocp.sched import rank_process
+from vllm_nanocp.sched import orphans, rank_process
 
 from . import loopback, rank_forks
 from .world_shapes import Shape, vllm_config  # noqa: F401
@@ -171,24 +174,39 @@ def test_who_is_told_of_a_death(
     assert (first.deaths, second.deaths) == (1, 0), "one that was told to end has not died"
 
 
-def test_a_process_ends_with_its_engine_without_pidfd(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("handles_of_processes", [True, False])
+def test_a_process_ends_with_its_engine(monkeypatch: pytest.MonkeyPatch, handles_of_processes: bool) -> None:
     """Though another one has the engine's end of the pipe."""
-    monkeypatch.setattr(rank_process, "_POLL_S", 0.02)
-    monkeypatch.setattr(rank_process, "_GRACE_S", 0.02)
-    monkeypatch.delattr(os, "pidfd_open")
+    monkeypatch.setattr(orphans, "_POLL_S", 0.02)
+    monkeypatch.setattr(orphans, "_GRACE_S", 0.02)
+    if not handles_of_processes:
+        monkeypatch.delattr(os, "pidfd_open")
     mine, theirs = os.pipe()
     engine = os.fork()
     if not engine:
         parent = os.getpid()
         if not os.fork():
             os.close(mine)
-            rank_process._end_with_parent(parent)
+            orphans.watch(parent)
+            time.sleep(2 * LIMIT_S)
+            os.write(theirs, b"it lives")
         time.sleep(0.2)
         os._exit(0)
     os.close(theirs)
     assert os.waitpid(engine, 0)[1] == 0
-    assert os.read(mine, 1) == b""
+    assert os.read(mine, 8) == b""
     os.close(mine)
+
+
+def test_a_process_ends_with_its_engine_while_it_imports(tmp_path: Path) -> None:
+    """As when a server is told to stop as it starts: seconds before there is a pipe to look at."""
+    code = "import os; from vllm_nanocp.sched import rank_process as p; p.launch(1); print(p._ready[0].process.pid); "
+    code += "import sys; sys.stdout.flush(); os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, timeout=120)
+    ended = time.monotonic()
+    pid = int(done.stdout.split()[-1])
+    wait_until("it has ended", lambda: not psutil.pid_exists(pid))
+    print(f"after {time.monotonic() - ended:.1f} s")
 
 
 REPORTER = """

@@ -53,6 +53,8 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
+from vllm_nanocp.sched import orphans
+orphans.watch(int(sys.argv[3]))
 from vllm_nanocp.sched import rank_process
 rank_process.run(int(sys.argv[2]))
 """
@@ -141,7 +143,7 @@ def start(theirs: Connection) -> Process:
     """Start a process at the other end of a pipe."""
     end = theirs.fileno()
     path = json.dumps([folder for folder in sys.path if isinstance(folder, str)])
-    command = [sys.executable, "-c", _CODE, path, str(end)]
+    command = [sys.executable, "-c", _CODE, path, str(end), str(os.getpid())]
     # It inherits what this thread blocks, until it ignores it.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
@@ -281,25 +283,11 @@ def run(handle: int) -> None:
     """
     from vllm.utils.system_utils import decorate_logs, set_process_title
 
-    end, parent = Connection(handle), os.getppid()
+    end = Connection(handle)
     set_process_title("RankScheduler")
     decorate_logs("RankScheduler")
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         _serve(end)
-
-
-def _end_with_parent(parent: int) -> None:
-    """The pipe stays open if the engine is killed and a process that it has forked lives on."""
-    handle = None
-    with contextlib.suppress(AttributeError, OSError):
-        handle = os.pidfd_open(parent)
-    if handle is not None:
-        connection.wait([handle])
-    while os.getppid() == parent:
-        time.sleep(_POLL_S)
-    time.sleep(_GRACE_S)
-    os._exit(1)
 
 
 def _serve(end: Connection) -> None:

@@ -295,7 +295,7 @@ def _serve(end: Connection) -> None:
     from vllm.envs import enable_envs_cache
     from vllm.logger import configure_logging_if_needed
     from vllm.plugins import load_general_plugins
-    from vllm.utils.gc_utils import freeze_gc_heap
+    from vllm.utils.gc_utils import freeze_gc_heap, maybe_attach_gc_debug_callback
     from vllm.utils.system_utils import decorate_logs, set_process_title
 
     load_general_plugins()
@@ -313,6 +313,7 @@ def _serve(end: Connection) -> None:
         decorate_logs(f"RankScheduler_{spec.rank}")
         server = make_server(spec)
         freeze_gc_heap()
+        maybe_attach_gc_debug_callback()
         enable_envs_cache()
     except Exception as error:
         end.send_bytes(pickle.dumps(repr(error)))

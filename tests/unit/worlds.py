@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -266,8 +266,12 @@ def run_worlds(
     """
     if processes or ALL_PROCESSES:
         with rank_forks.in_use(vllm_config, monkeypatch):
-            return _run(make, vllm_config, version, asynchronous, worlds, monkeypatch)
-    return _run(make, vllm_config, version, asynchronous, worlds, monkeypatch, apart)
+            return _run(make, vllm_config, version, asynchronous, worlds, monkeypatch, lambda _: None)
+
+    def place(seed: int) -> None:
+        loopback.use(monkeypatch, bool(seed % 2) if apart is None else apart)
+
+    return _run(make, vllm_config, version, asynchronous, worlds, monkeypatch, place)
 
 
 def _run(
@@ -277,15 +281,14 @@ def _run(
     asynchronous: bool,
     worlds: int,
     monkeypatch: pytest.MonkeyPatch,
-    apart: Any = "as it is",
+    place: Callable[[int], None],
 ) -> Counter[str]:
-    """As ``run_worlds``; without ``apart`` schedulers are where they are said to be already."""
+    """As ``run_worlds``; ``place`` says where the schedulers of a seed's world are to be."""
     # The platform has no V2 runner; the schedulers ask for nothing but this.
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(version - 1))
     counts: Counter[str] = Counter()
     for seed in range(FIRST_WORLD, FIRST_WORLD + worlds):
-        if apart != "as it is":  # every other one with its schedulers behind messages
-            loopback.use(monkeypatch, bool(seed % 2) if apart is None else apart)
+        place(seed)
         world = make(vllm_config, seed, version, asynchronous)
         for module in (scheduler_module, mover_module):
             monkeypatch.setattr(module, "time", world)

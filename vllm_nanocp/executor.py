@@ -66,9 +66,7 @@ class OneWorld(_Base):
         parallel._data_parallel_master_port_list = get_open_ports_list(NUM_PORTS)
         tp_size, pp_size, pcp_size = super()._get_parallel_sizes()
         self.rank_gather: Any = RankGather(tp_size)
-        if config.scheduler_processes:
-            rank_process.launch(config.ranks)
-            rank_process.on_death = self._end_with_a_scheduler
+        rank_process.launch(config.ranks if config.scheduler_processes else 0, self._end_with_a_scheduler)
         return tp_size * config.ranks, pp_size, pcp_size
 
     def _end_with_a_scheduler(self) -> None:

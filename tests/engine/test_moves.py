@@ -108,9 +108,34 @@ def test_nobody_is_preempted_while_a_rank_has_room(engines: Callable[..., Engine
 
 
 def test_long_outputs_move_again_and_again(engines: Callable[..., Engine], stock: Engine) -> None:
-    """Requests of many blocks' output, structured ones among them, that go round the ranks."""
+    """Requests of many blocks' output that go round the ranks."""
     asks = [Ask(prompt(20 + 13 * i, 500 + i), dict(max_tokens=150 + 7 * i), delay=0.05 * i) for i in range(18)]
     asks[3].params |= dict(repetition_penalty=1.3, frequency_penalty=0.2, logprobs=3)
     asks[5].params |= dict(stop=["zz"], min_tokens=40)
     asks += [Ask(prompt(9, 900 + i), dict(max_tokens=4), delay=0.3 + 0.04 * i) for i in range(40)]
+    check(engines("moving"), stock, asks, spills=0)
+
+
+def test_structured_output_moves(engines: Callable[..., Engine], stock: Engine) -> None:
+    """From one process to another, where its grammar is compiled anew and takes the tokens made so far."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    numbers = dict(type="array", items=dict(type="integer"), minItems=60, maxItems=80)
+    long_words = ["".join(random.Random(seed).choices("abcdefgh ", k=260)) for seed in range(2)]
+    kinds = [
+        dict(regex="([a-f]{3}-[0-9]{2} ){40}"),
+        dict(json=numbers),
+        dict(choice=long_words),
+        dict(grammar='root ::= ("x" "y"+ "z" | "q")+'),
+    ]
+    asks = [
+        Ask(
+            prompt(20 + 13 * i, 1500 + i),
+            dict(max_tokens=100 + 9 * i, ignore_eos=False, structured_outputs=StructuredOutputsParams(**kinds[i % 4])),
+            delay=0.05 * i,
+        )
+        for i in range(16)
+    ]
+    # All that decode long enough to move are structured.
+    asks += [Ask(prompt(9, 1900 + i), dict(max_tokens=4), delay=0.3 + 0.04 * i) for i in range(30)]
     check(engines("moving"), stock, asks, spills=0)

@@ -170,6 +170,17 @@ def test_a_worker_fails_to_start(tiny_model: str, tmp_path: Path, where: str, ra
         assert not left_of(named)
 
 
+def test_the_server_is_told_to_stop_while_it_starts(tiny_model: str, tmp_path: Path) -> None:
+    """Its engine loads the model, and nobody serves yet."""
+    with serving(tiny_model, tmp_path / "serve.log", APART, wait=False) as server:
+        wait_for(
+            "the workers start", lambda: "RankScheduler" in " ".join(p.name() for p in server.members()), START_LIMIT_S
+        )
+        assert not server.healthy()
+        assert server.terminate() != 0
+        nothing_left(server)
+
+
 def test_the_server_is_told_to_stop(doomed: Server) -> None:
     """SIGTERM in the middle of requests: the engine ends at once, the server when its clients are gone.
 

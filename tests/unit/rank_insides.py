@@ -1,36 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that tests read or change inside one rank's scheduler. ``rank`` is an element of the scheduler's ``ranks``: it,
-or the near end of one behind a channel of this process (``loopback.py``)."""
+or the near end of one behind a channel of this process (``loopback.py``) or of a process (``rank_forks.py``)."""
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from vllm.v1.request import Request
 
+T = TypeVar("T")
+
 
 def scheduler_of(rank: Any) -> Any:
-    return rank.channel.server.scheduler if hasattr(rank, "channel") else rank
+    """The scheduler, which must be of this process; ``rank`` may also be the server that it is behind."""
+    server = rank.channel.server if hasattr(rank, "channel") else rank
+    return getattr(server, "scheduler", server)
+
+
+def inside(function: Callable[..., T]) -> Callable[..., T]:
+    """Called in the rank's process, if that is another one."""
+
+    @functools.wraps(function)
+    def call(rank: Any, *args: Any) -> T:
+        if hasattr(rank, "channel") and not hasattr(rank.channel, "server"):
+            found: T = rank._call("inspect", function.__name__, *args)
+            return found
+        return function(rank, *args)
+
+    return call
 
 
 def leftovers(rank: Any) -> list[Any]:
     """What it keeps of requests: nothing, when all have ended."""
-    ends: list[str] = []
-    if hasattr(rank, "channel"):
-        rank.refresh()
-        ends = [*rank._known, *rank._watched, *rank._sessions, *rank.channel.server.leftovers()]
+    if not hasattr(rank, "channel"):
+        return kept(rank)
+    rank.refresh()
+    return [*rank._known, *rank._watched, *rank._sessions, *kept(rank)]
+
+
+@inside
+def kept(rank: Any) -> list[str]:
+    """Ids that its scheduler and the server before it still know."""
+    server = getattr(rank, "channel", rank)
+    server = getattr(server, "server", server)
+    ends = server.leftovers() if hasattr(server, "leftovers") else []
     rank = scheduler_of(rank)
     manager = rank.kv_cache_manager.coordinator.single_type_managers[0]
     return [
         *ends,
         *rank._strangers,
         *rank.requests,
-        *rank.running,
+        *(request.request_id for request in rank.running),
         *manager.req_to_blocks,
         *manager.num_cached_block,
-        *rank.deferred_waiting,
-        *rank._inflight_prefills,
+        *(request.request_id for request in rank.deferred_waiting),
+        *(request.request_id for request in rank._inflight_prefills),
         *rank._leaving,
         *rank._coming,
         *rank.outgrown,
@@ -38,6 +65,7 @@ def leftovers(rank: Any) -> list[Any]:
     ]
 
 
+@inside
 def running(rank: Any) -> list[str]:
     """Ids of the requests that run there."""
     rank = scheduler_of(rank)
@@ -61,40 +89,79 @@ def preempt(rank: Any, request_id: str) -> Request:
     return request
 
 
-def count_give_ups(rank: Any, counts: Counter[str], what: str) -> None:
-    """Count the idle sessions that make way for others there."""
+@inside
+def count_give_ups(rank: Any) -> None:
+    """From now on count the idle sessions that make way for others there."""
     rank = scheduler_of(rank)
     give_up = rank._give_up
+    rank.num_given_up = 0
 
     def counted(session: Request) -> Any:
-        counts[what] += 1
+        rank.num_given_up += 1
         return give_up(session)
 
     rank._give_up = counted
 
 
+@inside
+def give_ups(rank: Any) -> int:
+    """How many were counted."""
+    number: int = scheduler_of(rank).num_given_up
+    return number
+
+
 # -- its prefix cache and KV events ------------------------------------------------------------------------------------
 
 
-def publish_to(rank: Any, publisher: Any) -> None:
-    rank = scheduler_of(rank)
-    rank.kv_event_publisher = publisher
+class Published:
+    """Keeps the KV events that a rank publishes, for the next who asks for them."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def publish(self, batch: Any) -> None:
+        self.events += batch.events
+
+    def shutdown(self) -> None:
+        """As vLLM's publishers have it."""
 
 
-def unpublished_events(rank: Any) -> list[Any]:
-    """Of blocks that were stored or evicted since the last step that published; they are taken."""
+@inside
+def keep_events(rank: Any) -> None:
+    """From now on keep those that it publishes."""
+    scheduler_of(rank).kv_event_publisher = Published()
+
+
+@inside
+def take_events(rank: Any) -> list[Any]:
+    """Those published since, and those of blocks that were stored or evicted since the last step that published."""
     rank = scheduler_of(rank)
-    events: list[Any] = rank.kv_cache_manager.take_events()
-    return events
+    kept, rank.kv_event_publisher.events = rank.kv_event_publisher.events, []
+    return [*kept, *(rank.kv_cache_manager.take_events() or ())]
 
 
 def cached_prefix(rank: Any, request: Request) -> int:
     """How many of a request's first blocks it has."""
-    rank = scheduler_of(rank)
-    found: int = rank.cached_run(request.block_hashes, 0)[0]
+    return cached_run(rank, request.block_hashes)
+
+
+@inside
+def cached_run(rank: Any, hashes: Sequence[Any]) -> int:
+    found: int = scheduler_of(rank).cached_run(hashes, 0)[0]
     return found
 
 
+@inside
 def num_cached_blocks(rank: Any) -> int:
     rank = scheduler_of(rank)
     return len(rank.block_pool.cached_block_hash_to_block)
+
+
+# -- its answers -------------------------------------------------------------------------------------------------------
+
+
+@inside
+def dawdle(rank: Any, seconds: float, size: int) -> bytes:
+    """A long answer that takes its time."""
+    time.sleep(seconds)
+    return bytes(size)

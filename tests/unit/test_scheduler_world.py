@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ from .worlds import World, in_each_mode, run_worlds
 
 __all__ = ["MODES", "Shape", "World", "vllm_config"]
 
-# Worlds of each mode; more of them look further.
+# Worlds of each mode; more of them look further, as does another seed of the first one (``NANOCP_FIRST_WORLD``). With
+# ``NANOCP_WORLD_PROCESSES=1`` each rank's scheduler is in a process of its own, in all tests of worlds: about a second
+# for each on two cores, so pytest's ``--timeout`` must allow for many.
 WORLDS = int(os.environ.get("NANOCP_WORLDS", "20"))
 
 
@@ -44,6 +47,14 @@ def test_worlds(
     assert min(counts[kind] for kind in ("together", "withheld", "set_aside")) > 25, counts
     assert counts["aborts"] and counts["resets"] and counts["pauses"], counts
     assert (counts["generators"] > 0) == (version == 1), counts
+
+
+def test_worlds_in_processes(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes answer when they can, each at its own time: no order between ranks is right by chance."""
+    counts: Counter[str] = Counter()
+    for version in (1, 2):
+        counts += run_worlds(World, vllm_config, version, True, 2, monkeypatch, processes=True)
+    assert counts["moves"] and counts["spills"] and counts["preemptions"] and counts["together"], counts
 
 
 @pytest.mark.parametrize("moves", [False, True])

@@ -94,7 +94,7 @@ class SessionWorld(World):
         truths = self.device.runners[0].truths
         truths |= {name: ask.session for name, ask in self.asks.items() if isinstance(ask, SessionAsk)}
         for rank in self.scheduler.ranks:
-            rank_insides.count_give_ups(rank, self.counts, "gave way")
+            rank_insides.count_give_ups(rank)
 
     def draw(self) -> list[Ask]:
         others = super().draw()
@@ -120,6 +120,10 @@ class SessionWorld(World):
         before = set(self.ended)
         super().abort(now)
         self.left |= self.ended - before
+
+    def check_nothing_left(self) -> None:
+        super().check_nothing_left()
+        self.counts["gave way"] += sum(map(rank_insides.give_ups, self.scheduler.ranks))
 
     def take(self, name: str, tokens: list[int], finish: FinishReason | None) -> None:
         ask = self.asks.get(name)

@@ -3,42 +3,42 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from vllm.distributed.kv_events import KVEventBatch
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.engine import FinishReason
+from vllm.v1.engine import EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_nanocp.sched import mover as mover_module
 from vllm_nanocp.sched import scheduler as scheduler_module
 
-from . import loopback, rank_insides
+from . import loopback, rank_forks, rank_insides
 from .event_index import Index
 from .scheduler_world import Device
 from .world_runners import GARBAGE, WorldError
 from .world_shapes import MODES, Ask, Shape, draw_asks, no_adapter
 
 MAX_STEPS = 4000
+# Whether all worlds have their schedulers in processes; and the seed of the first one, to look elsewhere.
+ALL_PROCESSES = os.environ.get("NANOCP_WORLD_PROCESSES", "0") == "1"
+FIRST_WORLD = int(os.environ.get("NANOCP_FIRST_WORLD", "0"))
 # A test of worlds runs in each mode.
 in_each_mode = pytest.mark.parametrize(("version", "asynchronous"), MODES, ids=["v1", "v1-async", "v2", "v2-async"])
 
 
 class Events:
-    """A router that follows a rank's KV events, each batch as it is published."""
+    """A router that follows a rank's KV events, in the order in which they are published."""
 
     def __init__(self, number: int, rank: Any, block_size: int) -> None:
         self.rank, self.index = rank, Index(number, block_size)
-        rank_insides.publish_to(rank, self)
-
-    def publish(self, batch: KVEventBatch) -> None:
-        self.index.follow(batch.events)
+        rank_insides.keep_events(rank)
 
     def check(self, requests: Iterable[Request]) -> bool:
         """It knows of each prompt what a request could use on this rank, and of nothing else.
@@ -46,7 +46,7 @@ class Events:
         Returns:
             Whether the rank has blocks that it does not announce.
         """
-        self.index.follow(rank_insides.unpublished_events(self.rank))
+        self.index.follow(rank_insides.take_events(self.rank))
         usable: set[Any] = set()
         for request in requests:
             has = rank_insides.cached_prefix(self.rank, request)
@@ -147,8 +147,12 @@ class World:
             return
         output, answers = self.flying.popleft()
         self.abort(self.rng.random() < 0.5)
-        for outputs in self.scheduler.update_from_output(output, answers).values():
-            for answer in outputs.outputs:
+        self.deliver(self.scheduler.update_from_output(output, answers))
+
+    def deliver(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """What leaves by the engine comes to the clients."""
+        for some in outputs.values():
+            for answer in some.outputs:
                 self.take(answer.request_id, answer.new_token_ids, answer.finish_reason)
 
     def take(self, name: str, tokens: list[int], finish: FinishReason | None) -> None:
@@ -242,6 +246,7 @@ def run_worlds(
     worlds: int,
     monkeypatch: pytest.MonkeyPatch,
     apart: bool | None = None,
+    processes: bool = False,
 ) -> Counter[str]:
     """Run a kind of worlds, each from its seed on, and count what happened in them.
 
@@ -253,16 +258,37 @@ def run_worlds(
         worlds: how many.
         monkeypatch: the test's.
         apart: whether the ranks' schedulers are behind messages; None: in every other world.
+        processes: whether they are in processes (``rank_forks``), in each world; the environment variable
+            ``NANOCP_WORLD_PROCESSES=1`` has all tests of worlds do so.
 
     Raises:
         AssertionError: a world went wrong; says which, in which step, and how.
     """
+    if processes or ALL_PROCESSES:
+        with rank_forks.in_use(vllm_config, monkeypatch):
+            return _run(make, vllm_config, version, asynchronous, worlds, monkeypatch, lambda _: None)
+
+    def place(seed: int) -> None:
+        loopback.use(monkeypatch, bool(seed % 2) if apart is None else apart)
+
+    return _run(make, vllm_config, version, asynchronous, worlds, monkeypatch, place)
+
+
+def _run(
+    make: type[World],
+    vllm_config: Any,
+    version: int,
+    asynchronous: bool,
+    worlds: int,
+    monkeypatch: pytest.MonkeyPatch,
+    place: Callable[[int], None],
+) -> Counter[str]:
+    """As ``run_worlds``; ``place`` says where the schedulers of a seed's world are to be."""
     # The platform has no V2 runner; the schedulers ask for nothing but this.
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(version - 1))
     counts: Counter[str] = Counter()
-    for seed in range(worlds):
-        # Every other one with its schedulers behind messages.
-        loopback.use(monkeypatch, bool(seed % 2) if apart is None else apart)
+    for seed in range(FIRST_WORLD, FIRST_WORLD + worlds):
+        place(seed)
         world = make(vllm_config, seed, version, asynchronous)
         for module in (scheduler_module, mover_module):
             monkeypatch.setattr(module, "time", world)
@@ -270,5 +296,7 @@ def run_worlds(
             counts += world.run()
         except Exception as error:
             raise AssertionError(f"world {seed}, step {world.now}, {world.shape}: {error!r}") from error
+        finally:
+            world.scheduler.shutdown()
     print(dict(counts))
     return counts

@@ -3,8 +3,9 @@
 
 Each API server reads from one socket what comes to it over one connection from each rank, and connections overtake each
 other. So all output of a request leaves by one rank, its outlet: the rank where its home was first. What another rank
-makes for it goes back to the engine, which hands it to the outlet. Touches vLLM 0.32's
-``EngineCoreProc.process_output_sockets``, ``EngineCoreOutputs`` and ``MsgpackEncoder``.
+makes for it goes back to the engine, which hands it to the outlet; and so does the engine with an ending of its own
+making (an error, the aborts of a pause or of its end), or it might come before the last tokens. Touches vLLM 0.32's
+``EngineCoreProc.process_output_sockets`` and ``_send_abort_outputs``, ``EngineCoreOutputs`` and ``MsgpackEncoder``.
 """
 
 from __future__ import annotations
@@ -15,16 +16,32 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 from vllm.utils.network_utils import make_zmq_socket
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from .remote_rank import RemoteRank
 
 if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
     from .rank import Rank
 
 # As in vLLM's output thread: what is sent last shall arrive.
 _LINGER_MS = 4000
+# An attribute of requests that the engine has ended.
+_OUTLET = "_nanocp_outlet"
+
+
+def note_outlet(request: Request, rank: int | None) -> None:
+    """The engine ends a request, which its rank then forgets: note by which rank its ending is to leave, if it has been
+    on one."""
+    setattr(request, _OUTLET, rank)
+
+
+def outlet_of(request: Request) -> int | None:
+    """What was noted."""
+    outlet: int | None = getattr(request, _OUTLET, None)
+    return outlet
 
 
 class Outlets:
@@ -142,12 +159,29 @@ class EngineOutlets:
             self._ranks[outlet].forward(its)
         return {client: some for client, some in outputs.items() if some.outputs or some.scheduler_stats is not None}
 
+    def send_aborts(self, requests: Sequence[Request]) -> list[Request]:
+        """Have those that the engine has aborted, and that have been on a rank, end by their outlets.
+
+        Returns:
+            The others.
+        """
+        outlets = {request.request_id: outlet for request in requests if (outlet := outlet_of(request)) is not None}
+        if not self.connected or not outlets:
+            return list(requests)
+        endings: dict[int, EngineCoreOutputs] = {}
+        for request in requests:
+            if request.request_id in outlets:
+                ending = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ABORT)
+                endings.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(ending)
+        self.forward(endings, outlets)
+        return [request for request in requests if request.request_id not in outlets]
+
 
 def install_engine() -> None:
-    """Have the engine's scheduler know where the API servers listen. Idempotent."""
+    """Have the engine's scheduler know where the API servers listen, and send what the engine ends. Idempotent."""
     from vllm.v1.engine.core import EngineCoreProc
 
-    original = EngineCoreProc.process_output_sockets
+    original, abort = EngineCoreProc.process_output_sockets, EngineCoreProc._send_abort_outputs
     if getattr(original, "nanocp", False):
         return
 
@@ -159,3 +193,9 @@ def install_engine() -> None:
 
     process_output_sockets.nanocp = True  # type: ignore[attr-defined]
     EngineCoreProc.process_output_sockets = process_output_sockets  # type: ignore[method-assign]
+
+    def _send_abort_outputs(self: Any, aborted_reqs: list[Request]) -> None:
+        outlets = getattr(self.scheduler, "outlets", None)
+        abort(self, outlets.send_aborts(aborted_reqs) if isinstance(outlets, EngineOutlets) else aborted_reqs)
+
+    EngineCoreProc._send_abort_outputs = _send_abort_outputs  # type: ignore[method-assign]

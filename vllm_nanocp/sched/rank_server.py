@@ -7,7 +7,6 @@ import pickle
 import traceback
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core import kv_cache_utils
@@ -16,6 +15,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from .cached_blocks import CacheRecorder
+from .grammars import RankGrammars, grammar_begins
 from .output import part_of
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .wire import Answer, RequestState, Scheduled, SessionState, state_of, unpack
@@ -135,10 +135,13 @@ class RankServer:
         session = self.scheduler.requests.get(request_id)
         return None if session is None else SessionState.of(session)
 
-    def do_hand_over(self, request_id: str, keeper_id: str, first_block: int) -> None:
+    def do_hand_over(self, request_id: str, keeper_id: str, first_block: int) -> int | None:
+        """Returns where the request's grammar begins; see ``grammar_begins``."""
+        begins = grammar_begins(self.scheduler.requests[request_id])
         self.scheduler.hand_over(request_id, keeper_id, first_block)
         if self.outlets is not None:
             self.outlets.foreign.discard(request_id)
+        return begins
 
     def leftovers(self) -> list[str]:
         """Ids that are still remembered; for tests, when no request is left."""
@@ -188,26 +191,23 @@ class RankServer:
         if self.outlets is not None:
             (self.outlets.foreign.add if foreign else self.outlets.foreign.discard)(request.request_id)
         if request.use_structured_output:
-            self._replay(request)
+            self._grammars.replay(request)
         self.scheduler.arrive(request, first_block, outlet=-1)
+
+    @property
+    def _grammars(self) -> RankGrammars:
+        manager = self.scheduler.structured_output_manager
+        assert isinstance(manager, RankGrammars)
+        return manager
 
     def _take(self, state: dict[str, Any]) -> Request:
         request = unpack(state, self._hasher)
         if request.structured_output_request is not None:
             try:
-                self.scheduler.structured_output_manager.grammar_init(request)
+                self._grammars.grammar_init(request)
             except Exception as error:  # it ends this request, as one that comes while the grammar is compiled
                 request.structured_output_request._grammar = error
         return request
-
-    def _replay(self, request: Request) -> None:
-        """Bring the grammar of a request from another rank to where it was there."""
-        structured = request.structured_output_request
-        assert structured is not None
-        if isinstance(structured._grammar, Future):
-            structured._grammar.exception()  # waits
-        if request.num_output_tokens and not isinstance(structured.grammar, Exception):
-            self.scheduler.structured_output_manager.accept_tokens(request, list(request.output_token_ids))
 
     # -- a step ------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from vllm.v1.core import kv_cache_utils
 from ..errors import NanoCPError
 from ..placement import cdiv
 from .cached_blocks import CachedBlocks
+from .grammars import note_grammar_begins
 from .output import PackedOutput
 from .rank import Decoding, Part
 from .sessions import keep_chunk
@@ -86,7 +87,13 @@ class RemoteRank:
         self._commands.append((name, args))
 
     def _ask(self, name: str, *args: Any) -> None:
-        assert not self._asked, f"{name} while the answer to {self._asked} is still to come"
+        if (
+            self._asked
+        ):  # nobody asks twice, but after an interrupt: then an answer may be on its way still, or half read
+            raise NanoCPError(
+                f"nanocp: the engine was interrupted, or has failed, in the middle of {self._asked!r}: it and rank "
+                f"{self.number} do not know the same any more; start a new engine"
+            )
         self._asked = name
         self._commands.append((name, args))
         self.channel.send(pickle.dumps(self._commands, -1))
@@ -94,7 +101,14 @@ class RemoteRank:
 
     def _hear(self) -> Any:
         answer: Answer = pickle.loads(self.channel.receive())
-        self._asked = ""
+        asked, self._asked = self._asked, ""
+        try:
+            return self._take(answer)
+        except BaseException:  # an interrupt, too
+            self._asked = asked
+            raise
+
+    def _take(self, answer: Answer) -> Any:
         if answer.error is not None:
             raise NanoCPError(f"nanocp: a rank's scheduler has failed: {answer.error}")
         self.view = answer.view
@@ -304,7 +318,10 @@ class RemoteRank:
         self.view.slots += 1
 
     def hand_over(self, request_id: str, keeper_id: str, first_block: int) -> None:
-        self._call("hand_over", request_id, keeper_id, first_block)
+        begins = self._call("hand_over", request_id, keeper_id, first_block)
+        structured = self._watched[request_id][0].structured_output_request
+        if structured is not None:
+            note_grammar_begins(structured, begins)
         self._forget(request_id)
 
     def arrive(self, request: Request, first_block: int, outlet: int) -> None:

@@ -259,6 +259,7 @@ class NanoCPScheduler(RanksTogether):
             if request is None:
                 continue
             rank, sharded = self.rank_of.get(request_id), self.sharded.get(request_id)
+            outlets.note_outlet(request, self.members.outlet_of.get(request_id, rank))
             if sharded is not None and not sharded.at_home:
                 self.ranks[sharded.rank].end([sharded.member.request_id], finished_status)
             if rank is not None:  # perhaps from a time before its preemption
@@ -360,7 +361,7 @@ class NanoCPScheduler(RanksTogether):
                     so_far.outputs.extend(outputs.outputs)
                     if outputs.finished_requests:
                         so_far.finished_requests = (so_far.finished_requests or set()) | outputs.finished_requests
-        self.failures.add_to(merged)
+        self.failures.add_to(merged, self.outlets)
         if self.cadence is not None and not self.get_num_unfinished_requests():
             self.cadence.rest()
         if stats:

@@ -18,6 +18,7 @@ from vllm.v1.utils import ConstantList
 
 from ..plan import packs_flat
 from .cached_blocks import Changes
+from .grammars import grammar_begins, note_grammar_begins
 from .rank_view import RankView
 
 # Of a request, what is made anew at the other end.
@@ -141,15 +142,17 @@ class Scheduled:
 
 def pack(request: Request) -> dict[str, Any]:
     """A request as plain data, to go on in another process: what it has told of itself (events) goes with it. Its
-    grammar, if it has one, is compiled anew there."""
+    grammar, if it has one, is compiled anew there, and takes the tokens again that it has taken here."""
     state = {name: value for name, value in vars(request).items() if name not in _REMADE}
     state["output"] = request._output_token_ids
     # A prompt that is embedded, or a session's that has grown, is not what is computed.
     plain = request.prompt_token_ids is not None and request.prompt_is_token_ids is None and not request.resumable
     state["all"] = None if plain else request._all_token_ids
     state["hashed"] = request._block_hasher is not None
-    grammar = request.structured_output_request
-    state["grammar"] = None if grammar is None else (grammar.reasoning_ended, grammar.reasoning_parser_kwargs)
+    structured = request.structured_output_request
+    state["grammar"] = None
+    if structured is not None:
+        state["grammar"] = structured.reasoning_ended, structured.reasoning_parser_kwargs, grammar_begins(request)
     request.events = []
     return state
 
@@ -173,7 +176,8 @@ def unpack(state: dict[str, Any], hasher: Callable[[Request], list[Any]] | None)
     if grammar is not None:
         structured = StructuredOutputRequest.from_sampling_params(request.sampling_params)
         assert structured is not None
-        structured.reasoning_ended, structured.reasoning_parser_kwargs = grammar
+        structured.reasoning_ended, structured.reasoning_parser_kwargs, begins = grammar
+        note_grammar_begins(structured, begins)
         request.structured_output_request = structured
     return request
 

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured output that moves from rank to rank: its grammar takes each token once, as if it had stayed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+from vllm_nanocp.sched import grammars
+from vllm_nanocp.sched.grammars import RankGrammars
+from vllm_nanocp.sched.wire import pack, unpack
+
+from .world_shapes import Ask, vllm_config  # noqa: F401
+from .worlds import World, WorldError, in_each_mode, run_worlds
+
+END = 7  # the token by which reasoning ends
+
+
+class Grammar(StructuredOutputGrammar):
+    """Keeps what it takes."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+        self.calls = 0
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        self.taken += tokens
+        self.calls += 1
+        return True
+
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        return tokens
+
+    def rollback(self, num_tokens: int) -> None:
+        raise NotImplementedError
+
+    def fill_bitmask(self, bitmask: Any, batch_index: int) -> None:
+        """All tokens may come."""
+
+    def is_terminated(self) -> bool:
+        return False
+
+    def reset(self) -> None:
+        raise NotImplementedError
+
+
+class Reasoner:
+    """As parsers that look through all tokens, each time they are asked; counts how many it has looked at."""
+
+    looked_at: ClassVar[int] = 0
+
+    def __init__(self, **_: Any) -> None:
+        """Takes a tokenizer and what the request's template was given."""
+
+    def is_reasoning_end(self, tokens: Sequence[int]) -> bool:
+        Reasoner.looked_at += len(tokens)
+        return END in tokens
+
+    def is_reasoning_end_streaming(self, tokens: Sequence[int], delta: Sequence[int]) -> bool:
+        return self.is_reasoning_end(tokens)
+
+
+def manager(cls: type[StructuredOutputManager], reasoner: bool, in_reasoning: bool) -> Any:
+    """One that never compiles anything."""
+    made = object.__new__(cls)
+    made.enable_in_reasoning, made.reasoner_cls = in_reasoning, Reasoner if reasoner else None  # type: ignore[assignment]
+    made.tokenizer = None  # type: ignore[assignment]
+    return made
+
+
+def structured(prompt: list[int]) -> Request:
+    params = SamplingParams(max_tokens=10_000, structured_outputs=StructuredOutputsParams(regex="a*"))
+    request = Request("r", prompt, params, None)
+    assert request.structured_output_request is not None
+    request.structured_output_request._grammar = Grammar()
+    return request
+
+
+def step(here: Any, request: Request, token: int) -> None:
+    """As vLLM's scheduler takes a token in."""
+    request.append_output_token_ids(token)
+    assert here.accept_tokens(request, [token])
+
+
+def move(there: Any, request: Request) -> Request:
+    """As from one process to another."""
+    moved = unpack(pack(request), None)
+    assert moved.structured_output_request is not None
+    moved.structured_output_request._grammar = Grammar()
+    there.replay(moved)
+    return moved
+
+
+@pytest.mark.parametrize("ends_at", [0, 1, 9, 10, 30, None], ids=lambda at: f"end{at}")
+@pytest.mark.parametrize(("reasoner", "in_reasoning"), [(True, False), (False, False), (True, True)])
+@pytest.mark.parametrize("in_prompt", [False, True])
+def test_a_moved_grammar_is_where_it_was(
+    ends_at: int | None, reasoner: bool, in_reasoning: bool, in_prompt: bool
+) -> None:
+    tokens = [100 + i for i in range(40)]
+    if ends_at is not None:
+        tokens[ends_at] = END
+    prompt = [1, 2, END if in_prompt else 3]
+    stays, moves = structured(prompt), structured(prompt)
+    stock = manager(StructuredOutputManager, reasoner, in_reasoning)
+    ranks = [manager(RankGrammars, reasoner, in_reasoning) for _ in range(2)]
+    for at, token in enumerate(tokens):
+        step(stock, stays, token)
+        step(ranks[at % 2], moves, token)
+        if at % 5 in (0, 4):
+            moves = move(ranks[(at + 1) % 2], moves)
+        else:
+            ranks.reverse()
+        there, here = moves.structured_output_request, stays.structured_output_request
+        assert there is not None and here is not None
+        assert there.grammar.taken == here.grammar.taken  # type: ignore[union-attr]
+        assert bool(there.reasoning_ended) == bool(here.reasoning_ended)
+
+
+def test_a_move_looks_for_the_end_of_reasoning_no_more() -> None:
+    """With 2,000 tokens of reasoning vLLM would look at millions to find it anew."""
+    rank = manager(RankGrammars, True, False)
+    request = structured([1])
+    request.append_output_token_ids([100] * 2_000)
+    for token in (END, *[101] * 2_000):
+        step(rank, request, token)
+    Reasoner.looked_at = 0
+    moved = move(rank, request)
+    assert Reasoner.looked_at == 0
+    grammar: Any = moved.structured_output_request.grammar  # type: ignore[union-attr]
+    assert (len(grammar.taken), grammar.calls) == (2_000, 1)
+
+
+class StructuredWorld(World):
+    """A world in which every request is structured, and its grammar must be told all its tokens, in order."""
+
+    current: ClassVar[StructuredWorld]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        StructuredWorld.current = self
+
+    def draw(self) -> list[Ask]:
+        asks = super().draw()
+        for ask in asks:
+            request = ask.request
+            assert request.sampling_params is not None
+            request.sampling_params.structured_outputs = StructuredOutputsParams(regex="a*")
+            moved = Request(
+                request.request_id,
+                request.prompt_token_ids,
+                request.sampling_params,
+                None,
+                arrival_time=request.arrival_time,
+                priority=request.priority,
+                block_hasher=request._block_hasher,
+            )
+            ask.request = moved
+        return asks
+
+
+class Told(Grammar):
+    """Takes only what the request makes next."""
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        super().accept_tokens(request_id, tokens)
+        outputs = StructuredWorld.current.asks[request_id].truth.outputs
+        if self.taken != outputs[: len(self.taken)]:
+            raise WorldError(f"the grammar of {request_id} takes {self.taken[-3:]} at {len(self.taken)} of {outputs}")
+        return True
+
+
+@in_each_mode
+def test_worlds(
+    vllm_config: Any,  # noqa: F811
+    version: int,
+    asynchronous: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.ERROR, "vllm")
+
+    def grammar_init(_: Any, request: Request) -> None:
+        assert request.structured_output_request is not None
+        request.structured_output_request._grammar = Told()
+
+    monkeypatch.setattr(grammars.RankGrammars, "grammar_init", grammar_init)
+    counts = run_worlds(StructuredWorld, vllm_config, version, asynchronous, 4, monkeypatch, apart=True)
+    assert counts["moves"] and counts["spills"] and counts["preemptions"], counts

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured output in a rank's process: a request that comes from another rank brings no grammar, only the place in
+its output from which on a grammar has taken its tokens. Touches vLLM 0.32's ``StructuredOutputManager``."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.request import StructuredOutputRequest
+
+# An attribute of a structured request.
+_BEGINS = "_nanocp_grammar_begins"
+
+
+def grammar_begins(request: Request) -> int | None:
+    """The first output token that a request's grammar has taken; None: reasoning has not ended, or nothing is made."""
+    begins: int | None = getattr(request.structured_output_request, _BEGINS, None)
+    return begins
+
+
+def note_grammar_begins(structured: StructuredOutputRequest, begins: int | None) -> None:
+    setattr(structured, _BEGINS, begins)
+
+
+class RankGrammars(StructuredOutputManager):
+    """vLLM's manager, which also notes where reasoning has ended.
+
+    To look for that place once more, with all tokens at hand, takes vLLM a time that grows with their square.
+    """
+
+    def _get_constraint_bounds(self, request: Request, spec_tokens: Any, spec_tokens_committed: bool = False) -> Any:
+        bounds = super()._get_constraint_bounds(request, spec_tokens, spec_tokens_committed)
+        if spec_tokens_committed and bounds.grammar_start <= len(spec_tokens) and grammar_begins(request) is None:
+            begins = request.num_output_tokens - len(spec_tokens) + bounds.grammar_start
+            structured = request.structured_output_request
+            assert structured is not None
+            note_grammar_begins(structured, begins)
+        return bounds
+
+    def replay(self, request: Request) -> None:
+        """Bring the grammar of a request from another rank to where it was there."""
+        structured, begins = request.structured_output_request, grammar_begins(request)
+        assert structured is not None
+        if begins is None:
+            return
+        if isinstance(structured._grammar, Future):
+            structured._grammar.exception()  # waits
+        grammar = structured.grammar
+        assert grammar is not None
+        structured.reasoning_ended = True
+        if not isinstance(grammar, Exception):
+            grammar.accept_tokens(request.request_id, list(request.output_token_ids)[begins:])

@@ -41,6 +41,7 @@ PATCHES = (
     Patch("cpu_seeded_chunks", platform="cpu"),
     Patch("cpu_shm_names", platform="cpu"),
     Patch("cpu_cache_dtype", platform="cpu"),
+    Patch("cpu_mla_rope", platform="cpu"),
 )
 # For executors whose workers are Ray actors, and for these before vLLM's worker is built.
 RAY_PATCHES = (

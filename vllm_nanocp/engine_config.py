@@ -11,6 +11,7 @@ from . import config as nanocp_config
 from .attention.families import CACHE_DTYPES
 from .config import NanoCPConfig
 from .errors import refuse
+from .patches import CONFIG_PATCHES, apply_all
 from .refusals import CPU_WORKER, EXECUTORS, GPU_WORKER, SCHEDULER, check_environment, check_flags, check_settings
 
 # From so many requests on, over all ranks, schedulers in processes of their own are worth their messages.
@@ -190,6 +191,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
         worker = GPU_WORKER
     elif current_platform.is_cpu():
         worker = CPU_WORKER
+        apply_all(CONFIG_PATCHES)
         if config.exchange == "routed":
             refuse("exchange 'routed' on CPU", "it is made of GPU kernels", "use 'auto' or 'collective'")
         if config.graph_capacities:

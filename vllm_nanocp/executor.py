@@ -20,6 +20,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from . import capacity
 from . import config as nanocp_config
+from .patches import CONFIG_PATCHES, apply_all
 from .patches.queue_names import unlink
 from .replies import Replies
 from .sched import rank_process
@@ -116,6 +117,7 @@ class NanoCPMultiprocExecutor(OneWorld, MultiprocExecutor):
     """The executor for ranks that are processes of this machine."""
 
     def _init_executor(self) -> None:
+        apply_all(CONFIG_PATCHES)  # the engine makes copies of the configuration, which vLLM completes anew
         parallel, api_servers = self.parallel_config, self.parallel_config._api_process_count
         if current_platform.is_cpu():
             # vLLM takes it for the number of engines, which share the cores (``OMPProcessManager``).

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from . import config as nanocp_config
+from . import patches
 from .attention.families import CACHE_DTYPES
 from .config import NanoCPConfig
 from .errors import refuse
-from .patches import CONFIG_PATCHES, apply_all
 from .refusals import CPU_WORKER, EXECUTORS, GPU_WORKER, SCHEDULER, check_environment, check_flags, check_settings
 
 # From so many requests on, over all ranks, schedulers in processes of their own are worth their messages.
@@ -191,7 +191,6 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
         worker = GPU_WORKER
     elif current_platform.is_cpu():
         worker = CPU_WORKER
-        apply_all(CONFIG_PATCHES)
         if config.exchange == "routed":
             refuse("exchange 'routed' on CPU", "it is made of GPU kernels", "use 'auto' or 'collective'")
         if config.graph_capacities:
@@ -205,6 +204,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     backend = engine_args.distributed_executor_backend or "mp"
     engine_args.distributed_executor_backend = EXECUTORS.get(backend, backend)
     engine_args.worker_cls = worker
+    patches.apply_all(patches.CONFIG_PATCHES)
     vllm_config = create()
     engine_args.data_parallel_size = 1
     check_settings(vllm_config, config.degree_limit)

@@ -56,7 +56,7 @@ class NanoCPRayExecutor(OneWorld, RayExecutorV2):
             NanoCPConfigError: the workers of a rank would be on different nodes.
             RuntimeError: an actor's loop has ended before all queues were connected.
         """
-        patches.apply_all((*patches.CONFIG_PATCHES, *patches.RAY_PATCHES))
+        patches.apply_all(patches.RAY_PATCHES)
         config, parallel = nanocp_config.of(self.vllm_config), self.parallel_config
         self.ranks, self.workers = config.ranks, parallel.tensor_parallel_size
         # vLLM asks the placement group for so many devices before it asks for the sizes.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head latent attention over several ranks: the tokens and logprobs of the model in float64, whatever happens.
 
-``tests/test_deepseek_reference.py`` holds the same reference against stock vLLM.
+``tests/engine/test_latent.py`` holds the same reference against stock vLLM.
 """
 
 from __future__ import annotations
@@ -35,20 +35,19 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", params=list(RECIPES))
-def latent(request: pytest.FixtureRequest, tiny_latent_model: str) -> Iterator[Engine]:
-    engine = Engine(tiny_latent_model, block_size=BLOCK, **RECIPES[request.param])
+def latent(request: pytest.FixtureRequest, tiny_deepseek: str) -> Iterator[Engine]:
+    engine = Engine(tiny_deepseek, block_size=BLOCK, **RECIPES[request.param])
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_latent_model: str) -> Any:
+def expected(deepseek_reference: DeepseekReference) -> Any:
     """Greedy decoding of a prompt in float64, computed once."""
-    reference = DeepseekReference(tiny_latent_model)
 
     @functools.cache
     def decode(tokens: tuple[int, ...], steps: int) -> Decoded:
-        return reference.decode(list(tokens), steps)
+        return deepseek_reference.decode(list(tokens), steps)
 
     return decode
 

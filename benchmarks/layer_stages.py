@@ -161,7 +161,7 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
     answers = layout.empty(len(visiting), it.device)
 
     def attend_all(i: int) -> None:
-        attend(visiting, impl._kv(layer, query, it.caches[i]), rows.visits, query.dtype)
+        attend(visiting, impl.kv(layer, query, it.caches[i]), rows.visits, query.dtype)
 
     stages: dict[str, Callable[[int], Any]] = {
         "stock": forward(stock),

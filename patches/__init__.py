@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from vllm_nanocp.patches._guard import Outcome, PatchError
 
-__all__ = ["PATCHES", "RAY_PATCHES", "Outcome", "Patch", "PatchError", "apply_all"]
+__all__ = ["CONFIG_PATCHES", "PATCHES", "RAY_PATCHES", "Outcome", "Patch", "PatchError", "apply_all"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,11 @@ PATCHES = (
     Patch("cpu_seeded_chunks", platform="cpu"),
     Patch("cpu_shm_names", platform="cpu"),
     Patch("cpu_cache_dtype", platform="cpu"),
+    Patch("cpu_mla_rope", platform="cpu"),
+    Patch("cpu_mla_chunks", platform="cpu"),
 )
+# For processes that make an engine's configuration or check it again: front-end and engine.
+CONFIG_PATCHES = (Patch("cpu_mla_chunks", platform="cpu"),)
 # For executors whose workers are Ray actors, and for these before vLLM's worker is built.
 RAY_PATCHES = (
     Patch("remote_queue_shutdown"),

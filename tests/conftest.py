@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.deepseek_reference import DeepseekReference
 
 os.environ.update(
     VLLM_CPU_OMP_THREADS_BIND="nobind",
@@ -27,3 +31,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path: Path = tmp_path_factory.mktemp("models") / "tiny-qwen3-moe"
     make_qwen3_moe(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_deepseek(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random DeepSeek-V2 (multi-head latent attention, queries of a low rank), of the same kind."""
+    from tests.tiny_models import make_deepseek_v2
+
+    return str(make_deepseek_v2(tmp_path_factory.mktemp("models") / "tiny-deepseek-v2", q_lora_rank=96))
+
+
+@pytest.fixture(scope="session")
+def deepseek_reference(tiny_deepseek: str) -> DeepseekReference:
+    """`tiny_deepseek` in float64."""
+    from tests.deepseek_reference import DeepseekReference
+
+    return DeepseekReference(tiny_deepseek)

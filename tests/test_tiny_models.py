@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import EOS_ID, make_mixtral, make_qwen3_moe
+from tests.tiny_models import EOS_ID, make_deepseek_v2, make_mixtral, make_qwen3_moe
 
 Maker = Callable[..., Path]
 
 
-@pytest.mark.parametrize("make", [make_qwen3_moe, make_mixtral])
+@pytest.mark.parametrize("make", [make_qwen3_moe, make_mixtral, make_deepseek_v2])
 def test_same_arguments_same_files(make: Maker, tmp_path: Path) -> None:
     first, second, other = make(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "c", seed=1)
     names = sorted(file.name for file in first.iterdir())
@@ -25,6 +25,8 @@ def test_same_arguments_same_files(make: Maker, tmp_path: Path) -> None:
 def test_unknown_size_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="num_heds"):
         make_qwen3_moe(tmp_path, num_heds=2)
+    with pytest.raises(TypeError, match="head_dim"):
+        make_deepseek_v2(tmp_path, head_dim=32)
 
 
 def test_tokenizer(tmp_path: Path) -> None:

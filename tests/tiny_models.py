@@ -6,14 +6,16 @@ this project:
 
 * attention is peaked: a few keys anywhere in the context decide a head's output, so a rank that
   loses, doubles or shifts a part of the KV cache changes the next tokens;
-* every layer is a MoE layer, and the router's choices differ from token to token and from layer to
-  layer, yet never by rounding: a token's choice hangs on a few components of the hidden state that
-  its embedding sets, that no layer changes, and whose order is far apart. (With a plain random
-  router one choice in about a hundred thousand is closer than float32 rounding, and any other
-  order of summation, as when attention is split, takes another expert.)
+* every layer is a MoE layer (DeepSeek-V2: but the first), and the router's choices differ from token
+  to token and from layer to layer, yet never by rounding: a token's choice hangs on a few components
+  of the hidden state that its embedding sets, that no layer changes, and whose order is far apart.
+  (With a plain random router one choice in about a hundred thousand is closer than float32 rounding,
+  and any other order of summation, as when attention is split, takes another expert.)
 * greedy output depends on the prompt and does not fall into a loop. In float32 the best logit leads
   the second by far more than rounding: of 864 steps (18 prompts of up to 3,000 tokens) the median
-  lead was 0.8 (Qwen3-MoE) and 1.0 (Mixtral), the hundredth 0.016 and 0.011, the least 0.0014 and 0.0009;
+  lead was 0.8 (Qwen3-MoE) and 1.0 (Mixtral), the hundredth 0.016 and 0.011, the least 0.0014 and 0.0009.
+  Of DeepSeek-V2, in float64: 0.98, 0.017 and 0.0004 (with `q_lora_rank` 96: 0.93, 0.012 and 0.0009). The
+  last expert that its router chose led the next by a router logit of at least 0.24;
 * each token id decodes to ASCII text, and the tokenizer has a chat template, so that the OpenAI
   endpoints work.
 
@@ -24,21 +26,13 @@ from __future__ import annotations
 
 import json
 import math
-import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<bos>", "<eos>"
-PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ message['role'] + ': ' + message['content'] + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
+from tests.tiny_tokenizer import BOS_ID, EOS_ID, PAD_ID, silent_ids, write_tokenizer
 
 # Standard deviation of the attention scores before softmax. At 2.5 about n * exp(-2.5 ** 2) of n
 # keys carry the weight: one in 500, peaked at any length the models allow.
@@ -48,19 +42,37 @@ _LOGIT_STD = 4.0
 
 
 @dataclass(frozen=True)
-class TinyShape:
-    """Sizes of a tiny model. `head_dim` must be one the CPU attention kernel has (32, 64, ...)."""
-
+class _Sizes:
     num_layers: int = 4
     num_experts: int = 8
     top_k: int = 2
     hidden_size: int = 128
     num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
     moe_intermediate_size: int = 64
     vocab_size: int = 512
     max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class TinyShape(_Sizes):
+    """Sizes of a tiny model. `head_dim` must be one the CPU attention kernel has (32, 64, ...)."""
+
+    num_kv_heads: int = 2
+    head_dim: int = 32
+
+
+@dataclass(frozen=True)
+class TinyLatentShape(_Sizes):
+    """Sizes of a tiny DeepSeek-V2. On CPU `kv_lora_rank` and `qk_rope_head_dim` must be 512 and 64."""
+
+    kv_lora_rank: int = 512
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 32
+    num_dense_layers: int = 1
+    dense_intermediate_size: int = 128
+    num_shared_experts: int = 1
 
 
 def make_qwen3_moe(path: str | Path, *, seed: int = 0, dtype: str = "float32", **shape: int) -> Path:
@@ -83,6 +95,7 @@ def make_qwen3_moe(path: str | Path, *, seed: int = 0, dtype: str = "float32", *
     config = _common_config(sizes, dtype) | {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
+        **_heads_config(sizes),
         "num_experts": sizes.num_experts,
         "moe_intermediate_size": sizes.moe_intermediate_size,
         "intermediate_size": sizes.moe_intermediate_size,
@@ -115,6 +128,7 @@ def make_mixtral(path: str | Path, *, seed: int = 0, dtype: str = "float32", **s
     config = _common_config(sizes, dtype) | {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
+        **_heads_config(sizes),
         "num_local_experts": sizes.num_experts,
         "intermediate_size": sizes.moe_intermediate_size,
         "sliding_window": None,
@@ -151,6 +165,7 @@ def make_granite_moe(
     config = _common_config(sizes, dtype) | {
         "architectures": ["GraniteMoeForCausalLM"],
         "model_type": "granitemoe",
+        **_heads_config(sizes),
         "num_local_experts": sizes.num_experts,
         "intermediate_size": sizes.moe_intermediate_size,
         "attention_sinks": sinks,
@@ -162,14 +177,67 @@ def make_granite_moe(
     return _write(Path(path), config, weights, dtype)
 
 
-def _common_config(sizes: TinyShape, dtype: str) -> dict[str, Any]:
+def make_deepseek_v2(path: str | Path, *, seed: int = 0, dtype: str = "float32", **shape: int | None) -> Path:
+    """Write a random DeepSeek-V2 checkpoint with its tokenizer into the folder `path`.
+
+    Rotary embeddings are plain (no YaRN), routing is greedy over all experts, the chosen experts' softmax weights are
+    not renormalized (as in DeepSeek-V2), but scaled. `shape` overrides fields of `TinyLatentShape`.
+    Other arguments, result and errors as of `make_qwen3_moe`.
+    """
+    sizes = TinyLatentShape(**shape)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    weights = _token_weights(sizes, generator)
+    for layer in range(sizes.num_layers):
+        weights |= _latent_attention_weights(sizes, f"model.layers.{layer}", generator)
+        prefix = f"model.layers.{layer}.mlp"
+        own = torch.Generator().manual_seed(seed * 1000 + layer + 1)
+        if layer < sizes.num_dense_layers:
+            weights |= _mlp_weights(sizes, prefix, sizes.dense_intermediate_size, own)
+            continue
+        weights |= _expert_weights(
+            sizes,
+            own,
+            gate=f"{prefix}.gate.weight",
+            expert=prefix + ".experts.{}.{}.weight",
+            names=("gate_proj", "up_proj", "down_proj"),
+        )
+        inner = sizes.num_shared_experts * sizes.moe_intermediate_size
+        weights |= _mlp_weights(sizes, f"{prefix}.shared_experts", inner, own)
+    return _write(Path(path), _deepseek_config(sizes, dtype), weights, dtype)
+
+
+def _deepseek_config(sizes: TinyLatentShape, dtype: str) -> dict[str, Any]:
+    return _common_config(sizes, dtype) | {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "num_key_value_heads": sizes.num_heads,
+        "kv_lora_rank": sizes.kv_lora_rank,
+        "q_lora_rank": sizes.q_lora_rank,
+        "qk_nope_head_dim": sizes.qk_nope_head_dim,
+        "qk_rope_head_dim": sizes.qk_rope_head_dim,
+        "v_head_dim": sizes.v_head_dim,
+        "first_k_dense_replace": sizes.num_dense_layers,
+        "intermediate_size": sizes.dense_intermediate_size,
+        "moe_layer_freq": 1,
+        "moe_intermediate_size": sizes.moe_intermediate_size,
+        "n_routed_experts": sizes.num_experts,
+        "n_shared_experts": sizes.num_shared_experts,
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.5,
+        "attention_bias": False,
+    }
+
+
+def _common_config(sizes: _Sizes, dtype: str) -> dict[str, Any]:
     return {
         "vocab_size": sizes.vocab_size,
         "hidden_size": sizes.hidden_size,
         "num_hidden_layers": sizes.num_layers,
         "num_attention_heads": sizes.num_heads,
-        "num_key_value_heads": sizes.num_kv_heads,
-        "head_dim": sizes.head_dim,
         "num_experts_per_tok": sizes.top_k,
         "hidden_act": "silu",
         "max_position_embeddings": sizes.max_position_embeddings,
@@ -188,6 +256,10 @@ def _common_config(sizes: TinyShape, dtype: str) -> dict[str, Any]:
     }
 
 
+def _heads_config(sizes: TinyShape) -> dict[str, int]:
+    return {"num_key_value_heads": sizes.num_kv_heads, "head_dim": sizes.head_dim}
+
+
 def _linear(rows: int, columns: int, gain: float, generator: torch.Generator) -> torch.Tensor:
     """A [rows, columns] matrix that maps unit-variance inputs to outputs of deviation `gain`."""
     return torch.randn(rows, columns, generator=generator) * (gain / math.sqrt(columns))
@@ -200,22 +272,29 @@ def _output(rows: int, columns: int, gain: float, kept: int, generator: torch.Ge
     return weight
 
 
-def _attention_weights(sizes: TinyShape, generator: torch.Generator, *, qk_norm: bool) -> dict[str, torch.Tensor]:
-    hidden, q_size = sizes.hidden_size, sizes.num_heads * sizes.head_dim
-    kv_size = sizes.num_kv_heads * sizes.head_dim
+def _token_weights(sizes: _Sizes, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Embeddings, last norm and the projection to logits."""
+    hidden = sizes.hidden_size
     lm_head = _linear(sizes.vocab_size, hidden, _LOGIT_STD, generator)
-    lm_head[_silent_ids(sizes.vocab_size)] = 0.0
+    lm_head[silent_ids(sizes.vocab_size)] = 0.0
     embeddings = 0.5 * torch.randn(sizes.vocab_size, hidden, generator=generator)
     # The components that the router reads: for each token the same values, spread evenly, in an order of its own.
     values = torch.linspace(-2.0, 2.0, sizes.num_experts)
     order = torch.rand(sizes.vocab_size, sizes.num_experts, generator=generator).argsort(dim=1)
     embeddings[:, : sizes.num_experts] = values[order]
-    weights = {
+    return {
         # Smaller than what a layer adds: the context, not the last token alone, decides.
         "model.embed_tokens.weight": embeddings,
         "model.norm.weight": torch.ones(hidden),
         "lm_head.weight": lm_head,
     }
+
+
+def _attention_weights(sizes: TinyShape, generator: torch.Generator, *, qk_norm: bool) -> dict[str, torch.Tensor]:
+    """What `_token_weights` gives, and each layer's attention and norms."""
+    hidden, q_size = sizes.hidden_size, sizes.num_heads * sizes.head_dim
+    kv_size = sizes.num_kv_heads * sizes.head_dim
+    weights = _token_weights(sizes, generator)
     for layer in range(sizes.num_layers):
         prefix = f"model.layers.{layer}"
         attention = f"{prefix}.self_attn"
@@ -234,8 +313,45 @@ def _attention_weights(sizes: TinyShape, generator: torch.Generator, *, qk_norm:
     return weights
 
 
+def _latent_attention_weights(
+    sizes: TinyLatentShape, prefix: str, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """One layer's attention and norms. Those of the latents differ from one number to the next, by up to 3 times."""
+    hidden, latent, rope = sizes.hidden_size, sizes.kv_lora_rank, sizes.qk_rope_head_dim
+    q_size = sizes.num_heads * (sizes.qk_nope_head_dim + rope)
+    up_size = sizes.num_heads * (sizes.qk_nope_head_dim + sizes.v_head_dim)
+    attention = f"{prefix}.self_attn"
+    weights = {
+        f"{prefix}.input_layernorm.weight": torch.ones(hidden),
+        f"{prefix}.post_attention_layernorm.weight": torch.ones(hidden),
+        f"{attention}.kv_a_proj_with_mqa.weight": _linear(latent + rope, hidden, 1.0, generator),
+        f"{attention}.kv_a_layernorm.weight": 0.5 + torch.rand(latent, generator=generator),
+        f"{attention}.kv_b_proj.weight": _linear(up_size, latent, 1.0, generator),
+        f"{attention}.o_proj.weight": _output(
+            hidden, sizes.num_heads * sizes.v_head_dim, 1.5, sizes.num_experts, generator
+        ),
+    }
+    if sizes.q_lora_rank is None:
+        return weights | {f"{attention}.q_proj.weight": _linear(q_size, hidden, _SCORE_STD, generator)}
+    return weights | {
+        f"{attention}.q_a_proj.weight": _linear(sizes.q_lora_rank, hidden, 1.0, generator),
+        f"{attention}.q_a_layernorm.weight": 0.5 + torch.rand(sizes.q_lora_rank, generator=generator),
+        f"{attention}.q_b_proj.weight": _linear(q_size, sizes.q_lora_rank, _SCORE_STD, generator),
+    }
+
+
+def _mlp_weights(sizes: _Sizes, prefix: str, inner: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A dense layer, or the shared experts of a layer."""
+    hidden = sizes.hidden_size
+    return {
+        f"{prefix}.gate_proj.weight": _linear(inner, hidden, 1.0, generator),
+        f"{prefix}.up_proj.weight": _linear(inner, hidden, 1.0, generator),
+        f"{prefix}.down_proj.weight": _output(hidden, inner, 2.0, sizes.num_experts, generator),
+    }
+
+
 def _expert_weights(
-    sizes: TinyShape,
+    sizes: _Sizes,
     generator: torch.Generator,
     *,
     gate: str,
@@ -263,54 +379,5 @@ def _write(path: Path, config: dict[str, Any], weights: dict[str, torch.Tensor],
     (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     stored = {name: value.to(getattr(torch, dtype)).contiguous() for name, value in weights.items()}
     save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(path, config["vocab_size"], config["max_position_embeddings"])
+    write_tokenizer(path, config["vocab_size"], config["max_position_embeddings"])
     return path
-
-
-def _byte_characters() -> list[str]:
-    """The printable stand-ins that a byte-level tokenizer uses, in the order of the bytes."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    alphabet = set(ByteLevel.alphabet())
-    kept = {ord(character) for character in alphabet if ord(character) < 256}
-    spare = iter(range(256, 512))
-    return [chr(byte if byte in kept else next(spare)) for byte in range(256)]
-
-
-def _merges(count: int) -> list[tuple[str, str]]:
-    """The first `count` two-character merges: a space with a letter, then letter with letter."""
-    pairs = [("Ġ", letter) for letter in string.ascii_letters]
-    pairs += [(a, b) for a in string.ascii_lowercase for b in string.ascii_lowercase]
-    if count > len(pairs):
-        raise ValueError(f"the tokenizer has at most {259 + len(pairs)} tokens")
-    return pairs[:count]
-
-
-def _silent_ids(vocab_size: int) -> list[int]:
-    """Ids that must not be generated: specials, and bytes that are no printable ASCII."""
-    printable = set(range(0x20, 0x7F))
-    return [PAD_ID, BOS_ID, EOS_ID] + [3 + byte for byte in range(256) if byte not in printable]
-
-
-def _write_tokenizer(path: Path, vocab_size: int, max_length: int) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    specials = [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN]
-    merges = _merges(vocab_size - len(specials) - 256)
-    tokens = specials + _byte_characters() + [first + second for first, second in merges]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD_TOKEN,
-        bos_token=BOS_TOKEN,
-        eos_token=EOS_TOKEN,
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(path)

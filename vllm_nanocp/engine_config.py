@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from . import config as nanocp_config
+from . import patches
+from .attention.families import CACHE_DTYPES
 from .config import NanoCPConfig
 from .errors import refuse
 from .refusals import CPU_WORKER, EXECUTORS, GPU_WORKER, SCHEDULER, check_environment, check_flags, check_settings
 
-CPU_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 # From so many requests on, over all ranks, schedulers in processes of their own are worth their messages.
 MANY_REQUESTS = 1024
-CUDA_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 
 
 def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
@@ -42,11 +42,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
     if model.is_encoder_decoder:
         refuse("an encoder-decoder model with max_degree above 1", "cross-attention has no shards", instead)
     if model.use_mla:
-        refuse(
-            "multi-head latent attention with max_degree above 1",
-            "its attention backends return no mergeable partials here",
-            instead,
-        )
+        _check_latent(vllm_config, cuda, instead)
     if model.is_hybrid or model.is_attention_free:
         refuse(
             "a hybrid or attention-free model with max_degree above 1",
@@ -69,17 +65,40 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
             instead,
         )
     cache_dtype = vllm_config.cache_config.cache_dtype
-    if cache_dtype not in (CUDA_CACHE_DTYPES if cuda else CPU_CACHE_DTYPES):
+    if cache_dtype not in CACHE_DTYPES[model.use_mla, cuda]:
         refuse(
             f"--kv-cache-dtype {cache_dtype} with max_degree above 1",
             "the attention path here cannot read it",
-            "leave it out, or use fp8",
+            "leave it out" + (", or use fp8" if "fp8" in CACHE_DTYPES[model.use_mla, cuda] else ""),
         )
     if envs.VLLM_BATCH_INVARIANT:
         refuse(
             "VLLM_BATCH_INVARIANT with max_degree above 1",
             "how a request's KV is cut depends on the other requests",
             "unset it, or " + instead,
+        )
+
+
+def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
+    """Refuse what of multi-head latent attention has no partial results here."""
+    import torch
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if hasattr(vllm_config.model_config.hf_text_config, "index_topk"):
+        refuse(
+            "sparse latent attention (DSA) with max_degree above 1",
+            "each query looks for its best keys over the whole context, and a shard knows its own only",
+            instead,
+        )
+    if cuda:
+        refuse(
+            "multi-head latent attention on GPUs with max_degree above 1", "only its CPU path was shown exact", instead
+        )
+    if torch.cpu._is_amx_tile_supported() and vllm_config.attention_config.backend != AttentionBackendEnum.CPU_MLA:
+        refuse(
+            "multi-head latent attention by AMX with max_degree above 1",
+            "its kernel keeps no log-sum-exp and its weights are packed for it",
+            "add --attention-backend CPU_MLA, or " + instead,
         )
 
 
@@ -186,6 +205,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     backend = engine_args.distributed_executor_backend or "mp"
     engine_args.distributed_executor_backend = EXECUTORS.get(backend, backend)
     engine_args.worker_cls = worker
+    patches.apply_all(patches.CONFIG_PATCHES)
     vllm_config = create()
     engine_args.data_parallel_size = 1
     check_settings(vllm_config, config.degree_limit)

@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import ModelRunnerOutput
 
-from . import capacity
+from . import capacity, patches
 from . import config as nanocp_config
 from .patches.queue_names import unlink
 from .replies import Replies
@@ -54,6 +54,7 @@ class OneWorld(_Base):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         # The world of all ranks is the workers' matter. The engine tells front-ends of one rank's, and a front-end in
         # its process has the same object.
+        patches.apply_all(patches.CONFIG_PATCHES)  # the engine checks its configuration again after this
         vllm_config = copy(vllm_config)
         vllm_config.parallel_config = copy(vllm_config.parallel_config)
         super().__init__(vllm_config, *args, **kwargs)

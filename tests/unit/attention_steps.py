@@ -47,6 +47,29 @@ class Shape:
     block_size: int = 32
     isa: str = "vec"
     cache_dtype: str = "auto"
+    decodes_first = False  # whether batches have rows of one query before all others
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Of queries, keys and values."""
+        return self.num_heads, self.num_kv_heads, self.num_kv_heads
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Numbers of a head of queries, keys and values."""
+        return self.head_size, self.head_size, self.head_size
+
+    @property
+    def result_width(self) -> int:
+        """Numbers of a head of the output."""
+        return self.head_size
+
+    def cache_size(self, num_blocks: int) -> tuple[int, ...]:
+        return num_blocks, self.num_kv_heads, self.block_size, 2 * self.head_size
+
+    def attention(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int) -> torch.Tensor:
+        """The whole, in float64: query i sees keys 0 to ``first`` + i."""
+        return full_attention(queries, keys, values, first, self.scale)
 
     @property
     def cache_scales(self) -> tuple[float, float]:
@@ -105,11 +128,10 @@ class Scenario:
     def qkv(self, request: int, layer: int) -> list[torch.Tensor]:
         """Query, key and value of all of a request's tokens: [tokens, heads, head_size]."""
         shape, generator = self.shape, torch.Generator().manual_seed(self.seed * 1000 + request * 10 + layer)
-        heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
         # Scores with a standard deviation of about 2: some keys count much more than others.
         return [
-            (1.6 * torch.randn(self.tokens[request], n, shape.head_size, generator=generator)).to(shape.dtype)
-            for n in heads
+            (1.6 * torch.randn(self.tokens[request], n, width, generator=generator)).to(shape.dtype)
+            for n, width in zip(shape.heads, shape.widths, strict=True)
         ]
 
     def plan(self) -> StepPlan:
@@ -205,7 +227,10 @@ def make_scenario(
     dice.shuffle(scenario.rows)
     for rank in range(num_ranks):
         mine = [i for i, row in enumerate(scenario.rows) if scenario.shards[row.request][row.shard].rank == rank]
-        scenario.batches.append(dice.sample(mine, len(mine)))
+        batch = dice.sample(mine, len(mine))
+        if shape.decodes_first:
+            batch.sort(key=lambda i: scenario.rows[i].num_queries > 1)
+        scenario.batches.append(batch)
     return scenario
 
 
@@ -262,7 +287,7 @@ def make_layer(shape: Shape) -> Any:
 
 def empty_cache(shape: Shape, num_blocks: int) -> torch.Tensor:
     """A cache of NaN: whatever is read of it without having been written shows."""
-    size = (num_blocks, shape.num_kv_heads, shape.block_size, 2 * shape.head_size)
+    size = shape.cache_size(num_blocks)
     if shape.cache_type == torch.uint8:
         return torch.full(size, 0x7F, dtype=torch.uint8)  # NaN in both kinds of float8
     return torch.full(size, float("nan"), dtype=shape.cache_type)
@@ -468,21 +493,21 @@ class RankSimulation:
         parts = [
             [x[row.first : row.first + row.num_queries] for x in qkv] for row, qkv in zip(self.rows, whole, strict=True)
         ]
-        heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        sizes = list(zip(shape.heads, shape.widths, strict=True))
         if parts:
             joined = [torch.cat(x) for x in zip(*parts, strict=True)]
         else:
-            joined = [torch.randn(1, n, shape.head_size).to(shape.dtype) for n in heads]
+            joined = [torch.randn(1, n, width).to(shape.dtype) for n, width in sizes]
         # As the model has them: slices of one projection.
         fused = torch.cat([x.flatten(1) for x in joined], dim=1)
         if self.kernel.pad > len(fused):
             fused = torch.cat([fused, fused.new_full((self.kernel.pad - len(fused), fused.shape[1]), 7.0)])
-        split = fused.split([n * shape.head_size for n in heads], dim=1)
-        query, key, value = (x.view(-1, n, shape.head_size) for x, n in zip(split, heads, strict=True))
+        split = fused.split([n * width for n, width in sizes], dim=1)
+        query, key, value = (x.view(-1, *size) for x, size in zip(split, sizes, strict=True))
         if self.rows:
             written = len(common.slot_mapping)  # the rest is padding
             self._write(impl, key[:written], value[:written], cache, common.slot_mapping)
-        output = torch.full_like(query, float("nan"), memory_format=torch.contiguous_format).to(device)
+        output = query.new_full((*query.shape[:2], shape.result_width), float("nan")).to(device)
         inputs = (query.to(device), key.to(device), value.to(device))
         self.kernel.forward(impl, layer, *inputs, cache, metadata, output)
         output = output.cpu()
@@ -490,7 +515,7 @@ class RankSimulation:
         for row, (queries, keys, values) in zip(self.rows, whole, strict=True):
             end = row.first + row.num_queries
             keys, values = (kept(shape, x, s) for x, s in zip((keys, values), shape.cache_scales, strict=True))
-            expected = full_attention(queries[row.first : end], keys[:end], values[:end], row.first, shape.scale)
+            expected = shape.attention(queries[row.first : end], keys[:end], values[:end], row.first)
             error = (output[at : at + row.num_queries].double() - expected).abs()
             if self.kernel.stock is not None and row.shard:
                 stock = self.kernel.stock(queries[row.first : end], keys[:end], values[:end], row.first, shape.scale)

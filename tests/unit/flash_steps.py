@@ -233,7 +233,7 @@ def use_references() -> None:
     flash_attn.flash_attn_varlen_func = reference_flash  # type: ignore[attr-defined]
     flash_pieces.make_schedule = reference_schedule  # type: ignore[assignment]
     flash_pieces.attend_pieces = reference_pieces
-    flash_backend.attend = reference_attend
+    flash_backend.attend_visits = reference_attend
     flash_backend.pack = reference_pack_visits
     flash_backend.pack_pieces = reference_pack  # type: ignore[assignment]
     flash_backend.merge_rows = reference_merge

@@ -26,14 +26,15 @@ from tests.unit.attention_steps import (
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.cpu_backend import NanoCPCPUAttentionMetadataBuilder
 from vllm_nanocp.attention.cpu_partial import as_stored, gather_shard
-from vllm_nanocp.engine_config import CPU_CACHE_DTYPES
+from vllm_nanocp.attention.families import CACHE_DTYPES
 from vllm_nanocp.errors import NanoCPConfigError
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [
     Shape(*heads, dtype=dtype, cache_dtype=name)
     for (dtype, name), heads in zip(
-        itertools.product(MODEL_DTYPES, CPU_CACHE_DTYPES), itertools.cycle([(4, 2, 64), (6, 3, 32), (8, 1, 128)])
+        itertools.product(MODEL_DTYPES, CACHE_DTYPES[False, False]),
+        itertools.cycle([(4, 2, 64), (6, 3, 32), (8, 1, 128)]),
     )
 ]
 # Measured: 6e-6, 2.5e-2 and 3.6e-3 at most. Of a float32 model with a 16-bit cache, rows that visit nobody are computed

@@ -20,10 +20,15 @@ from tests.tiny_models import make_granite_moe, make_qwen3_moe
 from tests.unit import flash_steps
 from tests.unit.attention_steps import Shape
 from tests.unit.processes import run_ranks
-from vllm_nanocp.attention.flash_backend import NanoCPFlashAttentionBackend, NanoCPFlashAttentionImpl
+from vllm_nanocp.attention.families import family_of
+from vllm_nanocp.attention.flash_backend import (
+    GroupedQueryOnHopper,
+    NanoCPFlashAttentionBackend,
+    NanoCPFlashAttentionImpl,
+)
 from vllm_nanocp.attention.supported import FEATURES, KNOWN, LAYER_FEATURES, check_layers
 from vllm_nanocp.config import NanoCPConfig
-from vllm_nanocp.engine_config import CPU_CACHE_DTYPES, CUDA_CACHE_DTYPES, check_model
+from vllm_nanocp.engine_config import check_model
 from vllm_nanocp.errors import NanoCPConfigError
 
 # -- vLLM's layers on CPU, built by vLLM ------------------------------------------------------------------------
@@ -40,17 +45,12 @@ def _refusal(config: Any, build: Any) -> str:
     """What is said of the layers that ``build`` makes; "" when they are accepted."""
     from vllm.config import set_current_vllm_config
     from vllm.utils.torch_utils import set_default_torch_dtype
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     config.compilation_config.static_forward_context.clear()
     with set_current_vllm_config(config), set_default_torch_dtype(torch.float32):
         build()
     try:
-        check_layers(
-            config.compilation_config.static_forward_context,
-            AttentionBackendEnum.CPU_ATTN.get_class(),
-            CPU_CACHE_DTYPES,
-        )
+        check_layers(config.compilation_config.static_forward_context, family_of(config))
     except NanoCPConfigError as error:
         return str(error)
     return ""
@@ -250,9 +250,17 @@ def flash_layer(impl: dict[str, Any] | None = None, **layer: Any) -> Attention:
     return made
 
 
-def judge_flash(layer: Any, shape: tuple[int, int, int] | None = (8, 2, 64)) -> None:
+def judge_flash(layer: Any, shape: tuple[int, int, int] = (8, 2, 64)) -> None:
     experts = SimpleNamespace()  # the forward context knows these too
-    check_layers({"experts": experts, "l": layer}, NanoCPFlashAttentionBackend, CUDA_CACHE_DTYPES, shape)
+    heads, kv_heads, size = shape
+    model = SimpleNamespace(
+        dtype=torch.bfloat16,
+        get_num_attention_heads=lambda _: heads,
+        get_num_kv_heads=lambda _: kv_heads,
+        get_head_size=lambda: size,
+    )
+    family = GroupedQueryOnHopper(SimpleNamespace(model_config=model, parallel_config=None))
+    check_layers({"experts": experts, "l": layer}, family)
 
 
 def test_flash_attention_without_features() -> None:

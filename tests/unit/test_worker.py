@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from tests.unit.attention_steps import Shape
 from tests.unit.flash_steps import make_impl
 from vllm_nanocp.attention.context import context
+from vllm_nanocp.attention.flash_backend import GroupedQueryOnHopper
 from vllm_nanocp.plan import IDLE, Batch, StepPlan
 from vllm_nanocp.sched.output import StepMessage, generators_in
 from vllm_nanocp.worker.gpu_worker import NanoCPGPUWorker
@@ -70,14 +71,13 @@ def test_generators_are_reported_once(rank: _Rank) -> None:
 def test_kernels_are_warmed_up_before_vllm_watches_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``--observability-config.jit_monitor_mode error`` it would end the start."""
     calls: list[Any] = []
-    impl = SimpleNamespace(warm_up=lambda layer, *args: calls.append(args))
     worker: Any = object.__new__(NanoCPGPUWorker)
     worker.nanocp = SimpleNamespace(degree_limit=2, decode_bench=False)
-    worker.model_config = SimpleNamespace(dtype="dtype")
-    worker.attention_layers = lambda: {"layer": SimpleNamespace(impl=impl, kv_cache="cache")}
+    worker.family = SimpleNamespace(warm_up=calls.append)
+    worker.attention_layers = lambda: {"layer": "its layer"}
     monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: calls.append("vllm") or "times")
     assert worker.compile_or_warm_up_model() == "times"
-    assert calls == [("cache", "dtype"), "vllm"]
+    assert calls == ["its layer", "vllm"]
 
 
 def test_memory_of_a_sharded_step_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,8 @@ def test_memory_of_a_sharded_step_is_set_aside(monkeypatch: pytest.MonkeyPatch) 
         model_config=model, scheduler_config=scheduler, compilation_config=graphs, lora_config=None
     )
     worker.nanocp = SimpleNamespace(degree_limit=2, ranks=2)
-    worker.parallel_config, worker.device = None, torch.device("cpu")
+    worker.vllm_config.parallel_config, worker.device = None, torch.device("cpu")
+    worker.family = GroupedQueryOnHopper(worker.vllm_config)
     impl, output = make_impl(Shape(32, 4, 128, torch.bfloat16, 16)), torch.ones((4, 32, 128))
     taken: list[int] = []
     empty = torch.empty

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's CPU attention backend, taught shards. Touches ``vllm/v1/attention/backends/cpu_attn.py`` of 0.32."""
+"""Grouped-query attention on CPU. Touches ``vllm/v1/attention/backends/cpu_attn.py`` of vLLM 0.32."""
 
 from __future__ import annotations
 
-from copy import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,54 +16,20 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from ..errors import refuse
-from .context import ShardedStep, context
+from .context import context
 from .cpu_partial import as_stored, attend_causal, attend_shard, gather_shard
-from .merge import merge_partials
-
-
-@dataclass
-class LocalRow:
-    """One row's queries and the KV held here that they see.
-
-    Attributes:
-        tokens: where the queries are in the batch.
-        blocks: int64 [num_blocks], the blocks held here, in order.
-        past: KV tokens of them with a position below the first query.
-        visits: rows of the combined partials, one slice a shard visited elsewhere.
-    """
-
-    tokens: slice
-    blocks: torch.Tensor
-    past: int
-    visits: list[slice]
-
-
-@dataclass
-class ShardedRows:
-    """A batch of a sharded step, split.
-
-    Attributes:
-        step: the exchange's counts and the guests.
-        guest_rows: for each guest, its queries among the received ones.
-        plain: metadata of the rows that visit no other shard; None when there are none.
-        plain_tokens: int64, where their queries are; None when they are the whole batch.
-        local: the rows that do.
-        send_tokens: int64 [sum(step.send_counts)], queries to dispatch, in the exchange's order.
-    """
-
-    step: ShardedStep
-    guest_rows: list[slice]
-    plain: CPUAttentionMetadata | None
-    plain_tokens: torch.Tensor | None
-    local: list[LocalRow]
-    send_tokens: torch.Tensor
+from .cpu_rows import CPULayer, LocalRow, Partial, ShardedRows, split
+from .families import CACHE_DTYPES
+from .family import attend
+from .supported import grouped_query_problem
 
 
 @dataclass
 class ShardedCPUAttentionMetadata(CPUAttentionMetadata):
-    """Stock metadata for the whole batch, with its split in a sharded step."""
+    """Stock metadata, with the batch's split in a sharded step."""
 
     sharded: ShardedRows | None = field(default=None)
 
@@ -100,65 +66,19 @@ class NanoCPCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
-        step = context.step
-        if step is None:
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        common = common_attn_metadata
-        starts = common.query_start_loc_cpu.tolist()
-        rows = [own.batch_row() for own in step.own]
-        visiting = set(rows)
-        plain_rows = [r for r in range(common.num_reqs) if r not in visiting]
-        stock, plain_tokens = self._plain(common, starts, plain_rows, fast_build)
-        send_tokens, visits = step.lay_out([starts[row] for row in rows])
-        local = self._local(common, starts, rows, step, visits)
-        return ShardedCPUAttentionMetadata(
-            **{f.name: getattr(stock, f.name) for f in fields(CPUAttentionMetadata)},
-            sharded=ShardedRows(
-                step, step.guest_rows(), stock if plain_rows else None, plain_tokens, local, send_tokens
-            ),
+        stock = super().build
+        if context.step is None:
+            return stock(common_prefix_len, common_attn_metadata, fast_build)
+        rows, made = split(
+            context.step, common_attn_metadata, self.block_size, lambda common: stock(0, common, fast_build)
         )
-
-    def _plain(
-        self, common: CommonAttentionMetadata, starts: list[int], rows: list[int], fast_build: bool
-    ) -> tuple[CPUAttentionMetadata, torch.Tensor | None]:
-        """Stock metadata of the given rows, and where their tokens are (None: all)."""
-        if not rows or len(rows) == common.num_reqs:
-            return super().build(0, common, fast_build), None
-        index = torch.tensor(rows)
-        lengths = torch.tensor([starts[r + 1] - starts[r] for r in rows], dtype=common.query_start_loc.dtype)
-        part = copy(common)
-        part.num_reqs = len(rows)
-        part.query_start_loc = torch.zeros(len(rows) + 1, dtype=common.query_start_loc.dtype)
-        torch.cumsum(lengths, 0, out=part.query_start_loc[1:])
-        part.query_start_loc_cpu = part.query_start_loc
-        part.seq_lens = common.seq_lens[index].contiguous()
-        part.block_table_tensor = common.block_table_tensor[index].contiguous()
-        part.num_actual_tokens = int(part.query_start_loc[-1])
-        part.max_query_len = int(lengths.max())
-        part.max_seq_len = int(part.seq_lens.max())
-        tokens = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
-        return super().build(0, part, fast_build), tokens
-
-    def _local(
-        self,
-        common: CommonAttentionMetadata,
-        starts: list[int],
-        rows: list[int],
-        step: ShardedStep,
-        visits: list[list[slice]],
-    ) -> list[LocalRow]:
-        local: list[LocalRow] = []
-        for own, row, mine in zip(step.own, rows, visits, strict=True):
-            tokens = slice(starts[row], starts[row] + own.num_queries)
-            num_blocks = -(-(own.local_tokens + own.num_queries) // self.block_size)
-            blocks = common.block_table_tensor[row, own.first_block : own.first_block + num_blocks].long()
-            local.append(LocalRow(tokens, blocks, own.local_tokens, mine))
-        return local
+        values = {f.name: getattr(made, f.name) for f in fields(CPUAttentionMetadata)}
+        return ShardedCPUAttentionMetadata(**values, sharded=rows)
 
 
 class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
-    """Local rows, guests, merge. The KV of all new tokens is in the cache before ``forward`` runs, on every rank
-    before it serves guests (the dispatch is a collective)."""
+    """The KV of all new tokens is in the cache before ``forward`` runs, on every rank before it serves guests (the
+    dispatch is a collective)."""
 
     def forward(
         self,
@@ -173,74 +93,78 @@ class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows = getattr(attn_metadata, "sharded", None)
+        stock = super().forward
         if rows is None:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
-        exchange, step = context.exchange, rows.step
-        assert exchange is not None
-        arrive = exchange.dispatch(query.index_select(0, rows.send_tokens), step.send_counts, step.recv_counts)
-        # What needs no other rank comes first: in ``combine`` each waits for all.
-        if rows.plain is not None:
-            self._plain(layer, query, key, value, kv_cache, rows, output)
-        # A quantized cache holds keys and values divided by these. Scores are linear in keys, results in values.
-        scale, value_scale = self.scale * layer._k_scale_float, layer._v_scale_float
+            return stock(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        assert context.exchange is not None
+
+        def plain(tokens: torch.Tensor | None, into: torch.Tensor) -> None:
+            queries = query if tokens is None else query.index_select(0, tokens)
+            stock(layer, queries, key, value, kv_cache, rows.plain, into)
+
         stored = as_stored(kv_cache, self.kv_cache_dtype, query.dtype)
-        held = [self._held(row, query, key, value, stored, scale) for row in rows.local]
-        answers = self._serve(rows, arrive(), stored, scale)
-        partials = exchange.combine(answers, step.recv_counts, step.send_counts)
-        for row, parts in zip(rows.local, held, strict=True):
-            parts += [(partials[visit, :, :-1], partials[visit, :, -1]) for visit in row.visits]
-            outputs, lses = zip(*parts, strict=True)
-            merged = merge_partials(torch.stack(outputs), torch.stack(lses))
-            output[row.tokens] = merged.mul_(value_scale).to(output.dtype)
+        # A quantized cache holds keys and values divided by these. Scores are linear in keys, results in values.
+        scale = self.scale * layer._k_scale_float
+        attend(_Layer(rows, query, output, layer._v_scale_float, plain, key, value, stored, scale), context.exchange)
         return output
 
-    def _serve(self, rows: ShardedRows, visiting: torch.Tensor, stored: torch.Tensor, scale: float) -> torch.Tensor:
-        """Partial results of the visiting queries: [rows, num_heads, head_size + 1], output and log-sum-exp."""
-        answers = torch.empty((*visiting.shape[:2], self.head_size + 1), dtype=torch.float32)
-        for guest, part in zip(rows.step.guests, rows.guest_rows, strict=True):
-            output, lse = attend_shard(visiting[part], stored, guest.blocks, guest.length, scale)
-            answers[part, :, :-1], answers[part, :, -1] = output, lse
-        return answers
 
-    def _plain(
+class _Layer(CPULayer):
+    """One layer of a sharded step.
+
+    Args:
+        plain: see ``CPULayer.stock``.
+        key, value: [tokens, num_kv_heads, head_size], of the batch.
+        stored: the cache, in the type of its numbers.
+        scale: of the scores.
+        Others: as of ``CPULayer``.
+    """
+
+    def __init__(
         self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
         rows: ShardedRows,
-        output: torch.Tensor,
-    ) -> None:
-        if rows.plain_tokens is None:
-            super().forward(layer, query, key, value, kv_cache, rows.plain, output)
-            return
-        some = torch.empty((len(rows.plain_tokens), *output.shape[1:]), dtype=output.dtype)
-        super().forward(layer, query.index_select(0, rows.plain_tokens), key, value, kv_cache, rows.plain, some)
-        output.index_copy_(0, rows.plain_tokens, some)
-
-    def _held(
-        self,
-        row: LocalRow,
         query: torch.Tensor,
+        output: torch.Tensor,
+        result_scale: float,
+        plain: Callable[[torch.Tensor | None, torch.Tensor], None],
         key: torch.Tensor,
         value: torch.Tensor,
         stored: torch.Tensor,
         scale: float,
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Partial results, outputs and log-sum-exps, of a row over what is held here."""
-        queries = query[row.tokens]
-        if len(queries) == 1:  # its own key is the last one held here
-            return [attend_shard(queries, stored, row.blocks, row.past + 1, scale)]
-        if stored.dtype == query.dtype:
-            keys, values = key[row.tokens], value[row.tokens]
+    ) -> None:
+        super().__init__(rows, query, output, result_scale)
+        self._plain, self._key, self._value, self._stored, self._scale = plain, key, value, stored, scale
+
+    def stock(self, tokens: torch.Tensor | None, output: torch.Tensor) -> None:
+        self._plain(tokens, output)
+
+    def over_shard(self, queries: torch.Tensor, blocks: torch.Tensor, length: int) -> Partial:
+        return attend_shard(queries, self._stored, blocks, length, self._scale)
+
+    def over_new(self, row: LocalRow) -> Partial:
+        queries, stored = self.query[row.tokens], self._stored
+        if stored.dtype == queries.dtype:
+            keys, values = self._key[row.tokens], self._value[row.tokens]
         else:  # what the cache keeps of them, as for all that come later
             whole, cut = divmod(row.past, stored.shape[2])
-            held = gather_shard(stored, row.blocks[whole:], cut + len(queries), query.dtype)
+            held = gather_shard(stored, row.blocks[whole:], cut + len(queries), queries.dtype)
             keys, values = (part[:, cut:].transpose(0, 1) for part in held)
-        parts = [attend_causal(queries, keys, values, scale)]
-        if row.past:
-            parts.append(attend_shard(queries, stored, row.blocks, row.past, scale))
-        return parts
+        return attend_causal(queries, keys, values, self._scale)
+
+
+class GroupedQueryOnCPU:
+    """See ``Family``."""
+
+    cache_dtypes = CACHE_DTYPES[False, False]
+
+    def register(self) -> None:
+        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{NanoCPCPUAttentionBackend.__name__}")
+
+    def problem(self, layer: Any) -> tuple[str, str] | None:
+        return grouped_query_problem(layer, NanoCPCPUAttentionBackend)
+
+    def shape(self, layer: Any) -> tuple[Any, ...]:
+        return layer.impl.num_heads, layer.impl.num_kv_heads, layer.impl.head_size
+
+    def attach(self, layers: Mapping[str, Any]) -> None:
+        pass

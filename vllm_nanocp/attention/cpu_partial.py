@@ -63,9 +63,19 @@ def gather_shard(
     return keys.contiguous().view(flat)[:, :length], values.contiguous().view(flat)[:, :length]
 
 
-def _flash(
+def flash(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's kernel, with its log-sum-exp.
+
+    Args:
+        queries, keys, values: [num_heads, rows or length, head_size], the last dimension contiguous.
+        scale: of the scores.
+        causal: whether query i sees keys 0 to i, not all.
+
+    Returns:
+        Output as the queries, and natural log-sum-exp [num_heads, rows], float32.
+    """
     # The operation itself does not check what scaled_dot_product_attention checks before it calls it.
     assert queries.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -92,7 +102,7 @@ def attend(
     group = num_heads // kv_heads
     # The query heads of a KV head become rows of it, so that keys are read once a KV head.
     grouped = queries.view(rows, kv_heads, group, head_size).permute(1, 2, 0, 3)
-    out, lse = _flash(grouped.reshape(kv_heads, group * rows, head_size), keys, values, scale, causal=False)
+    out, lse = flash(grouped.reshape(kv_heads, group * rows, head_size), keys, values, scale, causal=False)
     out = out.view(kv_heads, group, rows, head_size).permute(2, 0, 1, 3).reshape(rows, num_heads, head_size)
     return out, lse.view(kv_heads, group, rows).permute(2, 0, 1).reshape(rows, num_heads)
 
@@ -141,7 +151,7 @@ def attend_causal(
         As ``attend``.
     """
     group = queries.shape[1] // keys.shape[1]
-    out, lse = _flash(
+    out, lse = flash(
         queries.transpose(0, 1),
         keys.transpose(0, 1).repeat_interleave(group, dim=0),
         values.transpose(0, 1).repeat_interleave(group, dim=0),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -26,16 +26,21 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from ..errors import NanoCPConfigError
 from ..exchange.routes import Batch, Route
 from . import flash_pieces
 from .context import ShardedStep, context
-from .decode_pieces import KV, Visits, attend, pack
+from .decode_pieces import KV, Visits, pack
+from .decode_pieces import attend as attend_visits
+from .families import CACHE_DTYPES
+from .family import attend
 from .fixed_tables import CapturedTables
 from .flash_pieces import ShardLaunch
-from .flash_tables import ShardedRows, exact_tables
-from .partial_rows import RowLayout, merge_rows, pack_pieces
+from .flash_tables import ShardedRows, exact_tables, gather_tables, most_memory
+from .partial_rows import RowLayout, merge_rows, pack_pieces, warm_up
+from .supported import grouped_query_problem
 
 _layers = itertools.count()
 
@@ -140,81 +145,28 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         args = (layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if rows is None:
             return super().forward(*args)
-        arrive = None if rows.routed is not None else self._dispatch(query, rows)
+        stock = super().forward
+        if rows.routed is None:
+            assert context.exchange is not None
+            attend(
+                _Layer(self, functools.partial(stock, *args), layer, query, kv_cache, rows, output), context.exchange
+            )
+            return output
+        # The same as one kernel, but for what it leaves to vLLM's.
         if rows.plain:
-            super().forward(*args)
-        if arrive is not None:
-            self._visit(layer, query, kv_cache, rows, arrive, output)
-        else:
-            assert rows.visits is not None and rows.routed is not None
-            routes, route = rows.routed
-            batch = Batch(query, output, attn_metadata.block_table, attn_metadata.seq_lens)
-            routes.attend(batch, self._kv(layer, query, kv_cache), rows.visits, route, self._number)
+            stock(*args)
+        assert rows.visits is not None
+        routes, route = rows.routed
+        batch = Batch(query, output, attn_metadata.block_table, attn_metadata.seq_lens)
+        routes.attend(batch, self.kv(layer, query, kv_cache), rows.visits, route, self._number)
         return output
-
-    def _dispatch(self, query: torch.Tensor, rows: ShardedRows) -> Callable[[], torch.Tensor]:
-        """See ``Exchange.dispatch``."""
-        assert context.exchange is not None
-        queries = query.index_select(0, rows.send[: rows.exchanged])
-        return context.exchange.dispatch(queries, rows.send_counts, rows.recv_counts)
 
     @functools.cached_property
     def _number(self) -> int:
         """Of this layer: all ranks run the same layers in the same order."""
         return next(_layers)
 
-    def _visit(
-        self,
-        layer: torch.nn.Module,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        rows: ShardedRows,
-        arrive: Callable[[], torch.Tensor],
-        output: torch.Tensor,
-    ) -> None:
-        """The sharded rows of a step, whose queries are on their way: own rows, guests, combine, merge. What a rank can
-        do without the others it does first, since in ``combine`` each waits for all."""
-        exchange, layout = context.exchange, RowLayout(self.num_heads, self.head_size)
-        assert exchange is not None
-        sent, mine = rows.partials[: rows.exchanged], rows.partials[rows.exchanged :]
-        if rows.own:
-            assert rows.tokens is not None
-            self._attend(layer, query.index_select(0, rows.tokens), kv_cache, rows.own, layout, mine)
-        visiting = arrive()
-        if rows.visits is not None:
-            visiting = torch.cat([visiting, query.index_select(0, rows.send[rows.exchanged :])])
-            answers = layout.empty(len(visiting), output.device)
-            attend(visiting, self._kv(layer, query, kv_cache), rows.visits, output.dtype)
-            pack(answers, layout, rows.visits)
-            mine.copy_(answers[rows.exchanged :])
-            answers = answers[: rows.exchanged]
-        else:
-            answers = layout.empty(len(visiting), output.device)
-            self._attend(layer, visiting, kv_cache, rows.guests, layout, answers)
-        exchange.combine(answers, rows.recv_counts, rows.send_counts, sent)
-        if rows.pick is not None:
-            assert rows.tokens is not None
-            merge_rows(rows.partials, layout, rows.pick, rows.tokens, output)
-
-    def _attend(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        launches: list[ShardLaunch],
-        layout: RowLayout,
-        into: torch.Tensor,
-    ) -> None:
-        """Partial results of queries over shards held here, as rows."""
-        at = 0
-        for launch in launches:
-            part = slice(at, at + launch.num_queries)
-            outputs, lses = self._pieces(layer, query[part], kv_cache, launch)
-            assert launch.pieces is not None
-            pack_pieces(into[part], layout, outputs, lses, launch.pieces, launch.launch_row)
-            at = part.stop
-
-    def _pieces(
+    def pieces(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, launch: ShardLaunch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Results of queries over pieces of the shards held here, as ``attend_pieces`` returns them."""
@@ -233,7 +185,7 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
             keys, values = keys.view(current_platform.fp8_dtype()), values.view(current_platform.fp8_dtype())
         return keys, values
 
-    def _kv(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor) -> KV:
+    def kv(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor) -> KV:
         """What queries attend to outside of FlashAttention."""
         scales: Any = (None, None, None)
         if is_quantized_kv_cache(self.kv_cache_dtype):
@@ -256,9 +208,9 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         routes = next(iter(context.routes.values()), None)
         places = 1 if routes is None else routes.places
         visits = Visits.empty(1, places, self.num_heads, self.num_kv_heads, self.head_size, device)
-        kv = self._kv(layer, query, kv_cache)
+        kv = self.kv(layer, query, kv_cache)
         if routes is None:
-            attend(query, kv, visits, dtype)
+            attend_visits(query, kv, visits, dtype)
             pack(layout.empty(1, device), layout, visits)
             return
         none = torch.zeros((places, 2), dtype=torch.int64, device=device)
@@ -266,3 +218,121 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         route = Route(none, none[:, 0], none.new_zeros(4), nowhere, nowhere[0, :1])
         batch = Batch(query, output, visits.done, visits.done[0])
         routes.attend(batch, kv, visits, route, 0)
+
+
+class _Layer:
+    """One layer of a sharded step with the collective exchange; see ``ShardedLayer``.
+
+    Args:
+        impl: vLLM's implementation of the layer's attention.
+        stock: runs it over the batch.
+        layer: vLLM's, for its scales.
+        query, kv_cache, output: as of ``forward``.
+        rows: the step's tables.
+    """
+
+    def __init__(
+        self,
+        impl: NanoCPFlashAttentionImpl,
+        stock: Callable[[], Any],
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: ShardedRows,
+        output: torch.Tensor,
+    ) -> None:
+        self.impl, self.stock, self.layer, self.query, self.kv_cache = impl, stock, layer, query, kv_cache
+        self.rows, self.output, self.layout = rows, output, RowLayout(impl.num_heads, impl.head_size)
+        self.send_counts, self.recv_counts = rows.send_counts, rows.recv_counts
+        self.partials, self._mine = rows.partials[: rows.exchanged], rows.partials[rows.exchanged :]
+
+    def queries(self) -> torch.Tensor:
+        return self.query.index_select(0, self.rows.send[: self.rows.exchanged])
+
+    def plain(self) -> None:
+        if self.rows.plain:
+            self.stock()
+
+    def own(self) -> None:
+        if self.rows.own:
+            assert self.rows.tokens is not None
+            self._attend(self.query.index_select(0, self.rows.tokens), self.rows.own, self._mine)
+
+    def serve(self, visiting: torch.Tensor) -> torch.Tensor:
+        rows = self.rows
+        if rows.visits is None:
+            answers = self.layout.empty(len(visiting), self.output.device)
+            self._attend(visiting, rows.guests, answers)
+            return answers
+        # At fixed places, guests and this rank's own rows attend in one launch.
+        visiting = torch.cat([visiting, self.query.index_select(0, rows.send[rows.exchanged :])])
+        answers = self.layout.empty(len(visiting), self.output.device)
+        attend_visits(visiting, self.impl.kv(self.layer, self.query, self.kv_cache), rows.visits, self.output.dtype)
+        pack(answers, self.layout, rows.visits)
+        self._mine.copy_(answers[rows.exchanged :])
+        return answers[: rows.exchanged]
+
+    def finish(self, partials: torch.Tensor) -> None:
+        rows = self.rows
+        if rows.pick is not None:
+            assert rows.tokens is not None
+            merge_rows(rows.partials, self.layout, rows.pick, rows.tokens, self.output)
+
+    def _attend(self, query: torch.Tensor, launches: list[ShardLaunch], into: torch.Tensor) -> None:
+        """Partial results of queries over shards held here, as rows."""
+        at = 0
+        for launch in launches:
+            part = slice(at, at + launch.num_queries)
+            outputs, lses = self.impl.pieces(self.layer, query[part], self.kv_cache, launch)
+            assert launch.pieces is not None
+            pack_pieces(into[part], self.layout, outputs, lses, launch.pieces, launch.launch_row)
+            at = part.stop
+
+
+class GroupedQueryOnHopper:
+    """See ``GPUFamily``."""
+
+    cache_dtypes = CACHE_DTYPES[False, True]
+    unrouted = ""
+
+    def __init__(self, vllm_config: Any) -> None:
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        assert isinstance(model.dtype, torch.dtype)
+        self.dtype, self.num_kv_heads = model.dtype, model.get_num_kv_heads(parallel)
+        self.layout = RowLayout(model.get_num_attention_heads(parallel), model.get_head_size())
+        self.query_bytes = self.layout.query_bytes(self.dtype)
+
+    def register(self) -> None:
+        register_backend(AttentionBackendEnum.FLASH_ATTN, f"{__name__}.{NanoCPFlashAttentionBackend.__name__}")
+
+    def problem(self, layer: Any) -> tuple[str, str] | None:
+        found = grouped_query_problem(layer, NanoCPFlashAttentionBackend)
+        mine = (self.layout.num_heads, self.num_kv_heads, self.layout.head_size)
+        if found is None and self.shape(layer) != mine:
+            found = (
+                "attention whose layers differ in heads or head size",
+                f"the exchange and its memory are laid out for one shape, not {mine}, {self.shape(layer)}",
+            )
+        return found
+
+    def shape(self, layer: Any) -> tuple[Any, ...]:
+        return layer.impl.num_heads, layer.impl.num_kv_heads, layer.impl.head_size
+
+    def attach(self, layers: Mapping[str, Any]) -> None:
+        pass
+
+    def prepare(self, device: torch.device) -> None:
+        layout = self.layout
+        flash_pieces.self_check(layout.num_heads, self.num_kv_heads, layout.head_size, self.dtype, device)
+        warm_up(layout, self.dtype, device)
+        block = torch.zeros(1, dtype=torch.int32, device=device)
+        gather_tables([block.data_ptr()], [1], device)  # compiled now
+
+    def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device) -> CapturedTables:
+        return CapturedTables(capacity, num_ranks, max_reqs, self.layout, self.num_kv_heads, device)
+
+    def most_memory(self, num_ranks: int, max_tokens: int) -> int:
+        return most_memory(num_ranks, max_tokens, self.layout, self.num_kv_heads, self.dtype)
+
+    def warm_up(self, layer: Any) -> None:
+        layer.impl.warm_up(layer, layer.kv_cache, self.dtype)

@@ -8,15 +8,18 @@ attribute of its implementation either known or empty. Written for vLLM 0.32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
 
 from ..errors import refuse
+
+if TYPE_CHECKING:
+    from .family import Family
 
 INSTEAD = "use --nanocp-config '{\"max_degree\": 1}' to serve it with one scheduler and no sharding"
 
@@ -49,25 +52,31 @@ KNOWN = frozenset(
         *("num_heads", "num_kv_heads", "num_queries_per_kv", "head_size", "scale", "kv_cache_dtype", "is_fp8_kv_cache"),
         *("use_zentorch_sdpa", "vllm_flash_attn_version", "batch_invariant_enabled", "supports_quant_query_input"),
         *("need_to_return_lse_for_decode", "dcp_rank", "pcp_rank", "total_cp_world_size", "total_cp_rank"),
-        *("dcp_combine", "_dcp_dtype", "_dcp_max_num_tokens"),
+        *("dcp_combine", "_dcp_dtype", "_dcp_max_num_tokens", "cp_kv_cache_interleave_size"),
+        # of latent attention
+        *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "v_head_dim"),
+        *("kv_b_proj", "q_pad_num_heads", "_use_flashinfer_concat_mla_k", "_pad_v"),
     ]
 )
+LATENT_FEATURES: dict[str, Feature] = {
+    "sliding_window": ((None,), "sliding-window attention"),
+    "non_causal_multi_token_decode": ((False,), "queries that see later tokens"),
+    "use_pcp": ((False,), "prefill context parallelism"),
+    "dcp_manager": ((None,), "decode context parallelism"),
+    "hisparse_cache": ((None,), "latents that are kept elsewhere"),
+}
 _SCALES = ("_q_scale", "_k_scale", "_v_scale")
 
 
-def check_layers(
-    layers: Mapping[str, Any],
-    backend: type[Any],
-    cache_dtypes: Collection[str],
-    shape: tuple[int, int, int] | None = None,
-) -> None:
+def check_layers(layers: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Refuse a model with an attention layer that shards would change.
 
     Args:
         layers: all that vLLM's forward context knows, by name; those that are no attention are passed over.
-        backend: this package's, which each layer must have.
-        cache_dtypes: values of ``--kv-cache-dtype`` that its partial attention reads.
-        shape: query heads, KV heads and head size that other parts of this worker go by; None: they ask each layer.
+        family: to which all layers must belong.
+
+    Returns:
+        The attention layers, by name.
 
     Raises:
         NanoCPConfigError
@@ -75,9 +84,9 @@ def check_layers(
     attention = {name: layer for name, layer in layers.items() if _is_attention(layer)}
     if not attention:
         refuse("a model without attention layers with max_degree above 1", "there is no KV to be cut", INSTEAD)
-    _refuse_any(attention, lambda layer: _problem(layer, backend))
+    _refuse_any(attention, family.problem)
     dtypes = {layer.kv_cache_dtype for layer in attention.values()}
-    for dtype in sorted(dtypes - set(cache_dtypes)):
+    for dtype in sorted(dtypes - set(family.cache_dtypes)):
         refuse(f"a KV cache of {dtype} with max_degree above 1", "the attention path here cannot read it", INSTEAD)
     if len(dtypes) > 1:
         refuse(
@@ -85,14 +94,14 @@ def check_layers(
             "a step's attention is laid out for one",
             "leave out --kv-cache-dtype-skip-layers, or " + INSTEAD,
         )
-    shapes = {(layer.impl.num_heads, layer.impl.num_kv_heads, layer.impl.head_size) for layer in attention.values()}
-    if len(shapes) > 1 or (shape is not None and shapes != {shape}):
-        known = sorted(shapes | ({shape} if shape else set()))
+    shapes = {family.shape(layer) for layer in attention.values()}
+    if len(shapes) > 1:
         refuse(
             "attention whose layers differ in heads or head size with max_degree above 1",
-            f"the exchange and its memory are laid out for one shape, not {', '.join(map(str, known))}",
+            f"the exchange and its memory are laid out for one shape, not {', '.join(map(str, sorted(shapes)))}",
             INSTEAD,
         )
+    return attention
 
 
 def _is_attention(layer: Any) -> bool:
@@ -112,15 +121,39 @@ def _refuse_any(layers: Mapping[str, Any], problem: Callable[[Any], tuple[str, s
     refuse(f"{what} ({where}) with max_degree above 1", why, INSTEAD)
 
 
-def _problem(layer: Any, backend: type[Any]) -> tuple[str, str] | None:
-    """What of a layer cannot be sharded, and why; None: all can."""
-    if type(layer) is not Attention:
-        return f"attention of the kind {type(layer).__name__}", "only plain attention can be cut into shards"
-    impl = layer.impl
-    if layer.attn_backend is not backend or type(impl) is not backend.get_impl_cls():
+def grouped_query_problem(layer: Any, backend: type[Any]) -> tuple[str, str] | None:
+    """``Family.problem`` of vLLM's plain attention on one of this package's backends."""
+    found = _kind_problem(layer, Attention, backend) or _feature_problem(layer, LAYER_FEATURES)
+    if found is not None:
+        return found
+    if layer.head_size_v != layer.head_size:
+        return "attention whose values are not as long as its keys", "a partial result has one length"
+    if any(getattr(layer, name).numel() != 1 for name in _SCALES):
+        return "KV scales of each head", "the attention path here knows one for a layer"
+    return None
+
+
+def latent_problem(layer: Any, backend: type[Any]) -> tuple[str, str] | None:
+    """``Family.problem`` of multi-head latent attention on one of this package's backends."""
+    if getattr(layer, "use_sparse", False) or getattr(layer.impl, "is_sparse", False):
+        why = "each query looks for its best keys over the whole context, and a shard knows its own only"
+        return "sparse latent attention (DSA)", why
+    return _kind_problem(layer, MLAAttention, backend) or _feature_problem(layer, LATENT_FEATURES)
+
+
+def _kind_problem(layer: Any, kind: type[Any], backend: type[Any]) -> tuple[str, str] | None:
+    if type(layer) is not kind:
+        return f"attention of the kind {type(layer).__name__}", f"only vLLM's {kind.__name__} can be cut into shards"
+    if layer.attn_backend is not backend or type(layer.impl) is not backend.get_impl_cls():
         return f"the attention backend {layer.attn_backend.__name__}", f"only {backend.__name__} serves shards"
+    return None
+
+
+def _feature_problem(layer: Any, of_layer: Mapping[str, Feature]) -> tuple[str, str] | None:
+    """What a layer or its implementation has that this package does not know."""
+    impl = layer.impl
     why = "partial results over shards would not be those of the whole"
-    for holder, features in ((impl, FEATURES), (layer, LAYER_FEATURES)):
+    for holder, features in ((impl, FEATURES), (layer, of_layer)):
         for name, (without, feature) in features.items():
             if hasattr(holder, name) and not _is_one_of(getattr(holder, name), without):
                 return feature, why
@@ -128,10 +161,6 @@ def _problem(layer: Any, backend: type[Any]) -> tuple[str, str] | None:
     for name in unknown:
         if not _is_one_of(getattr(impl, name), (None, False, 0)):
             return f"attention with {name!r}", "this package does not know it"
-    if layer.head_size_v != layer.head_size:
-        return "attention whose values are not as long as its keys", "a partial result has one length"
-    if any(getattr(layer, name).numel() != 1 for name in _SCALES):
-        return "KV scales of each head", "the attention path here knows one for a layer"
     return None
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from .worker import OneRank
@@ -11,6 +10,3 @@ from .worker import OneRank
 
 class NanoCPCPUWorker(OneRank, CPUWorker):
     """vLLM's CPU worker as one of N ranks."""
-
-    def register_attention(self) -> None:
-        register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_nanocp.attention.cpu_backend.NanoCPCPUAttentionBackend")

@@ -3,24 +3,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.parallel_state import get_dp_group
 from vllm.logger import init_logger
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
 
-from ..attention import flash_pieces
 from ..attention.context import context
-from ..attention.fixed_tables import CapturedTables
-from ..attention.flash_tables import gather_tables, most_memory
-from ..attention.partial_rows import RowLayout, warm_up
 from ..exchange.choose import choose
 from ..exchange.routes import Routes
 from ..exchange.symmetric import allocate, first_problem, reachable
 from .graphs import capacities, replays
 from .worker import OneRank
+
+if TYPE_CHECKING:
+    from ..attention.family import GPUFamily
 
 logger = init_logger("vllm.nanocp.worker")  # vLLM shows what is under its own name
 
@@ -28,47 +26,37 @@ logger = init_logger("vllm.nanocp.worker")  # vLLM shows what is under its own n
 class NanoCPGPUWorker(OneRank, Worker):
     """vLLM's GPU worker as one of N ranks."""
 
+    family: GPUFamily
+
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         if self.nanocp.degree_limit > 1:
-            layout, kv_heads, dtype = self._attention_shape()
             assert self.device is not None
-            flash_pieces.self_check(layout.num_heads, kv_heads, layout.head_size, dtype, self.device)
-            warm_up(layout, dtype, self.device)
-            block = torch.zeros(1, dtype=torch.int32, device=self.device)
-            gather_tables([block.data_ptr()], [1], self.device)  # compiled now
-            self._choose_exchange(layout, dtype)
+            self.family.prepare(self.device)
+            self._choose_exchange()
 
-    def _attention_shape(self) -> tuple[RowLayout, int, torch.dtype]:
-        """This worker's query heads, its KV heads, and the type of both."""
-        model, parallel = self.vllm_config.model_config, self.parallel_config
-        assert isinstance(model.dtype, torch.dtype)
-        layout = RowLayout(model.get_num_attention_heads(parallel), model.get_head_size())
-        return layout, model.get_num_kv_heads(parallel), model.dtype
-
-    def _choose_exchange(self, layout: RowLayout, dtype: torch.dtype) -> None:
+    def _choose_exchange(self) -> None:
         """Set up the routed exchange if it is wanted and can be had. A collective of the ranks."""
-        problem = "graph_capacities is empty" if self.nanocp.graph_capacities == () else ""
+        problem = "graph_capacities is empty" if self.nanocp.graph_capacities == () else self.family.unrouted
         if not problem and self.nanocp.exchange != "collective":
-            problem = self._make_routes(layout, dtype)
+            problem = self._make_routes()
         name, reason = choose(self.nanocp.exchange, problem)
         context.capacities = capacities(self.vllm_config, routed=bool(context.routes))
         if self.global_rank == 0:
             logger.info("nanocp: exchange %s: %s", name, reason)
 
-    def _make_routes(self, layout: RowLayout, dtype: torch.dtype) -> str:
+    def _make_routes(self) -> str:
         """Memory of the routed exchange, for each capacity. Returns why there is none, the same on all ranks."""
         assert self.device is not None
         group, ranks, routes = get_dp_group(), self.nanocp.ranks, {}
-        query_bytes = layout.query_bytes(dtype)
+        shape = (self.family.layout, self.family.query_bytes)
         problem = reachable(self.device, group.cpu_group)
         if problem:
             return problem
         try:
             for capacity in capacities(self.vllm_config, routed=True):
-                size = Routes.size(capacity, ranks, layout, query_bytes)
-                memory = allocate(size, group.device_group, self.device)
-                routes[capacity] = Routes(capacity, ranks, group.rank_in_group, layout, query_bytes, *memory)
+                memory = allocate(Routes.size(capacity, ranks, *shape), group.device_group, self.device)
+                routes[capacity] = Routes(capacity, ranks, group.rank_in_group, *shape, *memory)
         except RuntimeError as error:  # a container may forbid what this takes
             problem = f"GPUs cannot share memory here ({error!r:.200})"
         problem = first_problem(problem, group.cpu_group)
@@ -87,26 +75,17 @@ class NanoCPGPUWorker(OneRank, Worker):
     def _reserve(self) -> None:
         """Take what sharded steps take: for good, tables of fixed size; for a moment, what a layer needs at most."""
         assert self.device is not None
-        ranks, shape = self.nanocp.ranks, self._attention_shape()
-        layout, kv_heads, _ = shape
-        most = self.vllm_config.scheduler_config
+        ranks, most = self.nanocp.ranks, self.vllm_config.scheduler_config
         used = context.capacities if context.routes or replays(self.vllm_config) else ()
         for capacity in used:
             if capacity not in context.tables:
-                context.tables[capacity] = CapturedTables(
-                    capacity, ranks, most.max_num_seqs, layout, kv_heads, self.device
-                )
-        bytes_ = most_memory(ranks, most.max_num_batched_tokens, *shape)
+                context.tables[capacity] = self.family.tables(capacity, ranks, most.max_num_seqs, self.device)
+        bytes_ = self.family.most_memory(ranks, most.max_num_batched_tokens)
         torch.empty(bytes_, dtype=torch.uint8, device=self.device)
 
     def compile_or_warm_up_model(self) -> Any:
         # First, for at its end vLLM begins to report kernels that are compiled, or to refuse them.
         if self.nanocp.degree_limit > 1:
             layer = next(iter(self.attention_layers().values()))
-            layer.impl.warm_up(layer, layer.kv_cache, self.model_config.dtype)
+            self.family.warm_up(layer)
         return super().compile_or_warm_up_model()
-
-    def register_attention(self) -> None:
-        register_backend(
-            AttentionBackendEnum.FLASH_ATTN, "vllm_nanocp.attention.flash_backend.NanoCPFlashAttentionBackend"
-        )

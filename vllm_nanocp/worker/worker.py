@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_dp_group
-from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from .. import config as nanocp_config
 from .. import patches
 from ..attention.context import context
+from ..attention.families import family_of
 from ..attention.supported import check_layers
-from ..engine_config import CPU_CACHE_DTYPES, CUDA_CACHE_DTYPES
 from ..exchange import CollectiveExchange
 from ..sched.output import NanoCPGrammarOutput, PackedOutput, StepMessage, with_generators
 from . import queues
@@ -26,6 +24,8 @@ from .step import ShardTable, make_step
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
+
+    from ..attention.family import Family
 
     _Base = Worker
 else:
@@ -46,6 +46,7 @@ class OneRank(_Base):
 
     shards: ShardTable
     runner: RunnerAdapter
+    family: Family
     _generators: dict[str, bytes]
     num_sharded_steps = 0
     num_captured_steps = 0
@@ -72,14 +73,11 @@ class OneRank(_Base):
         patches.apply_all()
         queues.install()
         if self.nanocp.degree_limit > 1:
-            self.register_attention()
+            self.family = family_of(vllm_config)
+            self.family.register()
         super().__init__(
             vllm_config, local_rank % tp_size, rank % tp_size, distributed_init_method, is_driver_worker, **kwargs
         )
-
-    def register_attention(self) -> None:
-        """Put this package's attention backend in the stock one's place, in this process."""
-        raise NotImplementedError
 
     def init_device(self) -> None:
         super().init_device()
@@ -94,17 +92,8 @@ class OneRank(_Base):
         super().load_model(*args, **kwargs)
         if self.nanocp.degree_limit == 1:
             return
-        cuda = current_platform.is_cuda()
-        kind = AttentionBackendEnum.FLASH_ATTN if cuda else AttentionBackendEnum.CPU_ATTN
-        model, parallel = self.vllm_config.model_config, self.parallel_config
-        check_layers(
-            self.vllm_config.compilation_config.static_forward_context,
-            kind.get_class(),
-            CUDA_CACHE_DTYPES if cuda else CPU_CACHE_DTYPES,
-            (model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel), model.get_head_size())
-            if cuda
-            else None,
-        )
+        layers = check_layers(self.vllm_config.compilation_config.static_forward_context, self.family)
+        self.family.attach(layers)
 
     def attention_layers(self) -> dict[str, Any]:
         """vLLM's attention layers of the model, by name."""

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head latent attention over several ranks: the tokens and logprobs of the model in float64, whatever happens.
+
+``tests/engine/test_latent.py`` holds the same reference against stock vLLM.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.deepseek_reference import Decoded, DeepseekReference
+
+from .harness import RESTLESS, Answer, Ask, Engine, prompt
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+BLOCK = 16  # the only size of vLLM's kernel
+STEPS = 12
+RECIPES: dict[str, dict[str, Any]] = {
+    # Ranks take turns with a prompt.
+    "two": dict(ranks=2, nanocp={"segment_size": 512, "parallel_prefill": False, "scheduler_processes": True}),
+    # So few blocks and so narrow margins that homes move and ranks spill all the time; 1,536 tokens a rank.
+    "three": dict(
+        ranks=3,
+        nanocp={"segment_size": 512, "moves": RESTLESS},
+        num_gpu_blocks_override=97,
+        max_model_len=4096,
+        enable_prefix_caching=True,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(RECIPES))
+def latent(request: pytest.FixtureRequest, tiny_deepseek: str) -> Iterator[Engine]:
+    engine = Engine(tiny_deepseek, block_size=BLOCK, **RECIPES[request.param])
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def expected(deepseek_reference: DeepseekReference) -> Any:
+    """Greedy decoding of a prompt in float64, computed once."""
+
+    @functools.cache
+    def decode(tokens: tuple[int, ...], steps: int) -> Decoded:
+        return deepseek_reference.decode(list(tokens), steps)
+
+    return decode
+
+
+def check(engine: Engine, expected: Any, asks: list[Ask]) -> tuple[list[Answer], dict[str, int]]:
+    """Answers of requests that come together, and how many moves and spills there were meanwhile."""
+    before = engine.status()
+    answers = engine.ask(asks)
+    engine.check_nothing_left()
+    after = engine.status()
+    for ask, answer in zip(asks, answers, strict=True):
+        if ask.leave_after is not None:
+            continue
+        decoded = expected(tuple(ask.prompt), ask.params.get("max_tokens", 16))
+        assert answer.tokens[0] == decoded.tokens, (len(ask.prompt), answer.tokens[0], decoded.tokens)
+        for step, top in enumerate(answer.logprobs[0] or ()):
+            for token, one in top.items():
+                assert abs(one.logprob - decoded.logprobs[step, token].item()) < 1e-3, (len(ask.prompt), step)
+    return answers, {name: after[name] - before[name] for name in ("moves", "spills")}
+
+
+def mixed() -> list[Ask]:
+    return [
+        Ask(prompt(n, n), dict(max_tokens=STEPS, logprobs=3), delay=0.05 * i)
+        for i, n in enumerate((3000, 1, 700, 16, 1500, 33, 513))
+    ]
+
+
+def test_mixed_lengths_at_once(latent: Engine, expected: Any) -> None:
+    """Long prompts over all ranks beside short ones; and again, from the prefix cache where there is one."""
+    check(latent, expected, mixed())
+    answers, _ = check(latent, expected, mixed())
+    assert latent.ranks == 2 or sum(answer.cached for answer in answers) > 512
+
+
+def test_moves_and_spills(latent: Engine, expected: Any) -> None:
+    asks = [Ask(prompt(40 + 31 * i, 500 + i), dict(max_tokens=40 + 4 * i), delay=0.05 * i) for i in range(12)]
+    _, counts = check(latent, expected, asks)
+    assert latent.ranks == 2 or (counts["moves"] > 0 and counts["spills"] > 0), counts
+
+
+def test_clients_that_leave(latent: Engine, expected: Any) -> None:
+    asks = mixed()
+    for ask in asks[::2]:
+        ask.leave_after = 2
+    check(latent, expected, asks)

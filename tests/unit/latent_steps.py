@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latent attention under ``attention_steps``: vLLM's layer and metadata builder of it, without an engine."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadata, MLADims
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
+from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
+
+from tests.unit.attention_steps import Kernel, Shape, full_attention
+from vllm_nanocp.attention.cpu_mla_backend import LatentOnCPU, NanoCPCPUMLABackend, NanoCPCPUMLAMetadataBuilder
+
+WORKSPACE = 256  # tokens of a chunk of context in vLLM's own path
+
+
+@dataclass(frozen=True)
+class LatentShape(Shape):
+    """Keys of a scenario are latents with the rotated keys behind, ``rank`` + ``rotated`` wide; its values are unused.
+
+    ``head_size`` is that of queries: unrotated and rotated.
+    """
+
+    rank: int = 512
+    rotated: int = 64
+    value_size: int = 32
+    decodes_first = True
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        return self.head_size, self.rank + self.rotated, 1
+
+    @property
+    def result_width(self) -> int:
+        return self.value_size
+
+    def cache_size(self, num_blocks: int) -> tuple[int, ...]:
+        return num_blocks, self.block_size, self.rank + self.rotated
+
+    @functools.cached_property
+    def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``W_UK`` [num_heads, unrotated, rank] and ``W_UV`` [num_heads, rank, value_size]."""
+        generator = torch.Generator().manual_seed(self.num_heads)
+        unrotated = self.head_size - self.rotated
+        sizes = ((self.num_heads, unrotated, self.rank), (self.num_heads, self.rank, self.value_size))
+        return tuple((torch.randn(s, generator=generator) * self.rank**-0.5).to(self.dtype) for s in sizes)  # type: ignore[return-value]
+
+    def projected(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of latents [tokens, 1, rank + rotated], in float64: [tokens, num_heads, ...]."""
+        w_uk, w_uv = (w.double() for w in self.projections)
+        inner, rotated = latents[:, 0].double().split([self.rank, self.rotated], dim=-1)
+        keys = torch.einsum("tl,npl->tnp", inner, w_uk)
+        keys = torch.cat([keys, rotated[:, None].expand(-1, self.num_heads, -1)], dim=-1)
+        return keys, torch.einsum("tl,nlv->tnv", inner, w_uv)
+
+    def attention(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int) -> torch.Tensor:
+        return full_attention(queries, *self.projected(keys), first, self.scale)
+
+
+def latent_shape(num_heads: int, unrotated: int, value_size: int, **more: Any) -> LatentShape:
+    return LatentShape(num_heads, 1, unrotated + 64, block_size=16, value_size=value_size, **more)
+
+
+def make_builder(shape: LatentShape) -> NanoCPCPUMLAMetadataBuilder:
+    """A metadata builder without the engine's configuration."""
+    prefill = object.__new__(CPUSDPAMLAPrefillBackend)
+    prefill.__dict__.update(scale=shape.scale, num_heads=shape.num_heads)
+    builder = object.__new__(NanoCPCPUMLAMetadataBuilder)
+    values: dict[str, Any] = {
+        "metadata_cls": MLACommonMetadata,
+        "model_config": SimpleNamespace(dtype=shape.dtype, get_head_size=lambda: shape.rank + shape.rotated),
+        "device": torch.device("cpu"),
+        "use_pcp": False,
+        "non_causal_multi_token_decode": False,
+        "num_heads": shape.num_heads,
+        "mla_dims": MLADims(None, shape.rank, shape.head_size - shape.rotated, shape.rotated, shape.value_size),
+        "q_data_type": shape.dtype,
+        "dcp_world_size": 1,
+        "dcp_local_block_size": 1,
+        "dcp_virtual_block_size": 1,
+        "cp_kv_cache_interleave_size": 1,
+        "dcp_manager": None,
+        "page_size": shape.block_size,
+        "chunked_prefill_workspace_size": WORKSPACE,
+        "chunked_prefill_workspace": torch.empty(WORKSPACE, shape.rank + shape.rotated, dtype=shape.dtype),
+        "_prefill_backend": prefill,
+    }
+    builder.__dict__.update(values)
+    return builder
+
+
+class _Projection:
+    """vLLM's linear layer from latents to keys and values."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.both, self.params_dtype = weight, weight.dtype
+
+    def __call__(self, latents: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return latents @ self.both, None
+
+
+def make_layer(shape: LatentShape) -> Any:
+    """vLLM's layer, taken over as a worker does it, without the engine's configuration."""
+    w_uk, w_uv = shape.projections
+    both = torch.cat([w_uk.transpose(1, 2), w_uv], dim=-1).transpose(0, 1).flatten(1)
+
+    impl = object.__new__(CPUMLAImpl)
+    sizes = {
+        "num_heads": shape.num_heads,
+        "scale": shape.scale,
+        "kv_cache_dtype": "auto",
+        "kv_lora_rank": shape.rank,
+        "qk_nope_head_dim": shape.head_size - shape.rotated,
+        "qk_rope_head_dim": shape.rotated,
+        "qk_head_dim": shape.head_size,
+        "v_head_dim": shape.value_size,
+    }
+    impl.__dict__.update(
+        sizes,
+        head_size=shape.rank + shape.rotated,
+        q_lora_rank=None,
+        kv_b_proj=_Projection(both),
+        dcp_world_size=1,
+        q_pad_num_heads=None,
+        supports_quant_query_input=False,
+        _use_flashinfer_concat_mla_k=False,
+        _pad_v=False,
+        num_kv_heads=1,
+        indexer=None,
+        cp_kv_cache_interleave_size=1,
+    )
+    layer = object.__new__(MLAAttention)
+    torch.nn.Module.__init__(layer)
+    layer.__dict__.update(
+        sizes,
+        attn_backend=NanoCPCPUMLABackend,
+        impl=impl,
+        W_UK_T=w_uk,
+        W_UV=w_uv,
+        q_pad_num_heads=None,
+        use_pcp=False,
+        use_sparse=False,
+        prefill_backend=None,
+        sliding_window=None,
+        non_causal_multi_token_decode=False,
+        dcp_manager=None,
+        hisparse_cache=None,
+        is_aiter_triton_fp4_bmm_enabled=False,
+        is_aiter_triton_fp8_bmm_enabled=False,
+        is_amx_bmm_enabled=False,
+        _k_scale=torch.ones(()),
+    )
+    LatentOnCPU().attach({"l": layer})
+    return layer
+
+
+def write(impl: Any, layer: Any, keys: torch.Tensor, values: torch.Tensor, cache: torch.Tensor, slots: Any) -> None:
+    latents, rotated = keys[:, 0, :-64], keys[..., -64:]
+    layer.impl.do_kv_cache_update(latents, rotated, cache, slots, "auto", layer._k_scale)
+
+
+def forward(
+    impl: Any,
+    layer: Any,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cache: torch.Tensor,
+    metadata: Any,
+    output: torch.Tensor,
+) -> None:
+    layer.forward_impl(query, keys[:, 0, :-64], keys[..., -64:], cache, metadata, output=output.flatten(1))
+
+
+_layers: dict[LatentShape, Any] = {}
+
+
+def _layer_of(shape: LatentShape) -> Any:
+    if shape not in _layers:
+        _layers[shape] = make_layer(shape)
+    return _layers[shape]
+
+
+def cpu_kernel() -> Kernel:
+    return Kernel(make_builder, lambda shape: None, _layer_of, write, torch.device("cpu"), forward)  # type: ignore[arg-type]

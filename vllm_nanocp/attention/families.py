@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which family of attention a model belongs to, on which platform."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .family import Family
+
+# Values of ``--kv-cache-dtype`` that are read, by (latent attention, CUDA).
+CACHE_DTYPES: dict[tuple[bool, bool], tuple[str, ...]] = {
+    (False, False): ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
+    (False, True): ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
+    (True, False): ("auto",),
+    (True, True): ("auto", "float16", "bfloat16"),
+}
+
+
+def family_of(vllm_config: Any) -> Family:
+    """The family whose backend and partial attention serve a model here. ``check_model`` has refused the others.
+
+    Args:
+        vllm_config: finished.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        from .flash_backend import GroupedQueryOnHopper
+
+        return GroupedQueryOnHopper(vllm_config)
+    if vllm_config.model_config.use_mla:
+        from .cpu_mla_backend import LatentOnCPU
+
+        return LatentOnCPU()
+    from .cpu_backend import GroupedQueryOnCPU
+
+    return GroupedQueryOnCPU()

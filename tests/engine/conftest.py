@@ -15,10 +15,18 @@ SMALL_BLOCKS = 49
 
 
 @pytest.fixture(scope="package")  # then their memory is free for the servers
-def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
+def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Callable[..., Engine]]:
     """Starts engines by name, once."""
     running: dict[str, Engine] = {}
+    latent = dict(model=tiny_deepseek, attention_config={"backend": "CPU_MLA"}, block_size=16)
     recipes: dict[str, dict[str, Any]] = {
+        # Stock on latent attention: each prompt at once, no prefix caching. Without a repair its rotary embeddings are
+        # wrong.
+        "latent-stock": dict(**latent, ranks=1, worker_cls="tests.engine.repaired.Worker"),
+        # Stock's ranks, whose prompts are computed in chunks, and not again what is in the prefix cache.
+        "latent-chunked": dict(
+            **latent, ranks=2, nanocp={"max_degree": 1}, max_num_batched_tokens=100, enable_prefix_caching=True
+        ),
         # Chunks large enough for all: stock vLLM on CPU dies of a seeded request that takes more than one.
         "stock": dict(ranks=1, max_num_batched_tokens=1 << 17, num_gpu_blocks_override=4096),
         "two": dict(ranks=2, nanocp={"segment_size": 1024, "parallel_prefill": False}),  # ranks take turns
@@ -66,7 +74,7 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
 
     def get(name: str) -> Engine:
         if name not in running:
-            running[name] = Engine(tiny_model, **recipes[name])
+            running[name] = Engine(**{"model": tiny_model, **recipes[name]})
         return running[name]
 
     yield get

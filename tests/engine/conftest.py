@@ -18,14 +18,15 @@ SMALL_BLOCKS = 49
 def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Callable[..., Engine]]:
     """Starts engines by name, once."""
     running: dict[str, Engine] = {}
-    latent = dict(model=tiny_deepseek, attention_config={"backend": "CPU_MLA"}, block_size=16)
     recipes: dict[str, dict[str, Any]] = {
         # Stock on latent attention: each prompt at once, no prefix caching. Without a repair its rotary embeddings are
         # wrong.
-        "latent-stock": dict(**latent, ranks=1, worker_cls="tests.engine.repaired.Worker"),
-        # Stock's ranks, whose prompts are computed in chunks, and not again what is in the prefix cache.
-        "latent-chunked": dict(
-            **latent, ranks=2, nanocp={"max_degree": 1}, max_num_batched_tokens=100, enable_prefix_caching=True
+        "latent-stock": dict(
+            ranks=1,
+            model=tiny_deepseek,
+            attention_config={"backend": "CPU_MLA"},
+            block_size=16,
+            worker_cls="tests.engine.repaired.Worker",
         ),
         # Chunks large enough for all: stock vLLM on CPU dies of a seeded request that takes more than one.
         "stock": dict(ranks=1, max_num_batched_tokens=1 << 17, num_gpu_blocks_override=4096),

@@ -13,8 +13,8 @@ Versions: 0.32.0.
 Repair: configurations of this package (`additional_config` has "nanocp") keep the three settings that they had when the
 platform was asked. Others in the same process are as upstream makes them. The line that upstream logs stays, and is
 followed by one that says what was kept. It is needed where configurations are made, and where they are checked again:
-the engine does so once it runs (`EngineCoreProc._perform_handshakes`), when its scheduler has taken a step's tokens
-but still asks whether prompts may be chunked: longer ones would wait for ever. Workers may copy configurations.
+the engine does so once it runs (`EngineCoreProc._perform_handshakes`). Its scheduler knows the tokens of a step then,
+but still asks whether prompts may be chunked, so longer ones would wait for ever. Workers may copy configurations.
 
 Can go: when the platform leaves the settings alone.
 """

@@ -15,10 +15,19 @@ SMALL_BLOCKS = 49
 
 
 @pytest.fixture(scope="package")  # then their memory is free for the servers
-def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
+def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Callable[..., Engine]]:
     """Starts engines by name, once."""
     running: dict[str, Engine] = {}
     recipes: dict[str, dict[str, Any]] = {
+        # Stock on latent attention: each prompt at once, no prefix caching. Without a repair its rotary embeddings are
+        # wrong.
+        "latent-stock": dict(
+            ranks=1,
+            model=tiny_deepseek,
+            attention_config={"backend": "CPU_MLA"},
+            block_size=16,
+            worker_cls="tests.engine.repaired.Worker",
+        ),
         # Chunks large enough for all: stock vLLM on CPU dies of a seeded request that takes more than one.
         "stock": dict(ranks=1, max_num_batched_tokens=1 << 17, num_gpu_blocks_override=4096),
         "two": dict(ranks=2, nanocp={"segment_size": 1024, "parallel_prefill": False}),  # ranks take turns
@@ -66,7 +75,7 @@ def engines(tiny_model: str) -> Iterator[Callable[..., Engine]]:
 
     def get(name: str) -> Engine:
         if name not in running:
-            running[name] = Engine(tiny_model, **recipes[name])
+            running[name] = Engine(**{"model": tiny_model, **recipes[name]})
         return running[name]
 
     yield get

@@ -36,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=list(RECIPES))
 def latent(request: pytest.FixtureRequest, tiny_deepseek: str) -> Iterator[Engine]:
-    engine = Engine(tiny_deepseek, block_size=BLOCK, **RECIPES[request.param])
+    engine = Engine(tiny_deepseek, block_size=BLOCK, attention_config={"backend": "CPU_MLA"}, **RECIPES[request.param])
     yield engine
     engine.close()
 

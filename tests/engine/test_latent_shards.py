@@ -80,7 +80,7 @@ def test_mixed_lengths_at_once(latent: Engine, expected: Any) -> None:
     """Long prompts over all ranks beside short ones; and again, from the prefix cache where there is one."""
     check(latent, expected, mixed())
     answers, _ = check(latent, expected, mixed())
-    assert latent.ranks == 2 or sum(answer.cached for answer in answers) > 512
+    assert latent.ranks == 2 or sum(answer.cached for answer in answers) > 100
 
 
 def test_moves_and_spills(latent: Engine, expected: Any) -> None:

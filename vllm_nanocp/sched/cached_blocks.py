@@ -82,20 +82,17 @@ class CachedBlocks:
     """The hashes that a rank elsewhere has."""
 
     def __init__(self) -> None:
-        self._hashes: set[BlockHash] = set()
+        self.hashes: set[BlockHash] = set()
 
     def follow(self, changes: Changes) -> None:
         if changes.anew:
-            self._hashes.clear()
-        self._hashes.update(changes.cached)
-        self._hashes.difference_update(changes.evicted)
-
-    def __contains__(self, block_hash: BlockHash) -> bool:
-        return block_hash in self._hashes
+            self.hashes.clear()
+        self.hashes.update(changes.cached)
+        self.hashes.difference_update(changes.evicted)
 
     def run(self, hashes: Sequence[BlockHash], first: int) -> int:
         """How many from ``first`` on, one after another, are there."""
-        known, end = self._hashes, first
+        known, end = self.hashes, first
         while end < len(hashes) and hashes[end] in known:
             end += 1
         return end - first

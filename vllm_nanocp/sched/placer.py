@@ -19,6 +19,7 @@ from ..placement.queue import as_overtaken
 from ..rank_hint import preferred_rank
 from .adapters import adapter_of
 from .rank import Rank
+from .remote_rank import RemoteRank
 from .sharded import can_shard
 
 # How much KV counts against the batch where homes move (``benchmarks/balance_simulation.py``).
@@ -74,6 +75,8 @@ class Placer:
         self._moves = config.move_config
         # Ranks may hold more than their blocks have tokens.
         self._uncounted = any(rank.most_tokens > rank.num_blocks * block_size for rank in ranks)
+        # What each rank has cached, if they are elsewhere.
+        self._cached_hashes = [rank.cached_hashes for rank in ranks if isinstance(rank, RemoteRank)]
         # Whether requests go where their prefix is.
         self.follows_prefixes = find_prefixes and config.placement != "round_robin"
 
@@ -198,6 +201,15 @@ class Placer:
             return []
         return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
 
+    def _may_be_cached(self, block_hash: BlockHash) -> bool:
+        """Whether to ask the ranks: of those elsewhere it is known here, and mostly none has the block."""
+        if not self._cached_hashes:
+            return True
+        for hashes in self._cached_hashes:  # noqa: SIM110 (half as fast)
+            if block_hash in hashes:
+                return True
+        return False
+
     def find_prefix(self, request: Request) -> Prefix:
         """Where the request's first blocks are cached, on as few ranks as that takes; nowhere, if it should not go
         there."""
@@ -207,7 +219,7 @@ class Placer:
         runs: list[Run] = []
         held: list[int] = []
         at = 0
-        while at < len(hashes):
+        while at < len(hashes) and self._may_be_cached(hashes[at]):
             found = [rank.cached_run(hashes, at) for rank in self.ranks]
             longest = max(length for length, _ in found)
             if not longest:

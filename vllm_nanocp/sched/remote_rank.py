@@ -74,6 +74,8 @@ class RemoteRank:
         self._sessions: dict[str, Request] = {}
         self._outgrown: list[str] = []
         self._cached = CachedBlocks()
+        # Hashes of all blocks that are cached there.
+        self.cached_hashes = self._cached.hashes
         self._none_hash: BlockHash | None = None
         # What an answer is to come to.
         self._asked = ""
@@ -247,9 +249,9 @@ class RemoteRank:
     # -- shards and members ------------------------------------------------------------------------------------
 
     def cached_run(self, hashes: Sequence[BlockHash], first_block: int) -> tuple[int, int]:
-        if first_block >= len(hashes) or hashes[first_block] not in self._cached:
-            return 0, 0  # as almost always, and it is asked of all ranks
         length = self._cached.run(hashes, first_block)
+        if not length:
+            return 0, 0
         length, held = self._call("cached_run", list(hashes[first_block : first_block + length]), 0)
         return length, held
 

@@ -17,20 +17,21 @@ from vllm.v1.core import kv_cache_utils
 
 from ..errors import NanoCPError
 from ..placement import cdiv
+from ..plan import Batch
 from .cached_blocks import CachedBlocks
 from .output import PackedOutput
 from .rank import Decoding, Part
+from .rank_view import RankView
 from .sessions import keep_chunk
-from .wire import Answer, Scheduled, SessionState, apply, pack
+from .stats import Updated
+from .wire import Answer, News, Scheduled, SessionState, apply, pack
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
     from vllm.v1.core.sched.interface import PauseState
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.request import Request, RequestStatus
-
-    from .rank_view import RankView
 
 
 class Channel(Protocol):
@@ -95,27 +96,32 @@ class RemoteRank:
         self._commands = []
 
     def _hear(self) -> Any:
-        answer: Answer = pickle.loads(self.channel.receive())
+        result, view, states, news = Answer.decode(self.channel.receive())
         self._asked = ""
-        if answer.error is not None:
-            raise NanoCPError(f"nanocp: a rank's scheduler has failed: {answer.error}")
-        self.view = answer.view
-        for request_id, state in answer.states.items():
-            if request_id in self._watched:
-                apply(state, self._watched[request_id][0])
-        self._outgrown += answer.outgrown
-        if answer.cache is not None:
-            self._cached.follow(answer.cache)
-        for request_id in answer.preempted:
+        if news is not None and news.error is not None:
+            raise NanoCPError(f"nanocp: a rank's scheduler has failed: {news.error}")
+        self.view = RankView(*view)
+        for request_id, state in states.items():
+            watched = self._watched.get(request_id)
+            if watched is not None:
+                apply(watched[0], *state)
+        if news is not None:
+            self._take(news)
+        return result
+
+    def _take(self, news: News) -> None:
+        self._outgrown += news.outgrown
+        if news.cache is not None:
+            self._cached.follow(news.cache)
+        for request_id in news.preempted:
             self.on_preempt(request_id)
-        for request_id in answer.freed:
+        for request_id in news.freed:
             self._known.discard(request_id)
             self._watched.pop(request_id, None)
             self._sessions.pop(request_id, None)
             self.on_free(request_id)
-        for request_id, idle in answer.turns:
+        for request_id, idle in news.turns:
             self.on_turn(request_id, idle)
-        return answer.result
 
     def _call(self, name: str, *args: Any) -> Any:
         self._ask(name, *args)
@@ -138,17 +144,17 @@ class RemoteRank:
         self._ask("schedule", throttle_prefills)
 
     def end_schedule(self) -> Part:
-        step: Scheduled = self._hear()
+        step = Scheduled._make(self._hear())
         self.introduced = step.introduced
-        return Part(step.tokens, step.batch, step.scheduled, step.structured, step.pending, step.payload, step.serial)
+        batch = Batch._make(step.batch)
+        return Part(step.tokens, batch, step.scheduled, step.structured, step.pending, step.payload, step.serial)
 
     def begin_update(self, part: Part, output: Any) -> None:
         message = output.data if isinstance(output, PackedOutput) else pickle.dumps(output, -1)
         self._ask("update", part.serial, message)
 
-    def end_update(self) -> dict[int, EngineCoreOutputs]:
-        outputs: dict[int, EngineCoreOutputs] = self._hear()
-        return outputs
+    def end_update(self) -> Updated:
+        return Updated._make(self._hear())
 
     def begin_bitmask(self, part: Part) -> None:
         self._ask("bitmask", part.serial)
@@ -199,6 +205,8 @@ class RemoteRank:
         self._call("end", list(request_ids), status)
 
     def take_outgrown(self) -> list[str]:
+        if not self._outgrown:
+            return []
         outgrown, self._outgrown = self._outgrown, []
         for request_id in outgrown:  # chunks may have come since
             state: SessionState | None = self._call("session", request_id)

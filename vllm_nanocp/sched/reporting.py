@@ -11,7 +11,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from ..metrics.collector import RankState
 from ..metrics.transport import attach
-from .stats import merge_scheduler_stats
+from .stats import PlainStats, merge_scheduler_stats
 
 if TYPE_CHECKING:
     from .scheduler import NanoCPScheduler
@@ -35,7 +35,7 @@ def rank_states(scheduler: NanoCPScheduler) -> list[RankState]:
     ]
 
 
-def engine_stats(scheduler: NanoCPScheduler, parts: Sequence[SchedulerStats]) -> SchedulerStats:
+def engine_stats(scheduler: NanoCPScheduler, parts: Sequence[SchedulerStats | PlainStats]) -> SchedulerStats:
     """One engine's statistics, with this package's own.
 
     Args:

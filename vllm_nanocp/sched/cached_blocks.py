@@ -7,8 +7,7 @@ Touches vLLM 0.32's ``BlockPool.cached_block_hash_to_block`` and ``BlockHashToBl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.v1.core.block_pool import BlockHashToBlockMap
 from vllm.v1.core.kv_cache_utils import get_block_hash
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId
 
 
-@dataclass(slots=True)
-class Changes:
+class Changes(NamedTuple):
     """Since they were told last.
 
     Attributes:

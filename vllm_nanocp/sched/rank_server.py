@@ -88,7 +88,7 @@ class RankServer:
                 result = (own or getattr(self.scheduler, name))(*args)
         except Exception as error:
             news = News(error=f"{error!r}\n{traceback.format_exc()}")
-            return Answer(None, self.scheduler.view.pack(), {}, news).encode()
+            return Answer(None, self.scheduler.view.pack(), {}, tuple(news)).encode()
         return Answer(result, self.scheduler.view.pack(), self._states(), self._news()).encode()
 
     def after(self) -> None:
@@ -101,15 +101,16 @@ class RankServer:
                 self.outlets.foreign.difference_update(self._gone)
             self._gone.clear()
 
-    def _news(self) -> News | None:
+    def _news(self) -> tuple[Any, ...] | None:
+        """The values of ``News``, if there is any."""
         cache = None if self._cache is None else self._cache.changes()
         outgrown = self.scheduler.take_outgrown()
         if not (self._preempted or self._freed or self._turns or outgrown or cache is not None):
             return None
-        news = News(self._preempted[:], self._freed[:], self._turns[:], outgrown, cache)
+        news = News(self._preempted[:], self._freed[:], self._turns[:], outgrown, None if cache is None else cache[:])
         for told in (self._preempted, self._freed, self._turns):
             told.clear()  # type: ignore[attr-defined]
-        return news
+        return tuple(news)
 
     def _states(self) -> dict[str, RequestState]:
         states = {}

@@ -18,7 +18,7 @@ from vllm.v1.core import kv_cache_utils
 from ..errors import NanoCPError
 from ..placement import cdiv
 from ..plan import Batch
-from .cached_blocks import CachedBlocks
+from .cached_blocks import CachedBlocks, Changes
 from .output import PackedOutput
 from .rank import Decoding, Part
 from .rank_view import RankView
@@ -98,21 +98,21 @@ class RemoteRank:
     def _hear(self) -> Any:
         result, view, states, news = Answer.decode(self.channel.receive())
         self._asked = ""
-        if news is not None and news.error is not None:
-            raise NanoCPError(f"nanocp: a rank's scheduler has failed: {news.error}")
         self.view = RankView(*view)
         for request_id, state in states.items():
             watched = self._watched.get(request_id)
             if watched is not None:
                 apply(watched[0], *state)
         if news is not None:
-            self._take(news)
+            self._take(News._make(news))
         return result
 
     def _take(self, news: News) -> None:
+        if news.error is not None:
+            raise NanoCPError(f"nanocp: a rank's scheduler has failed: {news.error}")
         self._outgrown += news.outgrown
         if news.cache is not None:
-            self._cached.follow(news.cache)
+            self._cached.follow(Changes._make(news.cache))
         for request_id in news.preempted:
             self.on_preempt(request_id)
         for request_id in news.freed:

@@ -38,15 +38,15 @@ def take_stats(outputs: dict[int, EngineCoreOutputs]) -> Updated:
 
 
 def _plain(stats: SchedulerStats) -> SchedulerStats | PlainStats:
-    plain = stats.num_running_reqs, stats.num_waiting_reqs, stats.num_skipped_waiting_reqs, stats.kv_cache_usage
-    return plain if stats == _whole(plain) else stats
-
-
-def _whole(plain: PlainStats) -> SchedulerStats:
-    running, waiting, skipped, usage = plain
-    return SchedulerStats(
-        num_running_reqs=running, num_waiting_reqs=waiting, num_skipped_waiting_reqs=skipped, kv_cache_usage=usage
+    running, waiting, skipped = stats.num_running_reqs, stats.num_waiting_reqs, stats.num_skipped_waiting_reqs
+    whole = SchedulerStats(
+        num_running_reqs=running,
+        num_waiting_reqs=waiting,
+        num_skipped_waiting_reqs=skipped,
+        num_kv_fetch_reqs_by_stage=stats.num_kv_fetch_reqs_by_stage,  # all zero: there are no connectors
+        kv_cache_usage=stats.kv_cache_usage,
     )
+    return (running, waiting, skipped, stats.kv_cache_usage) if stats == whole else stats
 
 
 def merge_prefix_cache(parts: Sequence[PrefixCacheStats]) -> PrefixCacheStats:

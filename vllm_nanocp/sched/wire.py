@@ -12,13 +12,14 @@ import pickle
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 from vllm.v1.structured_output.request import StructuredOutputRequest
 from vllm.v1.utils import ConstantList
 
-from .cached_blocks import Changes
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import BlockHash
 
 # Of a request, what is made anew at the other end.
 _REMADE = (
@@ -86,13 +87,13 @@ class Answer(NamedTuple):
         result: of the last command.
         view: the rank in numbers, after it: ``RankView.pack``.
         states: of watched requests, by id.
-        news: what does not happen in most steps; None: none of it has.
+        news: the values of ``News``; None: there is none.
     """
 
     result: Any
     view: tuple[Any, ...]
     states: dict[str, RequestState]
-    news: News | None
+    news: tuple[Any, ...] | None
 
     def encode(self) -> bytes:
         return pickle.dumps(tuple(self), -1)
@@ -102,15 +103,14 @@ class Answer(NamedTuple):
         return cls._make(pickle.loads(message))
 
 
-@dataclass(slots=True)
-class News:
-    """What happens to single requests, and to the prefix cache.
+class News(NamedTuple):
+    """What happens to single requests, and to the prefix cache; goes as a plain tuple.
 
     Attributes:
         preempted, freed: ids, in order.
         turns: sessions that have made their tokens after a preemption; and whether they are idle.
         outgrown: sessions that have no place any more, by id.
-        cache: what has changed in the prefix cache.
+        cache: the values of ``Changes``, if the prefix cache has changed.
         error: what went wrong, if something did; the rank is not to be used any more.
     """
 
@@ -118,7 +118,7 @@ class News:
     freed: Sequence[str] = ()
     turns: Sequence[tuple[str, bool]] = ()
     outgrown: Sequence[str] = ()
-    cache: Changes | None = None
+    cache: tuple[bool, Sequence[BlockHash], Sequence[BlockHash]] | None = None
     error: str | None = None
 
 

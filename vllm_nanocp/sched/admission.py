@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.nanocp.scheduler")
 
+NOWHERE = Prefix()
+
 # An adapter, and the home of requests that have one.
 _Slot = tuple[int, int | None]
 
@@ -182,8 +184,7 @@ class Admission:
         sought = blocked is None or blocked.grown(room.of(adapter, kept=not passed)[0])
         rules = (request, home, self.num_placed)
         how = (closed, may_wait, bool(passed))
-        shard_map = None
-        prefix = Prefix()
+        shard_map, prefix = None, NOWHERE
         if not sought:
             shard_map = scheduler.placer.place(*rules, prefix, *how)
         if sought or shard_map is not None:

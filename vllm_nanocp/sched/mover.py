@@ -190,9 +190,11 @@ class Mover:
         if self._ahead is None or self._ahead_at != members.changes:
             self._ahead, self._ahead_at = self._look_ahead(), members.changes
             self._loads_of = [None] * len(self._ahead)
-        for rank, scheduler in enumerate(self.scheduler.ranks):
+        for rank, (scheduler, known, at) in enumerate(
+            zip(self.scheduler.ranks, self._loads_of, self._loads_at, strict=True)
+        ):
             view = scheduler.view
-            if self._loads_of[rank] is not view or self._loads_at[rank] != view.changes:
+            if known is not view or at != view.changes:
                 self._loads_of[rank], self._loads_at[rank] = view, view.changes
                 self._loads[rank] = self._load(view, self._ahead[rank])
         return self._loads[:]

@@ -142,7 +142,9 @@ class Scheduled(NamedTuple):
 def pack(request: Request) -> dict[str, Any]:
     """A request as plain data, to go on in another process: what it has told of itself (events) goes with it. Its
     grammar, if it has one, is compiled anew there."""
-    state = {name: value for name, value in vars(request).items() if name not in _REMADE}
+    state = vars(request).copy()
+    for name in _REMADE:
+        del state[name]
     state["output"] = request._output_token_ids
     # A prompt that is embedded, or a session's that has grown, is not what is computed.
     plain = request.prompt_token_ids is not None and request.prompt_is_token_ids is None and not request.resumable

@@ -292,7 +292,7 @@ class NanoCPScheduler(RanksTogether):
         self._settle()
         self.prefixes.observe(parts, not throttle_prefills and self._pause_state == PauseState.UNPAUSED)
         if self.cadence is not None:
-            self.cadence.note_backlog(bool(self.waiting))
+            self.cadence.note_backlog(bool(self.waiting) and not self.admission.cut_short)
         plan = self.members.take_plan()
         self.num_steps += 1
         plan.serial = self.num_steps

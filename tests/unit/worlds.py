@@ -71,6 +71,7 @@ class World:
         self.rng = random.Random(seed)
         self.shape = shape = Shape.draw(self.rng, seed)
         self.scheduler = shape.scheduler(vllm_config, asynchronous)
+        self.check_each_load()
         self.events = [Events(i, rank, shape.block_size) for i, rank in enumerate(self.scheduler.ranks)]
         self.asks = {ask.request.request_id: ask for ask in self.draw()}
         truths = {name: ask.truth for name, ask in self.asks.items()}
@@ -198,16 +199,26 @@ class World:
             return self.now + self.rng.randint(1, 30)
         return until
 
+    def check_each_load(self) -> None:
+        """Whenever loads are asked for, for each placement of a step too, those kept are what one would find then."""
+        mover, ranks = self.scheduler.mover, self.scheduler.ranks
+        kept_loads = mover.loads
+
+        def loads() -> list[Any]:
+            kept = kept_loads()
+            fresh = [mover._load(rank.view, ahead) for rank, ahead in zip(ranks, mover._look_ahead(), strict=True)]
+            if kept != fresh:
+                raise WorldError(f"kept loads {kept} instead of {fresh}")
+            return kept
+
+        mover.loads = self.scheduler.placer._loads = loads  # type: ignore[method-assign]
+
     def check_loads(self) -> None:
         """What is kept of the ranks is what one would find now."""
         mover = self.scheduler.mover
-        kept, work = mover.loads(), mover.work()
+        mover.loads()
+        work = mover.work()
         shards = list(self.scheduler.members.shards_by_rank())
-        fresh = [
-            mover._load(rank.view, ahead) for rank, ahead in zip(self.scheduler.ranks, mover._look_ahead(), strict=True)
-        ]
-        if kept != fresh:
-            raise WorldError(f"kept loads {kept} instead of {fresh}")
         self.scheduler.members.changes += 1  # nothing kept is right any more
         anew = mover.work(), list(self.scheduler.members.shards_by_rank())
         if (work, shards) != anew:

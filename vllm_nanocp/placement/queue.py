@@ -22,7 +22,7 @@ from .place import RankLoad, cdiv
 WINDOW = 32
 LOOKS = 8
 # Requests that start in a step, of all ranks, and of each where there are many: the others start with the next ones,
-# while those that run decode. One takes 20 to 50 us, more the more ranks there are, so a step waits some milliseconds
+# while those that run decode. One takes 50 to 100 us with 64 ranks, so a step waits some milliseconds
 # for them, which the step before it hides where steps are scheduled ahead. A rank whose requests make over a hundred
 # tokens ends fewer than two a step, with 256 of them: none stays empty for this.
 STARTS = 64

@@ -170,10 +170,12 @@ class Child(Stock):
             setattr(self.scheduler, name, timed_into(self._inside, name, getattr(self.scheduler, name)))
 
     def schedule(self, at: dict[str, float]) -> None:
+        from vllm_nanocp.sched.wire import Answer, Scheduled
+
         message = pickle.dumps([("schedule", (False,))], -1)
         frame, at["child_schedule_message"] = cpu_ms(lambda: self.server.obey(message))
         at["child_schedule"] = self._inside["schedule"]
-        result = pickle.loads(frame).result
+        result = Scheduled._make(Answer.decode(frame).result)
         self.fly(result.serial, pickle.loads(result.payload))
 
     def update(self, at: dict[str, float]) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 _T = TypeVar("_T")
 
@@ -61,9 +61,7 @@ class PlanRow:
     holders: tuple[Holder, ...]
 
 
-@packs_flat
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """What the other ranks must know of one rank's batch, so that all run the same graph or none.
 
     Attributes:

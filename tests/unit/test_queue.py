@@ -15,8 +15,9 @@ from vllm import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_nanocp.placement import RankLoad, Want, place
-from vllm_nanocp.placement.queue import PATIENCE, WINDOW, Blocked, ranks_for
+from vllm_nanocp.placement.queue import PATIENCE, STARTS, WINDOW, Blocked, ranks_for
 
+from . import loopback
 from .scheduler_world import Device, Truth
 from .test_adapters import adapter, with_adapters
 from .test_scheduler_world import Shape, vllm_config  # noqa: F401
@@ -138,6 +139,7 @@ class Queue:
             self.truths, shape.ranks, shape.blocks + 1, 16, shape.max_reqs, shape.degree, 1, asynchronous=False
         )
         self.first: dict[str, int] = {}
+        self.num_tokens: Counter[str] = Counter()
         self.steps = 0
 
     def add(self, name: str, length: int, outputs: int, priority: int = 0, lora: int = 0) -> None:
@@ -162,6 +164,7 @@ class Queue:
             for outputs in self.scheduler.update_from_output(output, self.device.execute(output)).values():
                 for answer in outputs.outputs:
                     self.first.setdefault(answer.request_id, self.steps)
+                    self.num_tokens[answer.request_id] += len(answer.new_token_ids)
 
     def end(self) -> None:
         """Serve all that is left."""
@@ -292,3 +295,28 @@ def test_those_that_waited_for_a_slot_keep_their_place(vllm_config: Any) -> None
     queue.end()
     order = sorted((f"r{i}" for i in range(6)), key=lambda name: queue.first[name])
     assert order == [f"r{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_burst_starts_over_several_steps(
+    vllm_config: Any,  # noqa: F811
+    apart: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In each step so many start, in their order; those that run decode in all of them; and nothing is lost."""
+    loopback.use(monkeypatch, apart)
+    queue = Queue(vllm_config, max_reqs=200, blocks=1600, budget=4096)
+    for rank in range(2):
+        queue.add(f"running {rank}", 40, 60)
+    queue.step(3)
+    burst = [f"r{i}" for i in range(3 * STARTS + 5)]
+    for name in burst:
+        queue.add(name, 20, 3)
+    for waiting in (2 * STARTS + 5, STARTS + 5, 5, 0):
+        before = queue.num_tokens["running 0"], queue.num_tokens["running 1"]
+        queue.step()
+        assert len(queue.scheduler.unplaced) == waiting
+        assert (queue.num_tokens["running 0"], queue.num_tokens["running 1"]) == tuple(n + 1 for n in before)
+    order = sorted(burst, key=lambda name: queue.first[name])
+    queue.end()
+    assert order == burst and all(queue.num_tokens[name] == 3 for name in burst)

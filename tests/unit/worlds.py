@@ -18,6 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_nanocp.sched import mover as mover_module
 from vllm_nanocp.sched import scheduler as scheduler_module
+from vllm_nanocp.sched.rank_view import view_of
 
 from . import loopback, rank_forks, rank_insides
 from .event_index import Index
@@ -70,6 +71,7 @@ class World:
         self.rng = random.Random(seed)
         self.shape = shape = Shape.draw(self.rng, seed)
         self.scheduler = shape.scheduler(vllm_config, asynchronous)
+        self.check_each_load()
         self.events = [Events(i, rank, shape.block_size) for i, rank in enumerate(self.scheduler.ranks)]
         self.asks = {ask.request.request_id: ask for ask in self.draw()}
         truths = {name: ask.truth for name, ask in self.asks.items()}
@@ -138,7 +140,9 @@ class World:
         """As ``EngineCore.step`` and ``step_with_batch_queue`` do."""
         self.clock += self.rng.uniform(0.004, 0.01)
         if self.scheduler.has_requests():
+            self.check_loads()
             output = self.scheduler.schedule()
+            self.check_loads()
             self.flying.append((output, self.device.execute(output)))
             executed = output.total_num_scheduled_tokens > 0
             if len(self.flying) < self.depth and (executed or self.scheduler.has_requests()):
@@ -198,6 +202,35 @@ class World:
             self.scheduler.set_pause_state(self.rng.choice([PauseState.PAUSED_ALL, PauseState.PAUSED_NEW]))
             return self.now + self.rng.randint(1, 30)
         return until
+
+    def check_each_load(self) -> None:
+        """Whenever loads are asked for, for each placement of a step too, those kept are what one would find then."""
+        mover, ranks = self.scheduler.mover, self.scheduler.ranks
+        kept_loads = mover.loads
+
+        def loads() -> list[Any]:
+            kept = kept_loads()
+            fresh = [mover._load(rank.view, ahead) for rank, ahead in zip(ranks, mover._look_ahead(), strict=True)]
+            if kept != fresh:
+                raise WorldError(f"kept loads {kept} instead of {fresh}")
+            return kept
+
+        mover.loads = self.scheduler.placer._loads = loads  # type: ignore[method-assign]
+
+    def check_loads(self) -> None:
+        """What is kept of the ranks is what one would find now."""
+        mover = self.scheduler.mover
+        mover.loads()
+        work = mover.work()
+        shards = list(self.scheduler.members.shards_by_rank())
+        self.scheduler.members.changes += 1  # nothing kept is right any more
+        anew = mover.work(), list(self.scheduler.members.shards_by_rank())
+        if (work, shards) != anew:
+            raise WorldError(f"kept {work} and {shards} instead of {anew}")
+        for number, rank in enumerate(self.scheduler.ranks):
+            inside = rank_insides.scheduler_of(rank)
+            if inside is rank and rank.view != view_of(inside):
+                raise WorldError(f"rank {number}: {rank.view} is kept, it has {view_of(inside)}")
 
     # -- the end -----------------------------------------------------------------------------------------------
 

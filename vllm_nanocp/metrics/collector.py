@@ -6,11 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class RankState:
+class RankState(NamedTuple):
     """How one rank stands after a step.
 
     Attributes:
@@ -71,7 +70,7 @@ class Snapshot:
     def to_payload(self) -> dict[str, Any]:
         """Lists, numbers, and dictionaries with text as keys: fit for JSON and msgpack."""
         payload: dict[str, Any] = {
-            "ranks": [[r.kv_usage, r.running, r.waiting, r.guests, r.shards] for r in self.ranks],
+            "ranks": [list(rank) for rank in self.ranks],
             "degrees": [[degree, count] for degree, count in self.degrees.items()],
             "coefficients": self.coefficients,
         }

@@ -36,7 +36,7 @@ _FEEDBACK_GAIN = 0.02
 _FEEDBACK_LIMIT = 2.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepLoad:
     """What a rank does in one step.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from .shard_map import Run, ShardMap, join
 
@@ -70,7 +71,7 @@ class RankLoad:
 
     @cached_property
     def rank_order(self) -> tuple[bool, int, int, int]:
-        """Ranks with less come first; see ``_by_load``."""
+        """Ranks with less come first; see ``_order_keys``."""
         return self.room == 0, self.backlog, self.batch, -self.room
 
     @property
@@ -155,20 +156,20 @@ def _participants(
     return chosen
 
 
-def _by_load(loads: Sequence[RankLoad], room: Sequence[int], kv_weight: float | None) -> list[int]:
-    """Ranks in the order in which a request should use them; those without room last.
+def _order_keys(loads: Sequence[RankLoad], kv_weight: float | None) -> list[tuple[Any, ...]]:
+    """For each rank, what sorts those first that a request should use first; those without room last.
 
     A prompt is computed behind those that came before it, and a step takes as long as its slowest rank: so ranks with
     few of them come first. Not where KV is weighed: it would be the less even.
     """
-    ranks = range(len(loads))
     if kv_weight is None:
-        return sorted(ranks, key=lambda r: loads[r].rank_order)
+        return [load.rank_order for load in loads]
     # Both in units of their mean, so that neither counts more for being counted in larger numbers.
     per_request = (1 - kv_weight) / max(1, sum(load.batch for load in loads))
     per_block = kv_weight / max(1, sum(load.kv_level for load in loads))
-    score = [per_request * load.batch + per_block * load.kv_level for load in loads]
-    return sorted(ranks, key=lambda r: (room[r] == 0, score[r], loads[r].batch, -room[r], r))
+    return [
+        (load.room == 0, per_request * load.batch + per_block * load.kv_level, load.batch, -load.room) for load in loads
+    ]
 
 
 def place(
@@ -212,19 +213,19 @@ def place(
     need = cdiv(num_tokens, block_size)
     limit = min(max_degree, len(loads))
     degree = start_degree(num_tokens, segment_size, limit)
-    room = [load.room for load in loads]
-    if home is not None and room[home] < 1 + headroom_blocks:
+    if home is not None and loads[home].room < 1 + headroom_blocks:
         return None
-    if degree == 1 and home is None and preferred is None and kv_weight is None and policy == "balanced":
-        # The first rank, found without sorting them, mostly does.
-        orders = [load.rank_order for load in loads]
-        first = orders.index(min(orders))
-        if room[first] >= need + headroom_blocks:
-            return ShardMap(block_size, (Run(first, 0, need),))
     if policy == "round_robin":
         order = [(turn + i) % len(loads) for i in range(len(loads))]
     else:
-        order = _by_load(loads, room, kv_weight)
+        keys = _order_keys(loads, kv_weight)
+        if degree == 1 and home is None and preferred is None:
+            # The first rank, found without sorting them, mostly does.
+            first = keys.index(min(keys))
+            if loads[first].room >= need + headroom_blocks:
+                return ShardMap(block_size, (Run(first, 0, need),))
+        order = sorted(range(len(loads)), key=keys.__getitem__)
+    room = [load.room for load in loads]
     fits_one = need + headroom_blocks <= max(load.total_blocks for load in loads)
     may_grow = degree > 1 or home is not None or not fits_one
     pins = [home]

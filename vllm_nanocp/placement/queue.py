@@ -21,6 +21,12 @@ from .place import RankLoad, cdiv
 # Requests without room that are passed over in a step; of those looked at in full, ones that fail.
 WINDOW = 32
 LOOKS = 8
+# Requests that start in a step, of all ranks, and of each where there are many: the others start with the next ones,
+# while those that run decode. One takes 50 to 100 us with 64 ranks, so a step waits some milliseconds
+# for them, which the step before it hides where steps are scheduled ahead. A rank whose requests make over a hundred
+# tokens ends fewer than two a step, with 256 of them: none stays empty for this.
+STARTS = 64
+STARTS_A_RANK = 2
 # A request is due when those behind it have taken so many times the blocks that it needs. Four halved the median wait
 # where the caches were full, and left the longest ones below those of ranks with a queue each
 # (``benchmarks/admission_simulation.py``).
@@ -90,6 +96,11 @@ class Blocked:
         want = self.want
         alone = want.start == 1 and want.home is None and not self.spread and want.blocks <= most
         return richest[0 if alone else want.limit - 1] + self.shared >= want.blocks and self.grown(room)
+
+
+def most_starts(ranks: int) -> int:
+    """Requests that may start in a step."""
+    return max(STARTS, STARTS_A_RANK * ranks)
 
 
 def as_overtaken(load: RankLoad, block_size: int) -> RankLoad:

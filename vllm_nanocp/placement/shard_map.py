@@ -53,7 +53,7 @@ class ShardMap:
             raise ValueError("a shard map needs a positive block size and at least one run")
         at = 0
         for run in self.runs:
-            if run.first_block != at or run.num_blocks < 1 or run.rank < 0:
+            if run.first_block != at or run.end_block <= at or run.rank < 0:
                 raise ValueError(f"runs must be non-empty and follow each other: {self.runs}")
             at = run.end_block
 

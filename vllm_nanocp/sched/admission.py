@@ -3,7 +3,8 @@
 
 Who may overtake whom, and what room is kept for those that were overtaken, is policy (``placement.queue``). Requests
 for whose adapter there is no slot wait aside, by adapter, and are looked at again when there is one; as in vLLM they
-keep nobody waiting. A step passes over a bounded number of requests, however many wait.
+keep nobody waiting. A step passes over a bounded number of requests, and lets a bounded number start, however many
+wait.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from ..placement import Prefix, RankLoad, ShardMap
-from ..placement.queue import LOOKS, WINDOW, Blocked, ranks_for
+from ..placement.queue import LOOKS, WINDOW, Blocked, most_starts, ranks_for
 from . import sessions
 from .adapters import adapter_of
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .scheduler import NanoCPScheduler
 
 logger = init_logger("vllm.nanocp.scheduler")
+
+NOWHERE = Prefix()
 
 # An adapter, and the home of requests that have one.
 _Slot = tuple[int, int | None]
@@ -109,12 +112,15 @@ class Admission:
         # Requests placed so far: whose turn it is, where that decides.
         self.num_placed = 0
         self.num_overtakings = 0
+        # Whether the last step let as many start as it may: others may find room, too.
+        self.cut_short = False
 
     # -- a step ------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
         """Place what fits."""
         scheduler = self.scheduler
+        self.cut_short = False
         if scheduler._pause_state != PauseState.UNPAUSED or not (scheduler.waiting or self._by_slot):
             return
         room = _Room(scheduler.mover.loads())
@@ -127,8 +133,11 @@ class Admission:
         """Place what fits of the first requests; those that do not are taken out of the queue and returned."""
         waiting, first_placed = self.scheduler.waiting, self.num_placed
         passed: list[Request] = []
-        looks = 0
+        looks, starts = 0, most_starts(len(self.scheduler.ranks))
         while waiting and len(passed) < WINDOW and looks < LOOKS:
+            if not starts:
+                self.cut_short = True
+                break
             request = waiting.peek_request()
             home, adapter = self.scheduler.rank_of.get(request.request_id), adapter_of(request)
             if adapter is not None and not room.takes(adapter, home):
@@ -145,7 +154,9 @@ class Admission:
                     passed.append(waiting.pop_request())
                     self._close_if_due(request, room)
                     continue
-            if not self._place(request, room, passed, may_wait=not passed and self._is_due(request)):
+            if self._place(request, room, passed, may_wait=not passed and self._is_due(request)):
+                starts -= 1  # or it is set aside, which takes as long
+            else:
                 looks += bool(passed)
                 passed.append(waiting.pop_request())
                 self._close_if_due(request, room)
@@ -182,8 +193,7 @@ class Admission:
         sought = blocked is None or blocked.grown(room.of(adapter, kept=not passed)[0])
         rules = (request, home, self.num_placed)
         how = (closed, may_wait, bool(passed))
-        shard_map = None
-        prefix = Prefix()
+        shard_map, prefix = None, NOWHERE
         if not sought:
             shard_map = scheduler.placer.place(*rules, prefix, *how)
         if sought or shard_map is not None:

@@ -7,8 +7,7 @@ Touches vLLM 0.32's ``BlockPool.cached_block_hash_to_block`` and ``BlockHashToBl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.v1.core.block_pool import BlockHashToBlockMap
 from vllm.v1.core.kv_cache_utils import get_block_hash
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId
 
 
-@dataclass(slots=True)
-class Changes:
+class Changes(NamedTuple):
     """Since they were told last.
 
     Attributes:
@@ -82,20 +80,17 @@ class CachedBlocks:
     """The hashes that a rank elsewhere has."""
 
     def __init__(self) -> None:
-        self._hashes: set[BlockHash] = set()
+        self.hashes: set[BlockHash] = set()
 
     def follow(self, changes: Changes) -> None:
         if changes.anew:
-            self._hashes.clear()
-        self._hashes.update(changes.cached)
-        self._hashes.difference_update(changes.evicted)
-
-    def __contains__(self, block_hash: BlockHash) -> bool:
-        return block_hash in self._hashes
+            self.hashes.clear()
+        self.hashes.update(changes.cached)
+        self.hashes.difference_update(changes.evicted)
 
     def run(self, hashes: Sequence[BlockHash], first: int) -> int:
         """How many from ``first`` on, one after another, are there."""
-        known, end = self._hashes, first
+        known, end = self.hashes, first
         while end < len(hashes) and hashes[end] in known:
             end += 1
         return end - first

@@ -60,6 +60,9 @@ class Members:
         self.num_parallel_parts = 0
         # How often a request has been sharded, gone on to its next run, moved or ended.
         self.changes = 0
+        # Sharded requests by rank, and at which of these changes.
+        self._shards = [0] * len(ranks)
+        self._shards_at = 0
 
     def owner_of(self, member_id: str) -> str:
         """The request that a member works for; the id itself if it is no member's."""
@@ -94,7 +97,7 @@ class Members:
         Args:
             parts: by rank, what its scheduler has scheduled.
         """
-        for sharded in list(self.sharded.values()):
+        for request_id, sharded in list(self.sharded.items()):
             part = parts.get(sharded.rank)
             if part is None:
                 continue
@@ -103,13 +106,12 @@ class Members:
                 if not sharded.started and self.log_stats:
                     sharded.request.record_event(EngineCoreEventType.SCHEDULED)
                 sharded.started = True
-                request_id = sharded.request.request_id
                 self.num_parallel_parts += request_id in self._computing
                 self._computing.add(request_id)
                 row = sharded.row(num_queries)
                 if row is not None:
                     self.plan.rows.append(row)
-            if sharded.run_done:
+            if not sharded.at_home and sharded.run_done:
                 self.ranks[sharded.rank].park(sharded.member.request_id, sharded.run.first_block)
                 sharded.park()
                 self.changes += 1
@@ -162,7 +164,7 @@ class Members:
         if request.prefill_stats is not None and request.num_preemptions == 0:
             request.prefill_stats.set(request.num_prompt_tokens, hits, 0)
         while sharded.ends_by(starts[sharded.active]):
-            sharded.active += 1
+            sharded.go_on()
             self._publish(sharded)
         self._enter(sharded, starts[sharded.active])
         self.changes += 1
@@ -178,7 +180,7 @@ class Members:
         self.plan.opened.setdefault(rank, []).append((shard, blocks))
         if rank in sharded.open_shards:
             self._outdated.append(sharded.open_shards[rank][0])
-        sharded.open_shards[rank] = shard, len(blocks) * self.block_size
+        sharded.open_shard(rank, shard, len(blocks) * self.block_size)
 
     def _enter(self, sharded: ShardedRequest, num_computed_tokens: int) -> None:
         """Let the active member compute, from this token of the request on."""
@@ -234,6 +236,15 @@ class Members:
         self.ranks[target].arrive(request, sharded.shard_map.runs[-1].first_block, outlet)
         self.ranks[target].watch(request)
         self.changes += 1
+
+    def shards_by_rank(self) -> Sequence[int]:
+        """How many sharded requests have a shard on each rank."""
+        if self._shards_at != self.changes:
+            self._shards_at, self._shards = self.changes, [0] * len(self.ranks)
+            for sharded in self.sharded.values():
+                for rank in {sharded.rank, *sharded.open_shards}:
+                    self._shards[rank] += 1
+        return self._shards
 
     def ask_for_generator(self, request_id: str) -> None:
         """Have the worker of a request's home report, with the next step, the state of its generator."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -54,6 +54,34 @@ class Ahead(NamedTuple):
     read: int
 
 
+@dataclass(slots=True)
+class Visits:
+    """Which KV running sharded requests read that their ranks' numbers do not say.
+
+    Attributes:
+        visitors: those that run.
+        at: at which state of the sharded requests.
+        read: KV tokens on each rank, beside those of the requests that run there.
+        guests: queries of other ranks on each.
+        exchange: whether there are any.
+    """
+
+    visitors: list[ShardedRequest]
+    at: int
+    read: list[int]
+    guests: list[int]
+    exchange: bool
+
+    @classmethod
+    def of(cls, visitors: list[ShardedRequest], ranks: int, at: int) -> Visits:
+        read, guests = [0] * ranks, [0] * ranks
+        for sharded in visitors:
+            _give_to_holders(read, sharded)
+            for rank in sharded.open_shards:
+                guests[rank] += rank != sharded.rank
+        return cls(visitors, at, read, guests, any(guests))
+
+
 class Mover:
     """Watches the ranks' loads and takes requests from one to another.
 
@@ -85,6 +113,7 @@ class Mover:
         self._loads = [RankLoad(0, 0, 0, 0)] * count
         self._loads_of: list[RankView | None] = [None] * count
         self._loads_at = [0] * count
+        self._visits = Visits.of([], count, -1)
         self._ahead: list[Ahead] | None = None
         self._ahead_at = 0
 
@@ -161,9 +190,11 @@ class Mover:
         if self._ahead is None or self._ahead_at != members.changes:
             self._ahead, self._ahead_at = self._look_ahead(), members.changes
             self._loads_of = [None] * len(self._ahead)
-        for rank, scheduler in enumerate(self.scheduler.ranks):
+        for rank, (scheduler, known, at) in enumerate(
+            zip(self.scheduler.ranks, self._loads_of, self._loads_at, strict=True)
+        ):
             view = scheduler.view
-            if self._loads_of[rank] is not view or self._loads_at[rank] != view.changes:
+            if known is not view or at != view.changes:
                 self._loads_of[rank], self._loads_at[rank] = view, view.changes
                 self._loads[rank] = self._load(view, self._ahead[rank])
         return self._loads[:]
@@ -195,18 +226,15 @@ class Mover:
 
     def work(self) -> list[StepLoad]:
         """What the ranks' running requests read and compute in a step."""
-        scheduler = self.scheduler
-        read = [rank.view.computed for rank in scheduler.ranks]
-        guests = [0] * len(read)
-        for request_id, sharded in scheduler.sharded.items():
-            if sharded.member.status == RequestStatus.RUNNING and request_id not in self.leaving:
-                _give_to_holders(read, sharded)
-                for rank in sharded.open_shards:
-                    guests[rank] += rank != sharded.rank
-        exchange = any(guests)
+        running, leaving = RequestStatus.RUNNING, self.leaving
+        sharded = self.scheduler.sharded.items()
+        visitors = [its for name, its in sharded if its.member.status is running and name not in leaving]
+        visits = self._visits
+        if visits.at != self.scheduler.members.changes or visits.visitors != visitors:
+            visits = self._visits = Visits.of(visitors, len(self.scheduler.ranks), self.scheduler.members.changes)
         return [
-            StepLoad(max(0, tokens), rank.view.running, visiting, exchange)
-            for rank, tokens, visiting in zip(scheduler.ranks, read, guests, strict=True)
+            StepLoad(max(0, rank.view.computed + read), rank.view.running, guests, visits.exchange)
+            for rank, read, guests in zip(self.scheduler.ranks, visits.read, visits.guests, strict=True)
         ]
 
     # -- who goes ----------------------------------------------------------------------------------------------

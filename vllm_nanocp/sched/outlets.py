@@ -71,7 +71,7 @@ class Outlets:
         self._weight_version = version
 
     def keep_back(self, outputs: dict[int, EngineCoreOutputs]) -> dict[int, EngineCoreOutputs]:
-        """Take out what is not to be sent from here: statistics, which are one engine's, and what is foreign."""
+        """Take out what is foreign, which is not to be sent from here."""
         back: dict[int, EngineCoreOutputs] = {}
         for client, some in list(outputs.items()):
             foreign: list[EngineCoreOutput] = []
@@ -79,9 +79,7 @@ class Outlets:
                 foreign = [output for output in some.outputs if output.request_id in self.foreign]
             if foreign:
                 some.outputs = [output for output in some.outputs if output.request_id not in self.foreign]
-            if foreign or some.scheduler_stats is not None:
-                back[client] = EngineCoreOutputs(outputs=foreign, scheduler_stats=some.scheduler_stats)
-                some.scheduler_stats = None
+                back[client] = EngineCoreOutputs(outputs=foreign)
             if not some.outputs and not some.finished_requests:
                 del outputs[client]
         return back
@@ -157,7 +155,7 @@ class EngineOutlets:
             some.outputs = [output for output in some.outputs if output.request_id not in outlet_of]
         for outlet, its in foreign.items():
             self._ranks[outlet].forward(its)
-        return {client: some for client, some in outputs.items() if some.outputs or some.scheduler_stats is not None}
+        return {client: some for client, some in outputs.items() if some.outputs}
 
     def send_aborts(self, requests: Sequence[Request]) -> list[Request]:
         """Have those that the engine has aborted, and that have been on a rank, end by their outlets.

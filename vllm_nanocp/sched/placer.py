@@ -19,6 +19,7 @@ from ..placement.queue import as_overtaken
 from ..rank_hint import preferred_rank
 from .adapters import adapter_of
 from .rank import Rank
+from .remote_rank import RemoteRank
 from .sharded import can_shard
 
 # How much KV counts against the batch where homes move (``benchmarks/balance_simulation.py``).
@@ -39,6 +40,27 @@ def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | 
     if config.long_prefill_token_threshold > 0:
         tokens = min(tokens, config.long_prefill_token_threshold)
     return max(1, tokens // block_size)
+
+
+class _Derived:
+    """What is derived from the ranks' loads, one by one; kept as long as a load is the same object.
+
+    Args:
+        derive: from a load.
+    """
+
+    def __init__(self, derive: Callable[[RankLoad], RankLoad]) -> None:
+        self._derive = derive
+        self._loads: list[RankLoad] = []
+        self._derived: list[RankLoad] = []
+
+    def of(self, loads: Sequence[RankLoad]) -> list[RankLoad]:
+        if not self._loads:
+            self._loads, self._derived = list(loads), list(map(self._derive, loads))
+        for rank, load in enumerate(loads):
+            if load is not self._loads[rank]:
+                self._loads[rank], self._derived[rank] = load, self._derive(load)
+        return self._derived[:]
 
 
 class Placer:
@@ -72,8 +94,15 @@ class Placer:
         self._loads = loads
         self._stripe_blocks = stripe_blocks
         self._moves = config.move_config
+        # Batches are evened out later, KV is not; and what grows must not have to leave at once.
+        self._kv_weight = None if self._moves is None else KV_WEIGHT
+        reserve = 0 if self._moves is None else self._moves.reserve_blocks
+        self._reserved = _Derived(lambda load: with_reserve(load, reserve)) if reserve else None
+        self._overtaken = _Derived(lambda load: as_overtaken(load, block_size))
         # Ranks may hold more than their blocks have tokens.
         self._uncounted = any(rank.most_tokens > rank.num_blocks * block_size for rank in ranks)
+        # What each rank has cached, if they are elsewhere.
+        self._cached_hashes = [rank.cached_hashes for rank in ranks if isinstance(rank, RemoteRank)]
         # Whether requests go where their prefix is.
         self.follows_prefixes = find_prefixes and config.placement != "round_robin"
 
@@ -99,17 +128,16 @@ class Placer:
             overtakes: whether requests before it found no room.
         """
         loads, adapter = self._loads(), adapter_of(request)
+        # Each takes free blocks away, down to none, so that their order does not matter.
+        if self._reserved is not None:
+            loads = self._reserved.of(loads)
+        if overtakes:
+            loads = self._overtaken.of(loads)
         if adapter is not None:
             loads = [load.for_adapter(adapter) for load in loads]
-        if overtakes:
-            loads = [as_overtaken(load, self.block_size) for load in loads]
         for rank in closed:
             loads[rank] = loads[rank].closed()
-        weight = None
-        if self._moves is not None:
-            # Batches are evened out later, KV is not; and what grows must not have to leave at once.
-            loads = [with_reserve(load, self._moves.reserve_blocks) for load in loads]
-            weight = KV_WEIGHT
+        weight = self._kv_weight
         policy = self.config.placement
         preferred = self._preferred(request) if home is None else None
         rules = self._rules(request, home)
@@ -198,6 +226,15 @@ class Placer:
             return []
         return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
 
+    def _may_be_cached(self, block_hash: BlockHash) -> bool:
+        """Whether to ask the ranks: of those elsewhere it is known here, and mostly none has the block."""
+        if not self._cached_hashes:
+            return True
+        for hashes in self._cached_hashes:  # noqa: SIM110 (half as fast)
+            if block_hash in hashes:
+                return True
+        return False
+
     def find_prefix(self, request: Request) -> Prefix:
         """Where the request's first blocks are cached, on as few ranks as that takes; nowhere, if it should not go
         there."""
@@ -207,7 +244,7 @@ class Placer:
         runs: list[Run] = []
         held: list[int] = []
         at = 0
-        while at < len(hashes):
+        while at < len(hashes) and self._may_be_cached(hashes[at]):
             found = [rank.cached_run(hashes, at) for rank in self.ranks]
             longest = max(length for length, _ in found)
             if not longest:

@@ -40,6 +40,7 @@ logger = init_logger("vllm.nanocp.scheduler")
 
 # What ``Connection`` puts before a message; the second one if the first is -1.
 _LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!Q")
+_LONGEST = 0x7FFFFFFF
 # How long a process has to end by itself.
 _GRACE_S = 2.0
 # How often it is looked whether a process lives, where the system cannot tell of its end.
@@ -84,8 +85,15 @@ class Pipe:
         self._buffer = bytearray(1 << 16)
 
     def send(self, message: bytes) -> None:
+        """As ``Connection.send_bytes`` does, in one call of the system however long the message is."""
         try:
-            self._end.send_bytes(message)
+            if len(message) > _LONGEST:
+                self._end.send_bytes(message)
+                return
+            frame = _LENGTH.pack(len(message)) + message
+            sent = os.write(self._end.fileno(), frame)
+            while sent < len(frame):
+                sent += os.write(self._end.fileno(), frame[sent:])
         except OSError as error:
             raise self._gone() from error
 
@@ -93,7 +101,7 @@ class Pipe:
         """As ``Connection.recv_bytes`` does, which reads a message's length first and then copies what it reads: here
         one call of the system mostly does. Nothing comes behind an answer before the next question."""
         try:
-            have = self._read(0)
+            have = 0
             while have < _LENGTH.size:
                 have += self._read(have)
             (length,) = _LENGTH.unpack_from(self._buffer)

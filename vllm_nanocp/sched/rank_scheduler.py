@@ -24,13 +24,13 @@ from .output import part_of
 from .rank import Decoding, Part
 from .rank_view import RankView, view_of
 from .sessions import SessionDoors
+from .stats import Updated, take_stats
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHash
     from vllm.v1.core.sched.interface import PauseState
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.engine import EngineCoreOutputs
 
 
 class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
@@ -414,10 +414,10 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
     def begin_update(self, part: Part, output: Any) -> None:
         self._update = part, output
 
-    def end_update(self) -> dict[int, EngineCoreOutputs]:
+    def end_update(self) -> Updated:
         part, output = self._update
         del self._update
-        return self.update_from_output(part.payload, output)
+        return take_stats(self.update_from_output(part.payload, output))
 
     def begin_bitmask(self, part: Part) -> None:
         self._bitmask_of = part.payload

@@ -18,7 +18,8 @@ from .cached_blocks import CacheRecorder
 from .grammars import RankGrammars, grammar_begins
 from .output import part_of
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
-from .wire import Answer, RequestState, Scheduled, SessionState, state_of, unpack
+from .stats import take_stats
+from .wire import Answer, News, RequestState, Scheduled, SessionState, state_of, unpack
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
@@ -86,8 +87,9 @@ class RankServer:
                 own = getattr(self, f"do_{name}", None)
                 result = (own or getattr(self.scheduler, name))(*args)
         except Exception as error:
-            return pickle.dumps(Answer(None, self.scheduler.view, error=f"{error!r}\n{traceback.format_exc()}"), -1)
-        return pickle.dumps(self._answer(result), -1)
+            news = News(error=f"{error!r}\n{traceback.format_exc()}")
+            return Answer(None, self.scheduler.view.pack(), {}, tuple(news)).encode()
+        return Answer(result, self.scheduler.view.pack(), self._states(), self._news()).encode()
 
     def after(self) -> None:
         """What need not be done before the answer."""
@@ -99,20 +101,16 @@ class RankServer:
                 self.outlets.foreign.difference_update(self._gone)
             self._gone.clear()
 
-    def _answer(self, result: Any) -> Answer:
-        answer = Answer(
-            result,
-            self.scheduler.view,
-            self._states(),
-            self._preempted[:],
-            self._freed[:],
-            self._turns[:],
-            self.scheduler.take_outgrown(),
-            None if self._cache is None else self._cache.changes(),
-        )
+    def _news(self) -> tuple[Any, ...] | None:
+        """The values of ``News``, if there is any."""
+        cache = None if self._cache is None else self._cache.changes()
+        outgrown = self.scheduler.take_outgrown()
+        if not (self._preempted or self._freed or self._turns or outgrown or cache is not None):
+            return None
+        news = News(self._preempted[:], self._freed[:], self._turns[:], outgrown, None if cache is None else cache[:])
         for told in (self._preempted, self._freed, self._turns):
             told.clear()  # type: ignore[attr-defined]
-        return answer
+        return tuple(news)
 
     def _states(self) -> dict[str, RequestState]:
         states = {}
@@ -211,15 +209,16 @@ class RankServer:
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def do_schedule(self, throttle_prefills: bool) -> Scheduled:
+    def do_schedule(self, throttle_prefills: bool) -> tuple[Any, ...]:
+        """Returns a ``Scheduled``, plain."""
         output = self.scheduler.schedule(throttle_prefills)
         self._serial += 1
         self._steps.append((self._serial, output))
         part = part_of(output)
-        return Scheduled(
+        scheduled = Scheduled(
             serial=self._serial,
             tokens=part.tokens,
-            batch=part.batch,
+            batch=part.batch[:],  # a plain tuple
             scheduled={name: part.scheduled[name] for name in self._told if name in part.scheduled},
             structured=part.structured,
             pending=part.pending,
@@ -227,6 +226,7 @@ class RankServer:
             # Now, for the output is changed later on, by structured output for one.
             payload=pickle.dumps(output, -1),
         )
+        return tuple(scheduled)
 
     def _step(self, serial: int) -> SchedulerOutput:
         return next(output for at, output in self._steps if at == serial)
@@ -236,15 +236,15 @@ class RankServer:
         return None if bitmask is None else pickle.dumps(bitmask, -1)
 
     def do_update(self, serial: int, output: bytes) -> Any:
-        """Returns the outputs by client, or what of them is not sent from here: statistics."""
+        """Returns an ``Updated``, plain: of the outputs only those that are not sent from here."""
         at, part = self._steps.popleft()
         assert at == serial
         answer: ModelRunnerOutput = pickle.loads(output)
-        outputs = self.scheduler.update_from_output(part, answer)
+        updated = take_stats(self.scheduler.update_from_output(part, answer))
         if self.outlets is None or not self.outlets.connected:
-            return outputs
-        self._outputs = outputs
-        return self.outlets.keep_back(outputs)
+            return tuple(updated)
+        self._outputs = updated.outputs
+        return tuple(updated._replace(outputs=self.outlets.keep_back(updated.outputs)))
 
     def do_set_weight_version(self, version: Any) -> None:
         assert self.outlets is not None

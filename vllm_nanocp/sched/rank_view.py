@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import chain
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 from ..placement.place import RankLoad
-from ..plan import packs_flat
 from .adapters import adapter_of
 from .sessions import is_idle
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .rank_scheduler import RankDoors
 
 
-@packs_flat
 @dataclass(slots=True)
 class RankView:
     """A rank's queues and cache in numbers.
@@ -85,6 +84,11 @@ class RankView:
         negative."""
         return self.free_blocks - self.to_take
 
+    def pack(self) -> tuple[Any, ...]:
+        """Plain values, from which ``RankView(*values)`` makes it again."""
+        values: tuple[Any, ...] = _values(self)
+        return values
+
     def load(self, ahead: int = 0) -> RankLoad:
         """What placement needs to know. Requests that wait without blocks count as if they had them.
 
@@ -127,6 +131,9 @@ class RankView:
         self.busy = True
         if adapter is not None and self.max_adapters is not None:
             self.adapters |= {adapter}
+
+
+_values = attrgetter(*(one.name for one in fields(RankView)))
 
 
 def view_of(rank: RankDoors) -> RankView:

@@ -17,21 +17,22 @@ from vllm.v1.core import kv_cache_utils
 
 from ..errors import NanoCPError
 from ..placement import cdiv
-from .cached_blocks import CachedBlocks
+from ..plan import Batch
+from .cached_blocks import CachedBlocks, Changes
 from .grammars import note_grammar_begins
 from .output import PackedOutput
 from .rank import Decoding, Part
+from .rank_view import RankView
 from .sessions import keep_chunk
-from .wire import Answer, Scheduled, SessionState, apply, pack
+from .stats import Updated
+from .wire import Answer, News, Scheduled, SessionState, apply, pack
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
     from vllm.v1.core.sched.interface import PauseState
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.request import Request, RequestStatus
-
-    from .rank_view import RankView
 
 
 class Channel(Protocol):
@@ -75,6 +76,8 @@ class RemoteRank:
         self._sessions: dict[str, Request] = {}
         self._outgrown: list[str] = []
         self._cached = CachedBlocks()
+        # Hashes of all blocks that are cached there.
+        self.cached_hashes = self._cached.hashes
         self._none_hash: BlockHash | None = None
         # What an answer is to come to.
         self._asked = ""
@@ -100,34 +103,39 @@ class RemoteRank:
         self._commands = []
 
     def _hear(self) -> Any:
-        answer: Answer = pickle.loads(self.channel.receive())
+        answer = Answer.decode(self.channel.receive())
         asked, self._asked = self._asked, ""
         try:
-            return self._take(answer)
+            return self._take(*answer)
         except BaseException:  # an interrupt, too
             self._asked = asked
             raise
 
-    def _take(self, answer: Answer) -> Any:
-        if answer.error is not None:
-            raise NanoCPError(f"nanocp: a rank's scheduler has failed: {answer.error}")
-        self.view = answer.view
-        for request_id, state in answer.states.items():
-            if request_id in self._watched:
-                apply(state, self._watched[request_id][0])
-        self._outgrown += answer.outgrown
-        if answer.cache is not None:
-            self._cached.follow(answer.cache)
-        for request_id in answer.preempted:
+    def _take(self, result: Any, view: Any, states: dict[str, Any], news: Any) -> Any:
+        self.view = RankView(*view)
+        for request_id, state in states.items():
+            watched = self._watched.get(request_id)
+            if watched is not None:
+                apply(watched[0], *state)
+        if news is not None:
+            self._take_news(News._make(news))
+        return result
+
+    def _take_news(self, news: News) -> None:
+        if news.error is not None:
+            raise NanoCPError(f"nanocp: a rank's scheduler has failed: {news.error}")
+        self._outgrown += news.outgrown
+        if news.cache is not None:
+            self._cached.follow(Changes._make(news.cache))
+        for request_id in news.preempted:
             self.on_preempt(request_id)
-        for request_id in answer.freed:
+        for request_id in news.freed:
             self._known.discard(request_id)
             self._watched.pop(request_id, None)
             self._sessions.pop(request_id, None)
             self.on_free(request_id)
-        for request_id, idle in answer.turns:
+        for request_id, idle in news.turns:
             self.on_turn(request_id, idle)
-        return answer.result
 
     def _call(self, name: str, *args: Any) -> Any:
         self._ask(name, *args)
@@ -150,17 +158,17 @@ class RemoteRank:
         self._ask("schedule", throttle_prefills)
 
     def end_schedule(self) -> Part:
-        step: Scheduled = self._hear()
+        step = Scheduled._make(self._hear())
         self.introduced = step.introduced
-        return Part(step.tokens, step.batch, step.scheduled, step.structured, step.pending, step.payload, step.serial)
+        batch = Batch._make(step.batch)
+        return Part(step.tokens, batch, step.scheduled, step.structured, step.pending, step.payload, step.serial)
 
     def begin_update(self, part: Part, output: Any) -> None:
         message = output.data if isinstance(output, PackedOutput) else pickle.dumps(output, -1)
         self._ask("update", part.serial, message)
 
-    def end_update(self) -> dict[int, EngineCoreOutputs]:
-        outputs: dict[int, EngineCoreOutputs] = self._hear()
-        return outputs
+    def end_update(self) -> Updated:
+        return Updated._make(self._hear())
 
     def begin_bitmask(self, part: Part) -> None:
         self._ask("bitmask", part.serial)
@@ -211,6 +219,8 @@ class RemoteRank:
         self._call("end", list(request_ids), status)
 
     def take_outgrown(self) -> list[str]:
+        if not self._outgrown:
+            return []
         outgrown, self._outgrown = self._outgrown, []
         for request_id in outgrown:  # chunks may have come since
             state: SessionState | None = self._call("session", request_id)
@@ -261,9 +271,9 @@ class RemoteRank:
     # -- shards and members ------------------------------------------------------------------------------------
 
     def cached_run(self, hashes: Sequence[BlockHash], first_block: int) -> tuple[int, int]:
-        if first_block >= len(hashes) or hashes[first_block] not in self._cached:
-            return 0, 0  # as almost always, and it is asked of all ranks
         length = self._cached.run(hashes, first_block)
+        if not length:
+            return 0, 0
         length, held = self._call("cached_run", list(hashes[first_block : first_block + length]), 0)
         return length, held
 

@@ -11,7 +11,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from ..metrics.collector import RankState
 from ..metrics.transport import attach
-from .stats import merge_scheduler_stats
+from .stats import PlainStats, merge_scheduler_stats
 
 if TYPE_CHECKING:
     from .scheduler import NanoCPScheduler
@@ -19,23 +19,15 @@ if TYPE_CHECKING:
 
 def rank_states(scheduler: NanoCPScheduler) -> list[RankState]:
     """One a rank, as of the last step."""
-    shards = [0] * len(scheduler.ranks)
-    for sharded in scheduler.sharded.values():
-        for rank in {sharded.rank, *sharded.open_shards}:
-            shards[rank] += 1
+    shards = scheduler.members.shards_by_rank()
+    views = [rank.view for rank in scheduler.ranks]
     return [
-        RankState(
-            kv_usage=rank.view.kv_usage,
-            running=rank.view.running,
-            waiting=rank.view.queued,
-            guests=work.guests,
-            shards=held,
-        )
-        for rank, work, held in zip(scheduler.ranks, scheduler.mover.last_work, shards, strict=True)
+        RankState(view.kv_usage, view.running, view.queued, work.guests, held)
+        for view, work, held in zip(views, scheduler.mover.last_work, shards, strict=True)
     ]
 
 
-def engine_stats(scheduler: NanoCPScheduler, parts: Sequence[SchedulerStats]) -> SchedulerStats:
+def engine_stats(scheduler: NanoCPScheduler, parts: Sequence[SchedulerStats | PlainStats]) -> SchedulerStats:
     """One engine's statistics, with this package's own.
 
     Args:

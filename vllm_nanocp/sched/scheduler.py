@@ -45,6 +45,7 @@ from .rank import Part
 from .ranks import RankSpec, make_ranks
 from .reporting import engine_stats
 from .shared_prefix import SharedPrefixes
+from .stats import PlainStats
 from .together import RanksTogether
 
 logger = init_logger("vllm.nanocp.scheduler")
@@ -292,7 +293,7 @@ class NanoCPScheduler(RanksTogether):
         self._settle()
         self.prefixes.observe(parts, not throttle_prefills and self._pause_state == PauseState.UNPAUSED)
         if self.cadence is not None:
-            self.cadence.note_backlog(bool(self.waiting))
+            self.cadence.note_backlog(bool(self.waiting) and not self.admission.cut_short)
         plan = self.members.take_plan()
         self.num_steps += 1
         plan.serial = self.num_steps
@@ -310,7 +311,7 @@ class NanoCPScheduler(RanksTogether):
         """Let each rank schedule: all at once, but those that compute prompts together one after another, so that what
         one has computed enters the next in the same step."""
         in_turn = self.members.order() if self.config.parallel_prefill else []
-        others = [rank for rank in range(len(self.ranks)) if rank not in set(in_turn)]
+        others = [rank for rank in range(len(self.ranks)) if rank not in in_turn]
         for index in others:
             self.ranks[index].begin_schedule(throttle_prefills)
         parts: dict[int, Part] = {}
@@ -342,7 +343,8 @@ class NanoCPScheduler(RanksTogether):
         if self.mover.moves:
             self.mover.observe(scheduler_output.plan.batches, scheduler_output.work, scheduler_output.scheduled)
         merged: dict[int, EngineCoreOutputs] = {}
-        stats: list[SchedulerStats] = []
+        stats: list[SchedulerStats | PlainStats] = []
+        reader = 0  # who is to have them
         if scheduler_output.plan.departing:
             states = {k: v for output in model_runner_output for k, v in generators_in(output).items()}
             self.mover.note_generators(scheduler_output.plan.departing, states)
@@ -351,11 +353,11 @@ class NanoCPScheduler(RanksTogether):
             rank.begin_update(part, output)
         # Of requests that end now, too.
         outlet_of = dict(self.members.outlet_of)
-        for answered in [rank.end_update() for rank in self.ranks]:
-            for client, outputs in self.outlets.forward(answered, outlet_of).items():
-                if outputs.scheduler_stats is not None:
-                    stats.append(outputs.scheduler_stats)
-                    outputs.scheduler_stats = None
+        for answered, client, its in [rank.end_update() for rank in self.ranks]:
+            if its is not None:
+                reader = client if not stats else reader
+                stats.append(its)
+            for client, outputs in (self.outlets.forward(answered, outlet_of) if answered else {}).items():
                 so_far = merged.setdefault(client, outputs)
                 if so_far is not outputs:
                     so_far.outputs.extend(outputs.outputs)
@@ -365,7 +367,7 @@ class NanoCPScheduler(RanksTogether):
         if self.cadence is not None and not self.get_num_unfinished_requests():
             self.cadence.rest()
         if stats:
-            first = next(iter(merged.values()))
+            first = next(iter(merged.values()), None) or merged.setdefault(reader, EngineCoreOutputs())
             first.scheduler_stats = engine_stats(self, stats)
         return merged
 

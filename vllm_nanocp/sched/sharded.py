@@ -64,7 +64,7 @@ def make_member(request: Request, member_id: str, block_size: int, end_block: in
     return member
 
 
-@dataclass
+@dataclass(eq=False)
 class ShardedRequest:
     """State of one request that is spread over ranks.
 
@@ -75,7 +75,12 @@ class ShardedRequest:
         active: index of the member that computes now. Members before it are parked, later ones have not entered.
         started: whether any member was scheduled.
         open_shards: for each rank that holds finished runs, the id by which the workers know their blocks, all of
-            them as one shard, and the tokens they hold.
+            them as one shard, and the tokens they hold; changed by ``open_shard``.
+        run: that is computed now.
+        rank: that computes now.
+        at_home: whether that is the home.
+        local_start: position of the first token of the run that is computed now.
+        member: that computes now, once it was woken.
     """
 
     request: Request
@@ -84,6 +89,26 @@ class ShardedRequest:
     active: int = 0
     started: bool = False
     open_shards: dict[int, tuple[str, int]] = field(default_factory=dict)
+    # What follows from these is looked at in each step, and changes seldom.
+    run: Run = field(init=False)
+    rank: int = field(init=False)
+    at_home: bool = field(init=False)
+    local_start: int = field(init=False)
+    member: Request = field(init=False)
+    _holders: tuple[Holder, ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        self._stand()
+
+    def _stand(self) -> None:
+        """The active member is another one, or its run is."""
+        self.run = self.shard_map.runs[self.active]
+        self.rank = self.run.rank
+        self.at_home = self.active == len(self.members) - 1
+        self.local_start = self.shard_map.first_token(self.active)
+        member = self.members[self.active]
+        if isinstance(member, Request):
+            self.member = member
 
     @classmethod
     def create(cls, request: Request, shard_map: ShardMap, serial: int) -> ShardedRequest:
@@ -91,44 +116,33 @@ class ShardedRequest:
         keepers = [Keeper(f"{request.request_id}#{serial}.{i}") for i in range(len(shard_map.runs) - 1)]
         return cls(request, shard_map, [*keepers, request])
 
-    @property
-    def member(self) -> Request:
-        """The member that computes now."""
-        member = self.members[self.active]
-        assert isinstance(member, Request)
-        return member
-
     def wake(self, num_computed_tokens: int) -> None:
         """Let the active member compute, from this token of the request on."""
         keeper = self.members[self.active]
         if isinstance(keeper, Keeper):
             member = make_member(self.request, keeper.request_id, self.shard_map.block_size, self.run.end_block)
-            self.members[self.active] = member
+            self.members[self.active] = self.member = member
         self.member.num_computed_tokens = num_computed_tokens
 
     def park(self) -> None:
         """The active member has computed its run; the next one is to."""
         self.members[self.active] = Keeper(self.member.request_id)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """The next member is the active one."""
         self.active += 1
+        self._stand()
+
+    def open_shard(self, rank: int, shard: str, tokens: int) -> None:
+        """A rank's finished runs are known by this id now."""
+        self.open_shards[rank] = shard, tokens
+        self._holders = tuple(Holder(rank, shard, tokens) for rank, (shard, tokens) in self.open_shards.items())
 
     @property
     def num_computed_tokens(self) -> int:
         """Tokens from the request's first on whose KV is there, or is in a step that was scheduled."""
         return min(self.member.num_computed_tokens, self.request.num_tokens)
-
-    @property
-    def run(self) -> Run:
-        """The run that is computed now."""
-        return self.shard_map.runs[self.active]
-
-    @property
-    def rank(self) -> int:
-        """The rank that computes now."""
-        return self.run.rank
-
-    @property
-    def at_home(self) -> bool:
-        return self.active == len(self.members) - 1
 
     @property
     def run_done(self) -> bool:
@@ -140,11 +154,6 @@ class ShardedRequest:
         return not self.at_home and num_computed_tokens >= self.shard_map.end_token(
             self.active, self.request.num_tokens
         )
-
-    @property
-    def local_start(self) -> int:
-        """Position of the first token of the run that is computed now."""
-        return self.shard_map.first_token(self.active)
 
     def move_home(self, rank: int, member_id: str) -> Keeper:
         """The home has filled its last block, and the request goes on at another rank.
@@ -163,7 +172,7 @@ class ShardedRequest:
         member = Keeper(member_id)
         self.members[-1:] = [member, self.request]
         self.shard_map = ShardMap(block_size, tuple(runs))
-        self.active += 1
+        self.go_on()
         return member
 
     def blocks_at(self, rank: int, held: Callable[[str], list[int]]) -> list[int]:
@@ -182,15 +191,14 @@ class ShardedRequest:
 
     def row(self, num_queries: int) -> PlanRow | None:
         """This step's row, after ``num_queries`` tokens were scheduled; None when all it attends to is local."""
-        if not self.open_shards:
+        if not self._holders:
             return None
-        first_query = self.member.num_computed_tokens - num_queries
-        first_block, block_size = self.run.first_block, self.shard_map.block_size
+        member = self.member
         return PlanRow(
-            req_id=self.member.request_id,
+            req_id=member.request_id,
             home=self.rank,
             num_queries=num_queries,
-            first_block=first_block,
-            local_tokens=first_query - first_block * block_size,
-            holders=tuple(Holder(rank, shard, tokens) for rank, (shard, tokens) in self.open_shards.items()),
+            first_block=self.run.first_block,
+            local_tokens=member.num_computed_tokens - num_queries - self.local_start,
+            holders=self._holders,
         )

@@ -4,8 +4,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
+
+# A rank's statistics where they say no more than how it stands, as mostly: requests that run, wait and are deferred,
+# and cache usage.
+PlainStats = tuple[int, int, int, float]
+
+
+class Updated(NamedTuple):
+    """What has come of a rank's output.
+
+    Attributes:
+        outputs: of vLLM's scheduler, by client, without statistics.
+        client: the front-end that is to have the statistics.
+        stats: the rank's, if it makes any.
+    """
+
+    outputs: dict[int, EngineCoreOutputs]
+    client: int = 0
+    stats: SchedulerStats | PlainStats | None = None
+
+
+def take_stats(outputs: dict[int, EngineCoreOutputs]) -> Updated:
+    """Take the statistics out of what vLLM's scheduler returns, which puts them to one client's."""
+    for client, some in outputs.items():
+        if some.scheduler_stats is not None:
+            stats, some.scheduler_stats = some.scheduler_stats, None
+            return Updated(outputs, client, _plain(stats))
+    return Updated(outputs)
+
+
+def _plain(stats: SchedulerStats) -> SchedulerStats | PlainStats:
+    running, waiting, skipped = stats.num_running_reqs, stats.num_waiting_reqs, stats.num_skipped_waiting_reqs
+    whole = SchedulerStats(
+        num_running_reqs=running,
+        num_waiting_reqs=waiting,
+        num_skipped_waiting_reqs=skipped,
+        num_kv_fetch_reqs_by_stage=stats.num_kv_fetch_reqs_by_stage,  # all zero: there are no connectors
+        kv_cache_usage=stats.kv_cache_usage,
+    )
+    return (running, waiting, skipped, stats.kv_cache_usage) if stats == whole else stats
 
 
 def merge_prefix_cache(parts: Sequence[PrefixCacheStats]) -> PrefixCacheStats:
@@ -22,13 +63,26 @@ def merge_prefix_cache(parts: Sequence[PrefixCacheStats]) -> PrefixCacheStats:
     return total
 
 
-def merge_scheduler_stats(parts: Sequence[SchedulerStats], num_waiting: int) -> SchedulerStats:
+def merge_scheduler_stats(parts: Sequence[SchedulerStats | PlainStats], num_waiting: int) -> SchedulerStats:
     """One engine's statistics: counts are sums, cache usage is the mean.
 
     Args:
         parts: one a rank; not empty.
         num_waiting: requests that wait for a placement.
     """
+    plain = [part for part in parts if isinstance(part, tuple)]
+    running, waiting, skipped, usage = map(sum, zip(*plain, strict=True)) if plain else (0, 0, 0, 0.0)
+    whole = [part for part in parts if not isinstance(part, tuple)]
+    total = _merge_whole(whole) if whole else SchedulerStats()
+    total.num_running_reqs += running
+    total.num_waiting_reqs += waiting + num_waiting
+    total.num_skipped_waiting_reqs += skipped
+    total.kv_cache_usage = (total.kv_cache_usage + usage) / len(parts)
+    return total
+
+
+def _merge_whole(parts: Sequence[SchedulerStats]) -> SchedulerStats:
+    """All of them summed up, cache usage too."""
     waiting_loras: dict[str, int] = {}
     running_loras: dict[str, int] = {}
     for part in parts:
@@ -37,9 +91,9 @@ def merge_scheduler_stats(parts: Sequence[SchedulerStats], num_waiting: int) -> 
                 total[name] = total.get(name, 0) + count
     return SchedulerStats(
         num_running_reqs=sum(p.num_running_reqs for p in parts),
-        num_waiting_reqs=sum(p.num_waiting_reqs for p in parts) + num_waiting,
+        num_waiting_reqs=sum(p.num_waiting_reqs for p in parts),
         num_skipped_waiting_reqs=sum(p.num_skipped_waiting_reqs for p in parts),
-        kv_cache_usage=sum(p.kv_cache_usage for p in parts) / len(parts),
+        kv_cache_usage=sum(p.kv_cache_usage for p in parts),
         prefix_cache_stats=merge_prefix_cache([p.prefix_cache_stats for p in parts]),
         kv_cache_eviction_events=[event for p in parts for event in p.kv_cache_eviction_events],
         waiting_lora_adapters=waiting_loras,

@@ -84,7 +84,7 @@ def test_mixed_lengths_at_once(latent: Engine, expected: Any) -> None:
 
 
 def test_moves_and_spills(latent: Engine, expected: Any) -> None:
-    asks = [Ask(prompt(40 + 31 * i, 500 + i), dict(max_tokens=40 + 4 * i), delay=0.05 * i) for i in range(12)]
+    asks = [Ask(prompt(90 + 23 * i, 500 + i), dict(max_tokens=60 + 3 * i), delay=0.03 * i) for i in range(16)]
     _, counts = check(latent, expected, asks)
     assert latent.ranks == 2 or (counts["moves"] > 0 and counts["spills"] > 0), counts
 

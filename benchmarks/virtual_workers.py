@@ -200,6 +200,9 @@ class World:
         for _ in range(6):
             self.step()
         self.add(make_requests("short", [40 + i % 100 for i in range(shorts * ranks)]))
+        self.step()
+        while self.scheduler.get_request_counts()[1]:  # so many start in a step
+            self.step()
         for _ in range(WARM_UP):
             self.step()
         assert self.scheduled == (shorts + sharded) * ranks, self.scheduled

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadata, MLADims
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 
 from tests.unit.attention_steps import Kernel, Shape, full_attention
+from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.cpu_mla_backend import LatentOnCPU, NanoCPCPUMLABackend, NanoCPCPUMLAMetadataBuilder
 
 WORKSPACE = 256  # tokens of a chunk of context in vLLM's own path
@@ -187,5 +189,39 @@ def _layer_of(shape: LatentShape) -> Any:
     return _layers[shape]
 
 
-def cpu_kernel() -> Kernel:
-    return Kernel(make_builder, lambda shape: None, _layer_of, write, torch.device("cpu"), forward)  # type: ignore[arg-type]
+def stock_attention(
+    shape: LatentShape, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int, scale: float
+) -> torch.Tensor:
+    """vLLM's own, of the last queries of one request, as a decode or as a prompt's chunk behind what is cached."""
+    layer, count, length = _layer_of(shape), len(queries), len(keys)
+    blocks = -(-length // shape.block_size)
+    cache = torch.zeros(shape.cache_size(blocks), dtype=shape.dtype)
+    write(None, layer, keys, values, cache, torch.arange(length))
+    starts = torch.tensor([0, count], dtype=torch.int32)
+    lengths = torch.tensor([length], dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lengths,
+        num_reqs=1,
+        num_actual_tokens=count,
+        max_query_len=count,
+        max_seq_len=length,
+        block_table_tensor=torch.arange(blocks, dtype=torch.int32)[None],
+        slot_mapping=torch.arange(first, length),
+        seq_lens_cpu_upper_bound=lengths,
+    )
+    step, context.step = context.step, None
+    try:
+        metadata = make_builder(shape).build(0, common)
+    finally:
+        context.step = step
+    output = torch.empty((count, shape.num_heads, shape.value_size), dtype=shape.dtype)
+    forward(None, layer, queries, keys[first:], values, cache, metadata, output)
+    return output
+
+
+def cpu_kernel(shape: LatentShape | None = None) -> Kernel:
+    """The CPU's; next to vLLM's own attention for the one shape that is given."""
+    stock = None if shape is None else functools.partial(stock_attention, shape)
+    return Kernel(make_builder, lambda shape: None, _layer_of, write, torch.device("cpu"), forward, stock=stock)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
@@ -92,3 +93,15 @@ def test_whole_steps_over_three_ranks() -> None:
     kinds = ("plain decode", "plain prefill", "sharded decode", "sharded prefill", "guests", "idle with guests")
     assert all(counts.get(kind, 0) > 5 for kind in kinds), counts
     assert counts["no local past"]
+
+
+def test_error_next_to_vllm_s_in_16_bits() -> None:
+    """Of all sharded rows, decodes and chunks, over any degree: root mean square of what differs from float64."""
+    shape = latent_shape(16, 128, 128, dtype=torch.bfloat16)
+    kernel = functools.partial(cpu_kernel, shape)
+    results = run_ranks(3, run_scenarios, {"one": [(shape, 900 + seed, True) for seed in range(10)]}, kernel)
+    ours, stock, norm = (
+        sum(result["one"][0].get(name, 0.0) for result in results) for name in ("ours", "stock", "norm")
+    )
+    print("ours over stock's", (ours / stock) ** 0.5, "stock's", (stock / norm) ** 0.5)
+    assert 0 < ours <= 1.2**2 * stock

@@ -41,6 +41,7 @@ PATCHES = (
     Patch("cpu_seeded_chunks", platform="cpu"),
     Patch("cpu_shm_names", platform="cpu"),
     Patch("cpu_cache_dtype", platform="cpu"),
+    Patch("deepseek_one_token"),
     Patch("cpu_mla_rope", platform="cpu"),
     Patch("cpu_mla_chunks", platform="cpu"),
 )

@@ -11,7 +11,8 @@ as on GPUs, of which vLLM has the CPU parts (`gather_mla_context_cache_cpu`,
 Versions: 0.32.0.
 
 Repair: configurations of this package (`additional_config` has "nanocp") keep the three settings that they had when the
-platform was asked. Others in the same process are as upstream makes them. The line that upstream logs stays, and is
+platform was asked. Others in the same process are as upstream makes them, and so are models with sparse latent
+attention (`index_topk`: DeepSeek-V3.2, V4), whose backends are others. The line that upstream logs stays, and is
 followed by one that says what was kept. It is needed where configurations are made, and where they are checked again:
 the engine does so once it runs (`EngineCoreProc._perform_handshakes`). Its scheduler knows the tokens of a step then,
 but still asks whether prompts may be chunked, so longer ones would wait for ever. Workers may copy configurations.
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_nanocp.patches._guard import Outcome, require_source
@@ -54,6 +56,8 @@ def apply() -> Outcome:
         original(cls, vllm_config)
         if model is None or not model.use_mla or not _concerned(vllm_config):
             return
+        if hasattr(model.hf_text_config, "index_topk"):
+            return
         if (chunked, prefix_caching) != (scheduler.enable_chunked_prefill, cache.enable_prefix_caching):
             logger.info("Kept as they were: chunked prefill %s, prefix caching %s.", chunked, prefix_caching)
         scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens = chunked, tokens
@@ -66,4 +70,5 @@ def apply() -> Outcome:
 
 def _concerned(vllm_config: Any) -> bool:
     """Whether a configuration is one of this package."""
-    return _KEY in (vllm_config.additional_config or {})
+    additional = vllm_config.additional_config  # a dict, or any object that has a hash
+    return isinstance(additional, Mapping) and _KEY in additional

@@ -84,7 +84,8 @@ def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if hasattr(vllm_config.model_config.hf_text_config, "index_topk"):
+    text = vllm_config.model_config.hf_text_config
+    if hasattr(text, "index_topk"):
         refuse(
             "sparse latent attention (DSA) with max_degree above 1",
             "each query looks for its best keys over the whole context, and a shard knows its own only",
@@ -99,6 +100,13 @@ def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
             "multi-head latent attention by AMX with max_degree above 1",
             "its kernel keeps no log-sum-exp and its weights are packed for it",
             "add --attention-backend CPU_MLA, or " + instead,
+        )
+    sizes = getattr(text, "kv_lora_rank", None), getattr(text, "qk_rope_head_dim", None)
+    if sizes != (512, 64):
+        refuse(
+            f"latents of {sizes[0]} and rotated keys of {sizes[1]} numbers on CPU with max_degree above 1",
+            "vLLM's kernel CPU_MLA takes 512 and 64 only, and fails at the first request",
+            "serve the model on GPUs with --nanocp-config '{\"max_degree\": 1}'",
         )
 
 

@@ -32,6 +32,13 @@ def platform() -> Iterator[Any]:
     CpuPlatform.check_and_update_config = found
 
 
+class _Hashed:
+    """``additional_config`` of somebody else, which vLLM allows to be any object with this method."""
+
+    def compute_hash(self) -> str:
+        return "other"
+
+
 def _made(model: str, **given: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
@@ -72,7 +79,18 @@ def test_others_are_as_upstream_makes_them(platform: Any, tiny_deepseek: str, ti
     cpu_mla_chunks.apply()
     assert _settings(_made(tiny_deepseek, **CHUNKED)) == WHOLE
     assert _settings(_made(tiny_deepseek, **CHUNKED, additional_config={"other": 1})) == WHOLE
+    assert _settings(_made(tiny_deepseek, **CHUNKED, additional_config=_Hashed())) == WHOLE
     assert _settings(_made(tiny_model, **CHUNKED)) == plain == CHUNKED
+
+
+def test_sparse_attention_is_as_upstream_makes_it(
+    platform: Any, tiny_deepseek: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its backends are not the one that was found to serve both."""
+    monkeypatch.setattr(cpu_mla_chunks, "_KEY", "kept")
+    cpu_mla_chunks.apply()
+    sparse = {"index_topk": 64}
+    assert _settings(_made(tiny_deepseek, **CHUNKED, hf_overrides=sparse, additional_config={"kept": {}})) == WHOLE
 
 
 def test_this_package_applies_it(platform: Any, tiny_deepseek: str) -> None:

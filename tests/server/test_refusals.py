@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny_models import make_mixtral
 from vllm_nanocp.config import NanoCPConfig
@@ -235,11 +236,18 @@ def fake_config(text: dict[str, Any] | None = None, cache_dtype: str = "auto", *
     )
 
 
+# What of latent attention vLLM's kernel on CPU takes.
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+
+
 @pytest.mark.parametrize(
     ("config", "part"),
     [
         (fake_config(is_encoder_decoder=True), "encoder-decoder"),
-        (fake_config(use_mla=True), "latent"),
+        (fake_config({"index_topk": 64, **LATENT}, use_mla=True), "sparse latent"),
+        (fake_config({**LATENT, "kv_lora_rank": 256}, use_mla=True), "latents of 256 and rotated keys of 64"),
+        (fake_config({"compress_ratios": [0, 4]}, use_mla=True), "latents of None"),
+        (fake_config(LATENT, "bfloat16", use_mla=True), "--kv-cache-dtype bfloat16"),
         (fake_config(is_hybrid=True), "hybrid"),
         (fake_config(is_attention_free=True), "attention-free"),
         (fake_config({"layer_types": ["full_attention", "sliding_attention"]}), "sliding-window"),
@@ -253,6 +261,28 @@ def test_models_that_cannot_be_sharded(config: Any, part: str) -> None:
     with pytest.raises(NanoCPConfigError) as caught:
         check_model(config, NanoCPConfig(ranks=2))
     assert_one_line(str(caught.value), part)
+    check_model(config, NanoCPConfig(ranks=2, max_degree=1))
+
+
+def test_latent_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Served on CPU, but not by AMX, and not on GPUs."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    config = fake_config(LATENT, use_mla=True)
+    config.attention_config = SimpleNamespace(backend=None)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    check_model(config, NanoCPConfig(ranks=2))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    with pytest.raises(NanoCPConfigError) as caught:
+        check_model(config, NanoCPConfig(ranks=2))
+    assert_one_line(str(caught.value), "by AMX", "--attention-backend CPU_MLA")
+    config.attention_config.backend = AttentionBackendEnum.CPU_MLA
+    check_model(config, NanoCPConfig(ranks=2))
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    with pytest.raises(NanoCPConfigError) as caught:
+        check_model(config, NanoCPConfig(ranks=2))
+    assert_one_line(str(caught.value), "on GPUs", '"max_degree": 1')
     check_model(config, NanoCPConfig(ranks=2, max_degree=1))
 
 

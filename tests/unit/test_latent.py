@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import random
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +62,39 @@ def test_attend_to_a_shard(shape: LatentShape, at_once: int, monkeypatch: pytest
         close(lse, (torch.einsum("qhd,khd->qhk", queries.double(), k) * shape.scale).logsumexp(-1), shape)
         seen.add(cpu_latent._absorbs(rows, keys))
     assert seen == {True, False}, "both ways"
+
+
+@pytest.mark.parametrize(("rows", "over"), [(1, "_over_latents"), (250, "_over_projected")])
+def test_a_shard_of_many_pieces_keeps_one_result(rows: int, over: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is as large as the queries' whole result, and a long shard has hundreds."""
+    monkeypatch.setattr(cpu_latent, "_FEW_BYTES", 1)
+    monkeypatch.setattr(cpu_latent, "_PROJECTED", 1)
+    attend, alive, most = getattr(cpu_latent, over), weakref.WeakSet[torch.Tensor](), []
+
+    def watched(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        part = attend(*args)
+        alive.add(part[0])
+        most.append(len(alive))
+        return part
+
+    monkeypatch.setattr(cpu_latent, over, watched)
+    keys, _ = held(SHAPES[0], list(range(20)), 320)
+    attend_shard(torch.randn(rows, 4, SHAPES[0].head_size), keys, torch.arange(20), 320)
+    assert len(most) == 20 and max(most) <= 3, most
+
+
+def test_many_absorbed_queries_take_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a shard that ends within a block."""
+    over, lengths = cpu_latent._over_latents, []
+
+    def watched(queries: torch.Tensor, latents: torch.Tensor, of: Latents) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths.append(len(latents))
+        return over(queries, latents, of)
+
+    monkeypatch.setattr(cpu_latent, "_over_latents", watched)
+    keys, _ = held(SHAPES[0], list(range(20)), 301)
+    attend_shard(torch.randn(17, 4, SHAPES[0].head_size), keys, torch.arange(20), 301)
+    assert lengths == [301]
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *BFLOAT16], ids=shape_id)

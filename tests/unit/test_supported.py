@@ -250,6 +250,18 @@ def flash_layer(impl: dict[str, Any] | None = None, **layer: Any) -> Attention:
     return made
 
 
+def test_a_cache_without_attention_beside_latent_attention() -> None:
+    """An indexer's keys come before the layer that uses them. They have no implementation to ask."""
+    from vllm.model_executor.models.deepseek_v2 import DeepseekV32IndexerCache
+
+    from vllm_nanocp.attention.cpu_mla_backend import LatentOnCPU
+
+    cache = object.__new__(DeepseekV32IndexerCache)
+    torch.nn.Module.__init__(cache)
+    with pytest.raises(NanoCPConfigError, match="of the kind DeepseekV32IndexerCache"):
+        check_layers({"indexer": cache}, LatentOnCPU())
+
+
 def judge_flash(layer: Any, shape: tuple[int, int, int] = (8, 2, 64)) -> None:
     experts = SimpleNamespace()  # the forward context knows these too
     heads, kv_heads, size = shape

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from .cpu_partial import attend, flash
-from .merge import merge_partials
 
 # Bytes of projected keys and values at a time, and of latents that few queries attend to at a time.
 _PROJECTED, _FEW_BYTES, _FEW = 1 << 26, 1 << 20, 16
@@ -58,20 +57,28 @@ def attend_shard(queries: torch.Tensor, held: Latents, blocks: torch.Tensor, len
         Output [rows, num_heads, value_size] and natural log-sum-exp [rows, num_heads], float32.
     """
     absorbed = _absorbs(len(queries), held)
-    if absorbed:
-        visiting, at_once = _absorb(queries, held), _FEW_BYTES // (held.cache.shape[2] * queries.element_size())
-        at_once = at_once if len(queries) <= _FEW else length
-    else:
-        heads, width = queries.shape[1:]
-        visiting, at_once = queries, _PROJECTED // (2 * heads * width * queries.element_size())
+    over = _over_latents if absorbed else _over_projected
+    visiting = _absorb(queries, held) if absorbed else queries
     block_size = held.cache.shape[1]
-    step = max(1, at_once // block_size)
-    parts: list[Partial] = []
+    step = max(1, _at_once(queries, held, absorbed, length) // block_size)
+    whole: Partial | None = None
     for first in range(0, -(-length // block_size), step):
         latents = held.of(blocks[first : first + step], min(step * block_size, length - first * block_size))
-        parts.append(_over_latents(visiting, latents, held) if absorbed else _over_projected(queries, latents, held))
-    output, lse = parts[0] if len(parts) == 1 else _merged(parts)
+        part = over(visiting, latents, held)
+        whole = part if whole is None else _merged(whole, part)
+    assert whole is not None
+    output, lse = whole
     return (_project(output, held) if absorbed else output), lse
+
+
+def _at_once(queries: torch.Tensor, held: Latents, absorbed: bool, length: int) -> int:
+    """How many latents to attend to at a time."""
+    heads, width = queries.shape[1:]
+    if not absorbed:
+        return _PROJECTED // (2 * heads * width * queries.element_size())
+    if len(queries) <= _FEW:
+        return _FEW_BYTES // (held.cache.shape[2] * queries.element_size())
+    return length + held.cache.shape[1]  # all, with the last block's rest
 
 
 def attend_new(queries: torch.Tensor, latents: torch.Tensor, held: Latents) -> Partial:
@@ -109,8 +116,8 @@ def _over_latents(queries: torch.Tensor, latents: torch.Tensor, held: Latents) -
 
 
 def _project(output: torch.Tensor, held: Latents) -> torch.Tensor:
-    """From the latents' space to that of values, in float32."""
-    return torch.bmm(output.transpose(0, 1), held.w_uv.float()).transpose(0, 1)
+    """From the latents' space to that of values; in the model's type, as vLLM does: the weights are large."""
+    return torch.bmm(output.to(held.w_uv.dtype).transpose(0, 1), held.w_uv).float().transpose(0, 1)
 
 
 def _over_projected(queries: torch.Tensor, latents: torch.Tensor, held: Latents, causal: bool = False) -> Partial:
@@ -120,11 +127,19 @@ def _over_projected(queries: torch.Tensor, latents: torch.Tensor, held: Latents,
     keys = torch.cat([torch.matmul(inner, held.w_uk.transpose(1, 2)), rotated.expand(heads, *rotated.shape)], dim=-1)
     values = torch.matmul(inner, held.w_uv)
     # The kernel knows one size only; zeros change no score.
-    q, k, v = (F.pad(x, (0, max(width, size) - x.shape[-1])) for x in (queries.transpose(0, 1), keys, values))
+    q, k, v = (_padded(x, max(width, size)) for x in (queries.transpose(0, 1), keys, values))
     output, lse = flash(q, k, v, held.scale, causal)
     return output[..., :size].transpose(0, 1), lse.transpose(0, 1)
 
 
-def _merged(parts: list[Partial]) -> Partial:
-    outputs, lses = (torch.stack(part) for part in zip(*parts, strict=True))
-    return merge_partials(outputs, lses), lses.logsumexp(dim=0)
+def _padded(numbers: torch.Tensor, width: int) -> torch.Tensor:
+    """With zeros behind each row; itself where there is nothing to add."""
+    return numbers if numbers.shape[-1] == width else F.pad(numbers, (0, width - numbers.shape[-1]))
+
+
+def _merged(first: Partial, second: Partial) -> Partial:
+    """One partial result of two, at the place of the first: as many as a shard has pieces would not fit."""
+    (output, lse), (other, other_lse) = first, second
+    both = torch.logaddexp(lse, other_lse)
+    output.mul_((lse - both).exp_().unsqueeze(-1)).addcmul_(other, (other_lse - both).exp_().unsqueeze(-1))
+    return output, both

@@ -135,7 +135,7 @@ def grouped_query_problem(layer: Any, backend: type[Any]) -> tuple[str, str] | N
 
 def latent_problem(layer: Any, backend: type[Any]) -> tuple[str, str] | None:
     """``Family.problem`` of multi-head latent attention on one of this package's backends."""
-    if getattr(layer, "use_sparse", False) or getattr(layer.impl, "is_sparse", False):
+    if getattr(layer, "use_sparse", False) or getattr(getattr(layer, "impl", None), "is_sparse", False):
         why = "each query looks for its best keys over the whole context, and a shard knows its own only"
         return "sparse latent attention (DSA)", why
     return _kind_problem(layer, MLAAttention, backend) or _feature_problem(layer, LATENT_FEATURES)

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any, ClassVar
 
 import pytest
@@ -137,6 +139,25 @@ def test_a_move_looks_for_the_end_of_reasoning_no_more() -> None:
     assert Reasoner.looked_at == 0
     grammar: Any = moved.structured_output_request.grammar  # type: ignore[union-attr]
     assert (len(grammar.taken), grammar.calls) == (2_000, 1)
+
+
+def test_a_grammar_is_waited_for_when_reasoning_ends() -> None:
+    """Of a request that moves while it reasons it may still be compiled then."""
+    rank = manager(RankGrammars, True, False)
+    request = structured([1])
+    step(rank, request, 100)
+    moved = unpack(pack(request), None)
+    assert moved.structured_output_request is not None
+    compiled, grammar = Future[Any](), Grammar()
+    moved.structured_output_request._grammar = compiled
+    rank.replay(moved)
+    step(rank, moved, 101)
+    timer = threading.Timer(0.1, compiled.set_result, [grammar])
+    timer.start()
+    for token in (END, 102):
+        step(rank, moved, token)
+    timer.join()
+    assert grammar.taken == [102]
 
 
 class StructuredWorld(World):

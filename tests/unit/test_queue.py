@@ -16,6 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_nanocp.placement import RankLoad, Want, place
 from vllm_nanocp.placement.queue import PATIENCE, STARTS, WINDOW, Blocked, ranks_for
+from vllm_nanocp.sched.rank_view import view_of
 
 from . import loopback
 from .scheduler_world import Device, Truth
@@ -320,3 +321,25 @@ def test_a_burst_starts_over_several_steps(
     order = sorted(burst, key=lambda name: queue.first[name])
     queue.end()
     assert order == burst and all(queue.num_tokens[name] == 3 for name in burst)
+
+
+def test_short_outputs_leave_no_rank_empty(vllm_config: Any) -> None:  # noqa: F811
+    """As many start as end: with one token each, the number grows while others wait."""
+    queue = Queue(vllm_config, max_reqs=200, blocks=1600, budget=4096)
+    for i in range(8 * STARTS):
+        queue.add(f"r{i}", 20, 1)
+    queue.end()
+    assert queue.steps <= 6
+
+
+def test_one_that_has_blocks_keeps_none_from_waiting_at_its_rank(vllm_config: Any) -> None:  # noqa: F811
+    """The numbers of a rank, kept while a member enters that goes on there, are those that one would find."""
+    rank: Any = Queue(vllm_config).scheduler.ranks[0]
+    for name, computed in (("second run", 16), ("first run", 0)):
+        rank.adopt_cached(name, [])
+        rank.allocate(name, 3)
+        request = Request(name, [1] * 40, SamplingParams(max_tokens=1), None)
+        request.num_computed_tokens = computed
+        assert rank.view.nobody_waits
+        rank.enter(request)
+        assert rank.view == view_of(rank)

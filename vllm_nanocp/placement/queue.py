@@ -22,11 +22,17 @@ from .place import RankLoad, cdiv
 WINDOW = 32
 LOOKS = 8
 # Requests that start in a step, of all ranks, and of each where there are many: the others start with the next ones,
-# while those that run decode. One takes 50 to 100 us with 64 ranks, so a step waits some milliseconds
-# for them, which the step before it hides where steps are scheduled ahead. A rank whose requests make over a hundred
-# tokens ends fewer than two a step, with 256 of them: none stays empty for this.
+# while those that run decode. One takes 25 us with 8 ranks and 50 to 100 us with 64, so a step waits some milliseconds
+# for them, which the step before it hides where steps are scheduled ahead.
 STARTS = 64
 STARTS_A_RANK = 2
+# Beside them so many for each that has ended in a step of late, or short outputs would leave ranks empty: of 8 ranks of
+# 256 requests with four tokens each, 512 end in a step. With more than one the number grows until the ranks are full.
+STARTS_AN_END = 2
+# But no more in all: placing them then takes most of a step already, so that more would gain little.
+MOST_STARTS = 512
+# Steps over which the number of ends is averaged: requests that have begun together may end together.
+ENDS_OVER = 4
 # A request is due when those behind it have taken so many times the blocks that it needs. Four halved the median wait
 # where the caches were full, and left the longest ones below those of ranks with a queue each
 # (``benchmarks/admission_simulation.py``).
@@ -98,9 +104,15 @@ class Blocked:
         return richest[0 if alone else want.limit - 1] + self.shared >= want.blocks and self.grown(room)
 
 
-def most_starts(ranks: int) -> int:
-    """Requests that may start in a step."""
-    return max(STARTS, STARTS_A_RANK * ranks)
+def most_starts(ranks: int, ends: float) -> int:
+    """Requests that may start in a step.
+
+    Args:
+        ranks: how many.
+        ends: requests that end in a step, of late.
+    """
+    least = max(STARTS, STARTS_A_RANK * ranks)
+    return max(least, min(MOST_STARTS, least + int(STARTS_AN_END * ends)))
 
 
 def as_overtaken(load: RankLoad, block_size: int) -> RankLoad:

@@ -19,7 +19,7 @@ from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from ..placement import Prefix, RankLoad, ShardMap
-from ..placement.queue import LOOKS, WINDOW, Blocked, most_starts, ranks_for
+from ..placement.queue import ENDS_OVER, LOOKS, WINDOW, Blocked, most_starts, ranks_for
 from . import sessions
 from .adapters import adapter_of
 
@@ -112,8 +112,11 @@ class Admission:
         # Requests placed so far: whose turn it is, where that decides.
         self.num_placed = 0
         self.num_overtakings = 0
-        # Whether the last step let as many start as it may: others may find room, too.
+        # Whether the last step let as many start as it may, and all found room: others may, too.
         self.cut_short = False
+        # Requests that have left the ranks so far, and how many do in a step of late.
+        self._num_gone = 0
+        self._ends = 0.0
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -121,6 +124,7 @@ class Admission:
         """Place what fits."""
         scheduler = self.scheduler
         self.cut_short = False
+        self._count_ends()
         if scheduler._pause_state != PauseState.UNPAUSED or not (scheduler.waiting or self._by_slot):
             return
         room = _Room(scheduler.mover.loads())
@@ -129,14 +133,19 @@ class Admission:
         for request in reversed(passed):
             scheduler.waiting.prepend_request(request)
 
+    def _count_ends(self) -> None:
+        gone = self.num_placed - (len(self.scheduler.requests) - len(self.scheduler.unplaced))
+        self._ends += (max(0, gone - self._num_gone) - self._ends) / ENDS_OVER
+        self._num_gone = gone
+
     def _scan(self, room: _Room) -> list[Request]:
         """Place what fits of the first requests; those that do not are taken out of the queue and returned."""
         waiting, first_placed = self.scheduler.waiting, self.num_placed
         passed: list[Request] = []
-        looks, starts = 0, most_starts(len(self.scheduler.ranks))
+        looks, starts = 0, most_starts(len(self.scheduler.ranks), self._ends)
         while waiting and len(passed) < WINDOW and looks < LOOKS:
             if not starts:
-                self.cut_short = True
+                self.cut_short = not passed
                 break
             request = waiting.peek_request()
             home, adapter = self.scheduler.rank_of.get(request.request_id), adapter_of(request)

@@ -40,6 +40,15 @@ class RankGrammars(StructuredOutputManager):
             note_grammar_begins(structured, begins)
         return bounds
 
+    def accept_tokens(self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any) -> bool:
+        structured = request.structured_output_request
+        # A request that runs when it comes has not waited for its grammar to be compiled.
+        if structured is not None and isinstance(structured._grammar, Future) and not structured._grammar.done():
+            bounds = self._get_constraint_bounds(request, new_token_ids, spec_tokens_committed=True)
+            if bounds.grammar_start <= len(new_token_ids):
+                structured._grammar.exception()  # waits
+        return super().accept_tokens(request, new_token_ids, *args, **kwargs)
+
     def replay(self, request: Request) -> None:
         """Bring the grammar of a request from another rank to where it was there."""
         structured, begins = request.structured_output_request, grammar_begins(request)

@@ -127,7 +127,8 @@ class RankView:
         left = max(0, tokens - request.num_computed_tokens) - to_share * block_size
         self.to_compute += left
         self.prompt_tokens += left
-        self.nobody_waits = False
+        if not request.num_computed_tokens:  # else it is in the queue of those that have blocks
+            self.nobody_waits = False
         self.busy = True
         if adapter is not None and self.max_adapters is not None:
             self.adapters |= {adapter}

@@ -104,8 +104,9 @@ class RemoteRank:
 
     def _hear(self) -> Any:
         answer = Answer.decode(self.channel.receive())
-        asked, self._asked = self._asked, ""
+        asked = self._asked
         try:
+            self._asked = ""
             return self._take(*answer)
         except BaseException:  # an interrupt, too
             self._asked = asked

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """One token of a rank with tensor parallelism, in models of the DeepSeek family.
 
-Wrong upstream: with data, expert and tensor parallelism `DeepseekV2DecoderLayer.forward`
-(vllm/model_executor/models/deepseek_v2.py) leaves its result cut over the tensor-parallel workers, ceil(tokens / size)
-rows each. The next layer, and the model at its end, find out whether it is cut by whether it has as many rows as there
-are positions. One token is one row either way: worker 0 goes on with the token and the others with their padding, and
-the tokens are wrong. Compiled code assumes two tokens or more and always gathers, which is right.
+Wrong upstream (https://github.com/vllm-project/vllm/issues/50154): with data, expert and tensor parallelism
+`DeepseekV2DecoderLayer.forward` (vllm/model_executor/models/deepseek_v2.py) leaves its result cut over the tensor-
+parallel workers, ceil(tokens / size) rows each. The next layer, and the model at its end, find out whether it is cut by
+whether it has as many rows as there are positions. One token is one row either way: worker 0 goes on with the token and
+the others with their padding, and the tokens are wrong. Compiled code assumes two tokens or more and always gathers,
+which is right.
 
 Versions: 0.32.0.
 
 Repair: a layer's result for one token is gathered at once, so that it is whole as the next layer takes it to be.
 
-Can go: when layers are told whether their input is cut.
+Can go: when layers are told whether their input is cut (https://github.com/vllm-project/vllm/pull/50691).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -79,8 +80,8 @@ def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Callable[..., Engin
         return running[name]
 
     yield get
-    for engine in running.values():
-        engine.close()
+    with ThreadPoolExecutor() as pool:  # each takes some seconds
+        list(pool.map(Engine.close, running.values()))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +22,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 BLOCK = 16  # the only size of vLLM's kernel
 STEPS = 12
 RECIPES: dict[str, dict[str, Any]] = {
-    # Ranks take turns with a prompt.
-    "two": dict(ranks=2, nanocp={"segment_size": 512, "parallel_prefill": False, "scheduler_processes": True}),
+    # Ranks take turns with a prompt, and each has two workers. LATENT_ENGINES=all starts this one, too.
+    "two": dict(ranks=2, tensor_parallel_size=2, nanocp={"segment_size": 512, "parallel_prefill": False}),
     # So few blocks and so narrow margins that homes move and ranks spill all the time; 1,536 tokens a rank.
     "three": dict(
         ranks=3,
-        nanocp={"segment_size": 512, "moves": RESTLESS},
+        nanocp={"segment_size": 512, "moves": RESTLESS, "scheduler_processes": True},
         num_gpu_blocks_override=97,
         max_model_len=4096,
         enable_prefix_caching=True,
@@ -34,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(RECIPES))
+@pytest.fixture(scope="module", params=list(RECIPES) if os.environ.get("LATENT_ENGINES") == "all" else ["three"])
 def latent(request: pytest.FixtureRequest, tiny_deepseek: str) -> Iterator[Engine]:
     engine = Engine(tiny_deepseek, block_size=BLOCK, attention_config={"backend": "CPU_MLA"}, **RECIPES[request.param])
     yield engine

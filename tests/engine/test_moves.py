@@ -20,7 +20,7 @@ TRACE = Path(__file__).parents[1] / "data" / "conversation_lengths.json"
 # Prompts are scaled down by the first, outputs by the second: so that many of them fill a block.
 SCALE, OUTPUT_SCALE = 32, 8
 # How many requests of the trace; 300 are all there are.
-REQUESTS = int(os.environ.get("MOVES_REQUESTS", "100"))
+REQUESTS = int(os.environ.get("MOVES_REQUESTS", "60"))
 # Later requests may end before an earlier one has its first token only if they ran beside it: at most so many.
 OVERTAKEN = 3 * 32
 

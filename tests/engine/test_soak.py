@@ -15,7 +15,7 @@ from .harness import Ask, Engine, prompt
 pytestmark = pytest.mark.engine
 
 SEEDS = [int(s) for s in os.environ.get("SOAK_SEEDS", "1").split(",")]
-REQUESTS = int(os.environ.get("SOAK_REQUESTS", "60"))
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", "40"))
 
 
 def mixed_requests(seed: int, count: int) -> list[Ask]:

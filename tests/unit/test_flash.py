@@ -87,8 +87,8 @@ def test_the_routed_exchange(tmp_path: Path) -> None:
 
 def test_random_routes(tmp_path: Path) -> None:
     """Empty, full and one-sided ones, one after another in the same memory, with ranks that come late."""
-    compared = run_ranks(RANKS, stress, 12, "cpu", str(tmp_path), 0.2, seconds=200)
-    assert sum(compared) > 50
+    compared = run_ranks(RANKS, stress, 7, "cpu", str(tmp_path), 0.2, seconds=200)
+    assert sum(compared) > 30
 
 
 def random_rows(layout: RowLayout, rows: int, seed: int) -> torch.Tensor:

@@ -46,7 +46,10 @@ PATCHES = (
     Patch("cpu_mla_chunks", platform="cpu"),
 )
 # For processes that make an engine's configuration or check it again: front-end and engine.
-CONFIG_PATCHES = (Patch("cpu_mla_chunks", platform="cpu"),)
+CONFIG_PATCHES = (
+    Patch("startup_interrupt"),
+    Patch("cpu_mla_chunks", platform="cpu"),
+)
 # For executors whose workers are Ray actors, and for these before vLLM's worker is built.
 RAY_PATCHES = (
     Patch("remote_queue_shutdown"),

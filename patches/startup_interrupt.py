@@ -11,7 +11,7 @@ Versions: 0.32.0.
 
 Repair: the exception goes on once the socket is closed, so the client ends the engines and the server itself.
 
-Front-ends apply this when they configure an engine.
+It concerns front-ends; where configurations are made it is applied with those that concern these.
 
 Can go: when `zmq_socket_ctx` lets exceptions pass.
 """

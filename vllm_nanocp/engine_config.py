@@ -191,7 +191,6 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
 
     from . import admission, failed_start, kv_event_sources, rank_hint, world_size
     from .metrics.install import install as install_metrics
-    from .patches import startup_interrupt
 
     config = nanocp_config.parse(engine_args.additional_config[nanocp_config.KEY], engine_args.data_parallel_size)
     check_flags(engine_args)
@@ -225,7 +224,6 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     one_engine(vllm_config.parallel_config)
     if len(vllm_config.additional_config) == 1:  # what others have put there vLLM looks for in a dict only
         vllm_config.additional_config = nanocp_config.Additional(vllm_config.additional_config)
-    startup_interrupt.apply()
     admission.install()
     failed_start.install()
     rank_hint.install_front_end()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from ..errors import refuse
 from .context import context
 from .cpu_partial import as_stored, attend_causal, attend_shard, gather_shard
-from .cpu_rows import CPULayer, LocalRow, Partial, ShardedRows, split
+from .cpu_rows import CPULayer, LocalRow, ShardedRows, split_metadata
 from .families import CACHE_DTYPES
 from .family import attend
+from .merge import Partial
 from .supported import grouped_query_problem
 
 
@@ -66,14 +67,13 @@ class NanoCPCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
-        stock = super().build
-        if context.step is None:
+        step, stock = context.step, super().build
+        if step is None:
             return stock(common_prefix_len, common_attn_metadata, fast_build)
-        rows, made = split(
-            context.step, common_attn_metadata, self.block_size, lambda common: stock(0, common, fast_build)
-        )
-        values = {f.name: getattr(made, f.name) for f in fields(CPUAttentionMetadata)}
-        return ShardedCPUAttentionMetadata(**values, sharded=rows)
+        return split_metadata(
+            ShardedCPUAttentionMetadata, step, common_attn_metadata, self.block_size,
+            lambda common: stock(0, common, fast_build),
+        )  # fmt: skip
 
 
 class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):

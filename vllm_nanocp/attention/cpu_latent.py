@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from .cpu_partial import attend, flash
+from .merge import Partial
 
 # Bytes of projected keys and values at a time, and of latents that few queries attend to at a time.
 _PROJECTED, _FEW_BYTES, _FEW = 1 << 26, 1 << 20, 16
-
-Partial = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass

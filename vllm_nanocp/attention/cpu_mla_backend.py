@@ -10,7 +10,7 @@ space of values: all ranks have the same projections, and merging is linear.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from .context import context
 from .cpu_latent import Latents, attend_new, attend_shard
-from .cpu_rows import CPULayer, LocalRow, Partial, ShardedRows, split
+from .cpu_rows import CPULayer, LocalRow, ShardedRows, split_metadata
 from .families import CACHE_DTYPES
 from .family import attend
+from .merge import Partial
 from .supported import latent_problem
 
 
@@ -49,14 +50,13 @@ class NanoCPCPUMLAMetadataBuilder(MLACommonMetadataBuilder[Any]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
-        stock = super().build
-        if context.step is None:
+        step, stock = context.step, super().build
+        if step is None:
             return stock(common_prefix_len, common_attn_metadata, fast_build)
-        rows, made = split(
-            context.step, common_attn_metadata, self.page_size, lambda common: stock(0, common, fast_build)
-        )
-        values = {f.name: getattr(made, f.name) for f in fields(MLACommonMetadata)}
-        return ShardedMLAMetadata(**values, sharded=rows)
+        return split_metadata(
+            ShardedMLAMetadata, step, common_attn_metadata, self.page_size,
+            lambda common: stock(0, common, fast_build),
+        )  # fmt: skip
 
 
 def forward_sharded(

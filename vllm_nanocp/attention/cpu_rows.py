@@ -6,17 +6,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from .context import ShardedStep
-from .merge import merge_partials
+from .merge import Partial, merge_partials
 
-# An output, [rows, num_heads, head_size], and its natural log-sum-exp, [rows, num_heads], float32.
-Partial = tuple[torch.Tensor, torch.Tensor]
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -57,23 +56,35 @@ class ShardedRows:
     send_tokens: torch.Tensor
 
 
-def split(
+def split_metadata(
+    kind: Callable[..., Made],
     step: ShardedStep,
     common: CommonAttentionMetadata,
     block_size: int,
     build: Callable[[CommonAttentionMetadata], Any],
-) -> tuple[ShardedRows, Any]:
-    """A batch by the rows laid out in a step.
+) -> Made:
+    """Metadata of a batch, split by the rows laid out in a step.
 
     Args:
+        kind: a dataclass, of vLLM's metadata with a field ``sharded`` more.
         step: this rank's part.
         common: vLLM's metadata of the batch.
         block_size: tokens a block holds.
         build: vLLM's own metadata of a batch.
 
     Returns:
-        The split, and vLLM's metadata: of the plain rows, or of the batch if there are none.
+        With the split, and vLLM's values: of the plain rows, or of the batch if there are none.
     """
+    sharded, stock = _split(step, common, block_size, build)
+    return kind(**{f.name: getattr(stock, f.name) for f in fields(stock)}, sharded=sharded)
+
+
+def _split(
+    step: ShardedStep,
+    common: CommonAttentionMetadata,
+    block_size: int,
+    build: Callable[[CommonAttentionMetadata], Any],
+) -> tuple[ShardedRows, Any]:
     starts = common.query_start_loc_cpu.tolist()
     rows = [own.batch_row() for own in step.own]
     visiting = set(rows)

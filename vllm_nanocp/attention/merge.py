@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import torch
 
+# An output, [rows, num_heads, head_size], and its natural log-sum-exp, [rows, num_heads], float32.
+Partial = tuple[torch.Tensor, torch.Tensor]
+
 
 def merge_partials(outputs: torch.Tensor, lses: torch.Tensor) -> torch.Tensor:
     """Attention over the union of disjoint key sets from attention over each.

@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
     from vllm_nanocp.attention.context import context
-    from vllm_nanocp.attention.decode_pieces import attend, pack
+    from vllm_nanocp.attention.gqa.split_kv import attend, pack
     from vllm_nanocp.attention.partial_rows import RowLayout, merge_rows
     from vllm_nanocp.exchange import CollectiveExchange
 
@@ -186,7 +186,7 @@ def measure(args: argparse.Namespace, rank: int, case: str) -> dict[str, float]:
 def measure_routed(it: Layer, batch: Any, forward: Callable[..., Any]) -> dict[str, float]:
     """The same step over the routed exchange. Only ``routed`` as a whole waits for what is on its way."""
     from vllm_nanocp.attention.context import context
-    from vllm_nanocp.exchange.routes import MAX_LAYERS
+    from vllm_nanocp.attention.gqa.routed_layer import MAX_LAYERS
 
     routes = it.steps.make_routes(it.shape, it.args.ranks, it.rank, it.capacity, None)
     step = it.sharded_step()

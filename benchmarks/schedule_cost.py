@@ -170,7 +170,7 @@ class Child(Stock):
             setattr(self.scheduler, name, timed_into(self._inside, name, getattr(self.scheduler, name)))
 
     def schedule(self, at: dict[str, float]) -> None:
-        from vllm_nanocp.sched.wire import Answer, Scheduled
+        from vllm_nanocp.sched.rank.wire import Answer, Scheduled
 
         message = pickle.dumps([("schedule", (False,))], -1)
         frame, at["child_schedule_message"] = cpu_ms(lambda: self.server.obey(message))
@@ -191,9 +191,9 @@ def measure_child(args: argparse.Namespace, model: str, path: str) -> dict[str, 
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.structured_output import StructuredOutputManager
 
-    from vllm_nanocp.sched import rank_process
-    from vllm_nanocp.sched.ranks import RankSpec
-    from vllm_nanocp.sched.wire import pack
+    from vllm_nanocp.sched.rank import rank_process
+    from vllm_nanocp.sched.rank.make_ranks import RankSpec
+    from vllm_nanocp.sched.rank.wire import pack
 
     kwargs = scheduler_args(args, model, args.requests)
     stock = AsyncScheduler(structured_output_manager=StructuredOutputManager(kwargs["vllm_config"]), **kwargs)

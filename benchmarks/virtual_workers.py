@@ -104,7 +104,7 @@ class Forked:
     """A scheduler's process, forked: a ``rank_process.Process``."""
 
     def __init__(self, theirs: Any) -> None:
-        from vllm_nanocp.sched import rank_process
+        from vllm_nanocp.sched.rank import rank_process
 
         context = multiprocessing.get_context("fork")
         self._process = context.Process(target=lambda: rank_process.run(os.dup(theirs.fileno())), daemon=True)
@@ -139,7 +139,7 @@ class World:
         from vllm.v1.core.kv_cache_utils import init_none_hash
         from vllm.v1.structured_output import StructuredOutputManager
 
-        from vllm_nanocp.sched import rank_process
+        from vllm_nanocp.sched.rank import rank_process
         from vllm_nanocp.sched.scheduler import NanoCPScheduler
 
         rank_process.start = Forked
@@ -188,7 +188,7 @@ class World:
         return tokens
 
     def _answer(self, rank: int, part: Any) -> Any:
-        from vllm_nanocp.sched.output import PackedOutput
+        from vllm_nanocp.sched.step_output import PackedOutput
 
         packed = isinstance(part.payload, bytes)
         made = answer(pickle.loads(part.payload) if packed else part.payload, self._computed[rank], self.prompts)

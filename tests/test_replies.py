@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
-from vllm_nanocp.replies import Replies
+from vllm_nanocp.executor.replies import Replies
 
 OK, FAILURE = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.FAILURE
 

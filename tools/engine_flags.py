@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_nanocp.refusals import FLAGS, SETTINGS, SHARDED_SETTINGS
+from vllm_nanocp.entry.refusals import FLAGS, SETTINGS, SHARDED_SETTINGS
 
 PAGE = Path(__file__).parent.parent / "docs" / "flags.md"
 WORKS, VLLM, REFUSED, NOTHING = "works", "as in vLLM", "refused", "no effect"

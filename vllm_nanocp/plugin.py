@@ -6,6 +6,6 @@ from __future__ import annotations
 
 def register() -> None:
     """Add ``--nanocp`` to vLLM. Without the flag nothing in vLLM behaves differently. May be called repeatedly."""
-    from . import cli
+    from .entry import cli
 
     cli.install()

@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from vllm.engine.protocol import StreamingInput
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_nanocp import admission
+from vllm_nanocp.entry import http_limits as admission
 
 from .harness import Ask, Engine, prompt
 

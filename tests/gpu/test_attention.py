@@ -170,7 +170,7 @@ def fullest_step(rank: int, size: int, tokens: int) -> tuple[int, int]:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from vllm_nanocp.attention.context import Guest, OwnRow, ShardedStep, context
-    from vllm_nanocp.attention.flash_tables import most_memory
+    from vllm_nanocp.attention.gqa.flash_tables import most_memory
     from vllm_nanocp.attention.partial_rows import RowLayout
     from vllm_nanocp.exchange import CollectiveExchange
 

@@ -19,7 +19,7 @@ import torch
 
 from tests.tiny_models import make_mixtral
 from vllm_nanocp.config import NanoCPConfig
-from vllm_nanocp.engine_config import CPU_WORKER, EXECUTORS, SCHEDULER, check_flags, check_graphs, check_model
+from vllm_nanocp.entry.engine_config import CPU_WORKER, EXECUTORS, SCHEDULER, check_flags, check_graphs, check_model
 from vllm_nanocp.errors import NanoCPConfigError
 
 from .serving import VLLM
@@ -476,5 +476,9 @@ def test_without_the_flag_nothing_is_changed(
     assert not stock.pop("flag") and plugged.pop("flag")
     stock.pop("modules")
     loaded = set(plugged.pop("modules"))
-    assert not loaded & {"vllm_nanocp.admission", "vllm_nanocp.capacity", "vllm_nanocp.engine_config"}
+    assert not loaded & {
+        "vllm_nanocp.entry.http_limits",
+        "vllm_nanocp.executor.longest_request",
+        "vllm_nanocp.entry.engine_config",
+    }
     assert plugged == stock

@@ -22,16 +22,13 @@ from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 
 from vllm_nanocp.attention.context import context
-from vllm_nanocp.attention.cpu_backend import (
-    NanoCPCPUAttentionImpl,
-    NanoCPCPUAttentionMetadataBuilder,
-)
+from vllm_nanocp.attention.gqa.cpu_backend import NanoCPCPUAttentionImpl, NanoCPCPUAttentionMetadataBuilder
 from vllm_nanocp.exchange import CollectiveExchange
 from vllm_nanocp.plan import Holder, PlanRow, StepPlan
-from vllm_nanocp.worker.step import ShardTable, make_step
+from vllm_nanocp.worker.rank_step import ShardTable, make_step
 
 if TYPE_CHECKING:
-    from vllm_nanocp.exchange.routes import Routes
+    from vllm_nanocp.attention.gqa.routed_layer import Routes
 
 LAYERS = 2
 

@@ -21,13 +21,15 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends import flash_attn
 
 from tests.unit.attention_steps import Kernel, Shape
-from vllm_nanocp.attention import decode_pieces, flash_backend, flash_pieces, flash_tables
-from vllm_nanocp.attention.cut import cut
-from vllm_nanocp.attention.decode_pieces import KV, Visits
-from vllm_nanocp.attention.flash_backend import NanoCPFlashAttentionImpl, NanoCPFlashAttentionMetadataBuilder
-from vllm_nanocp.attention.flash_pieces import ShardLaunch
+from vllm_nanocp.attention.gqa import flash_backend, flash_tables
+from vllm_nanocp.attention.gqa import flash_splits as flash_pieces
+from vllm_nanocp.attention.gqa import split_kv as decode_pieces
+from vllm_nanocp.attention.gqa.flash_backend import NanoCPFlashAttentionImpl, NanoCPFlashAttentionMetadataBuilder
+from vllm_nanocp.attention.gqa.flash_splits import ShardLaunch
+from vllm_nanocp.attention.gqa.routed_layer import Routes
+from vllm_nanocp.attention.gqa.split_kv import KV, Visits
 from vllm_nanocp.attention.partial_rows import RowLayout
-from vllm_nanocp.exchange.routes import Routes
+from vllm_nanocp.attention.stream_k import cut
 
 MAX_REQS = 64
 if not torch.cuda.is_available():

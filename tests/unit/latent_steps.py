@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBac
 
 from tests.unit.attention_steps import Kernel, Shape, full_attention
 from vllm_nanocp.attention.context import context
-from vllm_nanocp.attention.cpu_mla_backend import LatentOnCPU, NanoCPCPUMLABackend, NanoCPCPUMLAMetadataBuilder
+from vllm_nanocp.attention.mla.cpu_backend import LatentOnCPU, NanoCPCPUMLABackend, NanoCPCPUMLAMetadataBuilder
 
 WORKSPACE = 256  # tokens of a chunk of context in vLLM's own path
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from vllm_nanocp.sched import rank_process
-from vllm_nanocp.sched.ranks import RankSpec
+from vllm_nanocp.sched.rank import rank_process
+from vllm_nanocp.sched.rank.make_ranks import RankSpec
 
 # Whether worlds have their schedulers behind messages.
 in_use = False

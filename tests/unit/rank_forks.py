@@ -25,8 +25,8 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from vllm_nanocp.sched import rank_process
-from vllm_nanocp.sched.rank_server import RankServer
+from vllm_nanocp.sched.rank import rank_process
+from vllm_nanocp.sched.rank.rank_server import RankServer
 
 from . import loopback
 
@@ -116,7 +116,7 @@ def serve(handle: int) -> None:
     from vllm.plugins import load_general_plugins
     from vllm.utils.gc_utils import freeze_gc_heap
 
-    from vllm_nanocp.sched import outlets  # noqa: F401
+    from vllm_nanocp.sched.rank import outlets  # noqa: F401
 
     from .world_shapes import Shape
 

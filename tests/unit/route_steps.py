@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from tests.unit.attention_steps import Shape, full_attention
 from tests.unit.flash_steps import lay_out, make_routes
-from vllm_nanocp.attention.decode_pieces import KV, Visits
-from vllm_nanocp.exchange.routes import MAX_LAYERS, Batch, Route, places_of
+from vllm_nanocp.attention.gqa.routed_layer import MAX_LAYERS, Batch, Route, places_of
+from vllm_nanocp.attention.gqa.split_kv import KV, Visits
 
 SHAPE = Shape(4, 2, 64, torch.bfloat16, 16)
 BLOCKS, MOST = 64, 600

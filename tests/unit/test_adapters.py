@@ -16,7 +16,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
-from vllm_nanocp.sched.output import NanoCPSchedulerOutput
+from vllm_nanocp.sched.step_output import NanoCPSchedulerOutput
 
 from .scheduler_world import Device, Session, Truth, WorldError, base, payloads
 from .test_sessions import SessionWorld

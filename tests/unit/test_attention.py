@@ -23,8 +23,8 @@ from tests.unit.attention_steps import (
 )
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention import cpu_partial
-from vllm_nanocp.attention.cpu_backend import NanoCPCPUAttentionMetadataBuilder
 from vllm_nanocp.attention.cpu_partial import attend, attend_causal, attend_shard, gather_shard
+from vllm_nanocp.attention.gqa.cpu_backend import NanoCPCPUAttentionMetadataBuilder
 from vllm_nanocp.attention.merge import merge_partials
 
 NAN, INF = float("nan"), float("inf")

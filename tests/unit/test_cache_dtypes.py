@@ -24,9 +24,9 @@ from tests.unit.attention_steps import (
     slots,
 )
 from tests.unit.processes import run_ranks
-from vllm_nanocp.attention.cpu_backend import NanoCPCPUAttentionMetadataBuilder
 from vllm_nanocp.attention.cpu_partial import as_stored, gather_shard
 from vllm_nanocp.attention.families import CACHE_DTYPES
+from vllm_nanocp.attention.gqa.cpu_backend import NanoCPCPUAttentionMetadataBuilder
 from vllm_nanocp.errors import NanoCPConfigError
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

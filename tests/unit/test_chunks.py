@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_nanocp.sched.chunks import PARTS
+from vllm_nanocp.sched.rank.chunks import PARTS
 
 from .test_queue import Queue
 from .test_scheduler_world import vllm_config  # noqa: F401

@@ -13,7 +13,7 @@ import pytest
 
 from vllm_nanocp.compat import unsupported_reason
 from vllm_nanocp.config import DECODE_BENCH, EXCHANGES, MAX_PLACES, PLACEMENTS, NanoCPConfig, of, parse
-from vllm_nanocp.engine_config import with_defaults
+from vllm_nanocp.entry.engine_config import with_defaults
 from vllm_nanocp.errors import NanoCPConfigError
 from vllm_nanocp.placement.moves import MoveConfig
 

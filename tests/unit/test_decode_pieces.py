@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from tests.unit.attention_steps import Shape, full_attention
 from tests.unit.flash_steps import lay_out, reference_attend
 from tests.unit.processes import run_ranks
-from vllm_nanocp.attention.cut import ROW_COST, TILE, cut
-from vllm_nanocp.attention.decode_pieces import KV, Visits, attend, pack
+from vllm_nanocp.attention.gqa.split_kv import KV, Visits, attend, pack
 from vllm_nanocp.attention.partial_rows import RowLayout
+from vllm_nanocp.attention.stream_k import ROW_COST, TILE, cut
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -17,9 +17,9 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import vllm_nanocp.plugin
-from vllm_nanocp import engine_config, refusals
+from vllm_nanocp.entry import engine_config, refusals
+from vllm_nanocp.entry.refusals import FLAGS, SETTINGS, SHARDED_SETTINGS, check_settings
 from vllm_nanocp.errors import NanoCPConfigError
-from vllm_nanocp.refusals import FLAGS, SETTINGS, SHARDED_SETTINGS, check_settings
 
 RANKS = 3
 NANOCP = ["--nanocp", "--nanocp-config", '{"segment_size": 512}']
@@ -159,7 +159,7 @@ def refusal(call: Callable[[], Any]) -> str:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags are not looked at, as if a setting came in another way."""
     monkeypatch.setattr(engine_config, "check_flags", lambda args: None)
-    monkeypatch.setattr("vllm_nanocp.refusals.check_flags", lambda args: None)
+    monkeypatch.setattr("vllm_nanocp.entry.refusals.check_flags", lambda args: None)
 
 
 def speculator(folder: Path, target: str) -> str:

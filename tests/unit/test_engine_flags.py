@@ -20,8 +20,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 import vllm_nanocp.plugin
 from tools import engine_flags
 from tools.engine_flags import ENGINE, FRONT_END, REFUSED, REFUSED_VALUES, WORKS, Group
+from vllm_nanocp.entry.refusals import FLAGS
 from vllm_nanocp.errors import NanoCPConfigError
-from vllm_nanocp.refusals import FLAGS
 
 TESTS = Path(__file__).parent.parent
 NO_FLAG = {"nanocp", "nanocp_config"}  # this package's own
@@ -126,7 +126,7 @@ def test_all_parts_of_the_configuration_are_known() -> None:
     """Variables and models' defaults reach them without an argument."""
     from vllm.config import VllmConfig
 
-    from vllm_nanocp import engine_config, refusals
+    from vllm_nanocp.entry import engine_config, refusals
 
     known = {field.name for field in dataclasses.fields(VllmConfig)}
     assert {*_REFUSALS.split(), *_WORKERS.split(), *_NOBODY.split()} == known

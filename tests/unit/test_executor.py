@@ -13,7 +13,7 @@ from vllm.utils.cpu_resource_utils import LogicalCPUInfo
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from vllm_nanocp.executor import NanoCPMultiprocExecutor
+from vllm_nanocp.executor.multiproc import NanoCPMultiprocExecutor
 
 RANKS, CORES = 2, 8
 

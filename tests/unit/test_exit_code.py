@@ -19,7 +19,7 @@ pytest.importorskip("vllm")
 from vllm.v1.engine.core_client import BackgroundResources
 from vllm.v1.engine.utils import CoreEngineProcManager
 
-from vllm_nanocp import exit_code
+from vllm_nanocp.entry import exit_code
 from vllm_nanocp.errors import REFUSAL_FILE, NanoCPConfigError
 
 LINE = "error: nanocp: the engine has failed; the log above says why\n"

@@ -17,8 +17,8 @@ from tests.unit.attention_steps import Shape, run_scenarios
 from tests.unit.flash_steps import flash_kernel, reference_pieces, reference_schedule
 from tests.unit.processes import run_ranks
 from tests.unit.route_steps import stress
-from vllm_nanocp.attention import flash_pieces
-from vllm_nanocp.attention.fixed_tables import CapturedTables
+from vllm_nanocp.attention.gqa import flash_splits as flash_pieces
+from vllm_nanocp.attention.gqa.fixed_tables import CapturedTables
 from vllm_nanocp.attention.partial_rows import RowLayout, merge_rows, pack_pieces
 from vllm_nanocp.errors import NanoCPConfigError
 

@@ -16,9 +16,9 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-from vllm_nanocp.sched import grammars
-from vllm_nanocp.sched.grammars import RankGrammars
-from vllm_nanocp.sched.wire import pack, unpack
+from vllm_nanocp.sched.rank import grammars
+from vllm_nanocp.sched.rank.grammars import RankGrammars
+from vllm_nanocp.sched.rank.wire import pack, unpack
 
 from .world_shapes import Ask, vllm_config  # noqa: F401
 from .worlds import World, WorldError, in_each_mode, run_worlds

@@ -14,8 +14,8 @@ import torch
 from tests.unit.attention_steps import full_attention, run_scenarios
 from tests.unit.latent_steps import LatentShape, cpu_kernel, latent_shape
 from tests.unit.processes import run_ranks
-from vllm_nanocp.attention import cpu_latent
-from vllm_nanocp.attention.cpu_latent import Latents, attend_new, attend_shard
+from vllm_nanocp.attention.mla import cpu_latent
+from vllm_nanocp.attention.mla.cpu_latent import Latents, attend_new, attend_shard
 
 SHAPES = [latent_shape(4, 32, 32), latent_shape(2, 128, 128), latent_shape(3, 16, 96)]
 BFLOAT16 = [latent_shape(4, 32, 32, dtype=torch.bfloat16)]

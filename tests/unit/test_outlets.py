@@ -15,7 +15,7 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder
 
-from vllm_nanocp.sched import outlets
+from vllm_nanocp.sched.rank import outlets
 
 from .test_sessions import SessionWorld
 from .world_shapes import vllm_config  # noqa: F401

@@ -15,9 +15,9 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from vllm.v1.metrics.stats import KVCacheEvictionEvent, PrefixCacheStats, SchedulerStats
 
 from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
-from vllm_nanocp.sched.output import StepMessage, describe, merge, part_of
-from vllm_nanocp.sched.rank import Part
-from vllm_nanocp.sched.stats import merge_prefix_cache, merge_scheduler_stats
+from vllm_nanocp.sched.rank.interface import Part
+from vllm_nanocp.sched.rank.stats import merge_prefix_cache, merge_scheduler_stats
+from vllm_nanocp.sched.step_output import StepMessage, describe, merge, part_of
 
 
 def new_request(name: str, tokens: int = 4) -> NewRequestData:

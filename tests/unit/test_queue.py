@@ -16,7 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_nanocp.placement import RankLoad, Want, place
 from vllm_nanocp.placement.queue import PATIENCE, STARTS, WINDOW, Blocked, ranks_for
-from vllm_nanocp.sched.rank_view import view_of
+from vllm_nanocp.sched.rank.rank_view import view_of
 
 from . import loopback
 from .scheduler_world import Device, Truth

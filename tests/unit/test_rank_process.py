@@ -21,9 +21,9 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from vllm.v1.engine.core import EngineCore
 
-from vllm_nanocp import failed_start
 from vllm_nanocp.errors import NanoCPError
-from vllm_nanocp.sched import orphans, rank_process
+from vllm_nanocp.executor import failed_start
+from vllm_nanocp.sched.rank import orphans, rank_process
 
 from . import loopback, rank_forks
 from .world_shapes import Shape, vllm_config  # noqa: F401

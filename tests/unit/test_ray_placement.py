@@ -10,7 +10,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_nanocp.ray_placement import bundles_of_workers, nodes_of_ranks, same_node
+from vllm_nanocp.executor.ray.placement import bundles_of_workers, nodes_of_ranks, same_node
 
 ROOM = st.dictionaries(st.sampled_from("abcde"), st.integers(0, 9), min_size=1)
 SHAPE = st.tuples(st.integers(1, 8), st.integers(1, 4))

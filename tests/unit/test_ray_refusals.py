@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm_nanocp.engine_config import EXECUTORS, check_flags
+from vllm_nanocp.entry.engine_config import EXECUTORS, check_flags
 from vllm_nanocp.errors import NanoCPConfigError
 
 

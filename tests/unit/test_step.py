@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vllm_nanocp.attention.context import ShardedStep
 from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
-from vllm_nanocp.worker.step import ShardTable, make_step
+from vllm_nanocp.worker.rank_step import ShardTable, make_step
 
 CPU = torch.device("cpu")
 

@@ -21,14 +21,14 @@ from tests.unit import flash_steps
 from tests.unit.attention_steps import Shape
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.families import family_of
-from vllm_nanocp.attention.flash_backend import (
+from vllm_nanocp.attention.gqa.flash_backend import (
     GroupedQueryOnHopper,
     NanoCPFlashAttentionBackend,
     NanoCPFlashAttentionImpl,
 )
 from vllm_nanocp.attention.supported import FEATURES, KNOWN, LAYER_FEATURES, check_layers
 from vllm_nanocp.config import NanoCPConfig
-from vllm_nanocp.engine_config import check_model
+from vllm_nanocp.entry.engine_config import check_model
 from vllm_nanocp.errors import NanoCPConfigError
 
 # -- vLLM's layers on CPU, built by vLLM ------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def _judge(rank: int, size: int, models: dict[str, tuple[str, dict[str, Any]]]) 
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    path = "vllm_nanocp.attention.cpu_backend.NanoCPCPUAttentionBackend"
+    path = "vllm_nanocp.attention.gqa.cpu_backend.NanoCPCPUAttentionBackend"
     register_backend(AttentionBackendEnum.CPU_ATTN, path)
     found: dict[str, str] = {}
     for name, (model, args) in models.items():
@@ -254,7 +254,7 @@ def test_a_cache_without_attention_beside_latent_attention() -> None:
     """An indexer's keys come before the layer that uses them. They have no implementation to ask."""
     from vllm.model_executor.models.deepseek_v2 import DeepseekV32IndexerCache
 
-    from vllm_nanocp.attention.cpu_mla_backend import LatentOnCPU
+    from vllm_nanocp.attention.mla.cpu_backend import LatentOnCPU
 
     cache = object.__new__(DeepseekV32IndexerCache)
     torch.nn.Module.__init__(cache)

@@ -17,9 +17,9 @@ from vllm.v1.worker.gpu_worker import Worker
 from tests.unit.attention_steps import Shape
 from tests.unit.flash_steps import make_impl
 from vllm_nanocp.attention.context import context
-from vllm_nanocp.attention.flash_backend import GroupedQueryOnHopper
+from vllm_nanocp.attention.gqa.flash_backend import GroupedQueryOnHopper
 from vllm_nanocp.plan import IDLE, Batch, StepPlan
-from vllm_nanocp.sched.output import StepMessage, generators_in
+from vllm_nanocp.sched.step_output import StepMessage, generators_in
 from vllm_nanocp.worker.gpu_worker import NanoCPGPUWorker
 from vllm_nanocp.worker.worker import OneRank
 

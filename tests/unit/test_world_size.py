@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from vllm.config import ParallelConfig
 
-from vllm_nanocp.executor import OneWorld
+from vllm_nanocp.executor.multiproc import OneWorld
 
 from .world_shapes import vllm_config  # noqa: F401  (a fixture)
 
@@ -50,7 +50,7 @@ class _Executor(OneWorld, _Stock):  # type: ignore[misc]
 
 def test_the_world_is_the_workers_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine, and a front-end in its process, go on with the size of one rank."""
-    monkeypatch.setattr("vllm_nanocp.capacity.install", lambda _: None)
+    monkeypatch.setattr("vllm_nanocp.executor.longest_request.install", lambda _: None)
     parallel = SimpleNamespace(tensor_parallel_size=2, world_size=2)
     config = SimpleNamespace(parallel_config=parallel, additional_config={"nanocp": {"ranks": 3}})
     executor: Any = _Executor(config)

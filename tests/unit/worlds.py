@@ -16,9 +16,9 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_nanocp.sched import mover as mover_module
+from vllm_nanocp.sched import home_moves as mover_module
 from vllm_nanocp.sched import scheduler as scheduler_module
-from vllm_nanocp.sched.rank_view import view_of
+from vllm_nanocp.sched.rank.rank_view import view_of
 
 from . import loopback, rank_forks, rank_insides
 from .event_index import Index

@@ -13,8 +13,8 @@ import torch
 from ..exchange import Exchange
 
 if TYPE_CHECKING:
-    from ..exchange.routes import Routes
-    from .fixed_tables import CapturedTables
+    from .gqa.fixed_tables import CapturedTables
+    from .gqa.routed_layer import Routes
 
 
 @dataclass

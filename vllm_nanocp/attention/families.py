@@ -25,13 +25,13 @@ def family_of(vllm_config: Any) -> Family:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        from .flash_backend import GroupedQueryOnHopper
+        from .gqa.flash_backend import GroupedQueryOnHopper
 
         return GroupedQueryOnHopper(vllm_config)
     if vllm_config.model_config.use_mla:
-        from .cpu_mla_backend import LatentOnCPU
+        from .mla.cpu_backend import LatentOnCPU
 
         return LatentOnCPU()
-    from .cpu_backend import GroupedQueryOnCPU
+    from .gqa.cpu_backend import GroupedQueryOnCPU
 
     return GroupedQueryOnCPU()

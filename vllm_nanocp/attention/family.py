@@ -24,7 +24,7 @@ from ..exchange import Exchange
 from ..exchange.base import Counts
 
 if TYPE_CHECKING:
-    from .fixed_tables import CapturedTables
+    from .gqa.fixed_tables import CapturedTables
     from .partial_rows import RowLayout
 
 

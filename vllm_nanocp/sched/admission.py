@@ -20,8 +20,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from ..placement import Prefix, RankLoad, ShardMap
 from ..placement.queue import ENDS_OVER, LOOKS, WINDOW, Blocked, most_starts, ranks_for
-from . import sessions
-from .adapters import adapter_of
+from .rank import sessions
+from .rank.adapters import adapter_of
 
 if TYPE_CHECKING:
     from .scheduler import NanoCPScheduler

@@ -11,7 +11,7 @@ from __future__ import annotations
 from vllm.v1.engine import EngineCoreEvent, EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request
 
-from .outlets import EngineOutlets, outlet_of
+from .rank.outlets import EngineOutlets, outlet_of
 
 
 class Failures:

@@ -17,10 +17,10 @@ from ..placement.place import start_degree
 from ..placement.prefix import light
 from ..placement.queue import as_overtaken
 from ..rank_hint import preferred_rank
-from .adapters import adapter_of
-from .rank import Rank
-from .remote_rank import RemoteRank
-from .sharded import can_shard
+from .rank.adapters import adapter_of
+from .rank.interface import Rank
+from .rank.remote_rank import RemoteRank
+from .sharded_request import can_shard
 
 # How much KV counts against the batch where homes move (``benchmarks/balance_simulation.py``).
 KV_WEIGHT = 0.8

@@ -28,25 +28,26 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from .. import config as nanocp_config
-from .. import kv_event_sources, rank_hint, status
+from .. import kv_event_sources, rank_hint
 from ..errors import NanoCPConfigError, refuse
 from ..metrics.collector import Collector
 from ..placement.moves import MoveConfig
-from . import outlets, sessions
+from . import status
 from .admission import Admission
 from .cadence import PrefillCadence
 from .failures import Failures
-from .members import Members
-from .mover import Mover
-from .outlets import EngineOutlets
-from .output import NanoCPSchedulerOutput, describe, generators_in, merge
+from .home_moves import Mover
 from .placer import Placer, stripe_blocks
-from .rank import Part
-from .ranks import RankSpec, make_ranks
-from .reporting import engine_stats
+from .rank import outlets, sessions
+from .rank.interface import Part
+from .rank.make_ranks import RankSpec, make_ranks
+from .rank.outlets import EngineOutlets
+from .rank.stats import PlainStats
+from .rank_metrics import engine_stats
+from .ranks_together import RanksTogether
+from .shard_lifecycle import Members
 from .shared_prefix import SharedPrefixes
-from .stats import PlainStats
-from .together import RanksTogether
+from .step_output import NanoCPSchedulerOutput, describe, generators_in, merge
 
 logger = init_logger("vllm.nanocp.scheduler")
 

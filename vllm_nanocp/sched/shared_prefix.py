@@ -25,9 +25,9 @@ from ..placement.prefix import worthwhile
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
 
-    from .members import Members
     from .placer import Placer
-    from .rank import Part, Rank
+    from .rank.interface import Part, Rank
+    from .shard_lifecycle import Members
 
 _arrival = attrgetter("arrival_time")
 

@@ -11,10 +11,10 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
 from ..attention.context import context
+from ..attention.gqa.routed_layer import Routes
 from ..exchange.choose import choose
-from ..exchange.routes import Routes
 from ..exchange.symmetric import allocate, first_problem, reachable
-from .graphs import capacities, replays
+from .sharded_graphs import capacities, replays
 from .worker import OneRank
 
 if TYPE_CHECKING:

@@ -94,7 +94,7 @@ class V2Runner:
     def __init__(self, model_runner: Any) -> None:
         from vllm.v1.worker.gpu import model_runner as module
 
-        from .graphs import NanoCPCudaGraphManager
+        from .sharded_graphs import NanoCPCudaGraphManager
 
         self.model_runner = model_runner
         self.plan: StepPlan | None = None
@@ -125,7 +125,7 @@ class V2Runner:
 
         Where the ranks must be asked, sharded steps run attention outside of graphs.
         """
-        from .agreement import agree, capacity_of
+        from .dp_agreement import agree, capacity_of
 
         plan, step = self.plan, context.step
         if plan is None or self._must_ask:

@@ -17,10 +17,10 @@ from ..attention.context import context
 from ..attention.families import family_of
 from ..attention.supported import check_layers
 from ..exchange import CollectiveExchange
-from ..sched.output import NanoCPGrammarOutput, PackedOutput, StepMessage, with_generators
+from ..sched.step_output import NanoCPGrammarOutput, PackedOutput, StepMessage, with_generators
 from . import queues
+from .rank_step import ShardTable, make_step
 from .runner import RunnerAdapter, V1Runner, V2Runner
-from .step import ShardTable, make_step
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker

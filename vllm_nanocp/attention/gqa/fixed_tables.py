@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of sharded steps at fixed addresses and of fixed size: a graph captured with them serves every decode step
+that fits. Block ids are not copied: tables have the addresses where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from ..context import ShardedStep, context
+from ..partial_rows import RowLayout
+from ..stream_k import cut
+from .flash_tables import ShardedRows, table_address
+from .routed_layer import MAX_LAYERS, Route, places_of
+from .split_kv import Visits
+
+_Numbers = TypeVar("_Numbers", torch.Tensor, np.ndarray)
+
+
+def _split(numbers: _Numbers, sizes: Sequence[int]) -> list[_Numbers]:
+    """Views of 8-byte numbers one after another, each from a multiple of 16 bytes on: for other addresses Triton would
+    compile a kernel of its own, which nobody has warmed up."""
+    at, views = 0, []
+    for size in sizes:
+        views.append(numbers[at : at + size])
+        at += size + size % 2
+    return views
+
+
+class _Parts(NamedTuple):
+    """What changes from step to step, as parts of one piece of memory, or how many numbers each has.
+
+    Attributes:
+        send: see ``ShardedRows``.
+        asks, answers, counts, pick, tokens: see ``Route``.
+        visiting: rows of the batch that visit; for an unused one, a spare row.
+        tables, pieces, starts, first, count: see ``Visits``.
+    """
+
+    send: Any
+    asks: Any
+    answers: Any
+    counts: Any
+    pick: Any
+    tokens: Any
+    visiting: Any
+    tables: Any
+    pieces: Any
+    starts: Any
+    first: Any
+    count: Any
+
+
+class CapturedTables:
+    """Tables at fixed addresses for steps with at most ``capacity`` visits between any two ranks, one query each.
+
+    Place ``rank * capacity + i`` holds the i-th query to, or from, a rank; ``num_ranks * capacity + i`` the i-th row of
+    this rank that visits, over what is held here of its last run. So one launch serves guests and the rank's own rows.
+
+    Args:
+        capacity: queries a pair of ranks exchanges at most, and rows of a rank that visit.
+        num_ranks: N.
+        max_tokens: most tokens of a batch.
+        layout: of partial results.
+        num_kv_heads: of this worker.
+        device: of all tables.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_ranks: int,
+        max_tokens: int,
+        layout: RowLayout,
+        num_kv_heads: int,
+        device: torch.device,
+    ) -> None:
+        places = places_of(capacity, num_ranks)
+        self.capacity, self.num_ranks, self.places, self.max_tokens = capacity, num_ranks, places, max_tokens
+        self._visits = Visits.empty(max_tokens, places, layout.num_heads, num_kv_heads, layout.head_size, device)
+        self._programs = len(self._visits.starts) - 1
+        # What changes from step to step comes in one copy.
+        rows, width = max_tokens + places, num_ranks + 1
+        sizes = dict(
+            send=places, asks=places * 2, answers=places, counts=4, pick=capacity * width, tokens=capacity,
+            visiting=capacity, tables=places, pieces=self._visits.pieces.numel(), starts=self._programs + 1,
+            first=rows, count=rows,
+        )  # fmt: skip
+        self._sizes = _Parts(**sizes)
+        self._ints = torch.zeros(sum(size + size % 2 for size in self._sizes), dtype=torch.int64, device=device)
+        at = _Parts(*_split(self._ints, self._sizes))
+        self._send, self._visiting = at.send, at.visiting
+        self._visits.tables, self._visits.pieces = at.tables, at.pieces.view(-1, 3)
+        self._visits.starts, self._visits.first, self._visits.count = at.starts, at.first, at.count
+        self._route = Route(at.asks.view(-1, 2), at.answers, at.counts, at.pick.view(capacity, width), at.tokens)
+        self._seq_lens = torch.zeros(max_tokens + 1, dtype=torch.int32, device=device)
+        # The routed exchange has rows of its own.
+        self._partials = layout.empty(0 if capacity in context.routes else places, device)
+
+    def fill(self, step: ShardedStep, common: CommonAttentionMetadata) -> tuple[ShardedRows, torch.Tensor]:
+        """Write a step's tables. All rows that visit have one query.
+
+        Args:
+            step: this rank's part; nowhere more visits than the capacity.
+            common: vLLM's metadata of the batch, padded as the graph is.
+
+        Returns:
+            As ``exact_tables``; the same tensors each time.
+        """
+        host = np.zeros(len(self._ints), dtype=np.int64)
+        at = _Parts(*_split(host, self._sizes))
+        routes = context.routes.get(self.capacity)
+        # Stock attention is for rows of more queries; and for all rows where the exchange is a kernel by itself.
+        plain = routes is None or common.max_query_len > 1
+        n, lengths = common.num_reqs, np.zeros(self.max_tokens + self.places, dtype=np.int64)
+        if not plain:
+            assert common.seq_lens_cpu_upper_bound is not None
+            lengths[:n] = common.seq_lens_cpu_upper_bound[:n]
+        self._lay_out(step, common, at, lengths)
+        if lengths.any():
+            pieces, at.count[:], at.starts[:] = cut(lengths, self._programs)
+            at.pieces[: pieces.size] = pieces.reshape(-1)
+            at.first[:] = np.cumsum(at.count) - at.count
+        async_tensor_h2d(host, out=self._ints)
+        self._seq_lens[:n] = common.seq_lens[:n]
+        self._seq_lens.index_fill_(0, self._visiting, 0)
+        return ShardedRows(
+            plain=plain,
+            send=self._send,
+            exchanged=self.capacity * self.num_ranks,
+            send_counts=None,
+            recv_counts=None,
+            guests=[],
+            own=[],
+            partials=self._partials,
+            tokens=self._route.tokens,
+            pick=self._route.pick,
+            visits=self._visits,
+            routed=None if routes is None else (routes, self._route),
+        ), self._seq_lens[:n]
+
+    def _lay_out(self, step: ShardedStep, common: CommonAttentionMetadata, at: _Parts, lengths: np.ndarray) -> None:
+        """Which places a step uses, and what is attended to at them.
+
+        Args:
+            step, common: see ``fill``.
+            at: to write to; zeros.
+            lengths: [max_tokens + places], KV tokens that rows and places attend to; to write to. Rows that visit
+                attend at their places only.
+        """
+        rows = np.array([own.batch_row() for own in step.own], dtype=np.int64)
+        mine, here = len(rows), self.capacity * self.num_ranks + np.arange(len(rows))
+        visits = [
+            (i, j, rank * self.capacity + index)
+            for i, own in enumerate(step.own)
+            for j, (rank, index) in enumerate(own.visits, 1)
+        ]
+        row, column, place = np.array(visits, dtype=np.int64).reshape(-1, 3).T
+        token = common.query_start_loc_cpu.numpy()[rows].astype(np.int64)
+        pick = at.pick.reshape(self.capacity, -1)
+        pick[:], at.tokens[:], at.visiting[:] = -1, -1, self.max_tokens
+        pick[:mine, 0], pick[row, column] = here, place
+        at.tokens[:mine], at.visiting[:mine] = token, rows
+        asked, tokens = np.concatenate([place, here]), np.concatenate([token[row], token])
+        at.send[asked] = tokens
+        at.asks[: 2 * len(asked)] = np.stack([asked, tokens], axis=1).reshape(-1)
+        guests = np.array([guest.home * self.capacity + guest.index for guest in step.guests], dtype=np.int64)
+        at.answers[: len(guests) + mine] = np.concatenate([guests, here])
+        at.counts[:] = step.serial * MAX_LAYERS, len(asked), len(guests) + mine, mine
+        at_places = lengths[self.max_tokens :]
+        at_places[guests] = [guest.length for guest in step.guests]
+        at_places[here], lengths[rows] = [own.local_tokens + 1 for own in step.own], 0
+        at.tables[guests] = [guest.blocks.data_ptr() for guest in step.guests]
+        at.tables[here] = [
+            table_address(common, row, own.first_block) for row, own in zip(rows.tolist(), step.own, strict=True)
+        ]

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From N data-parallel ranks to one engine with N ranks, by vLLM's own settings; and which models are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from .. import config as nanocp_config
+from .. import patches
+from ..attention.families import CACHE_DTYPES
+from ..config import NanoCPConfig
+from ..errors import refuse
+from .refusals import CPU_WORKER, EXECUTORS, GPU_WORKER, SCHEDULER, check_environment, check_flags, check_settings
+
+# From so many requests on, over all ranks, schedulers in processes of their own are worth their messages.
+MANY_REQUESTS = 1024
+
+
+def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
+    """Refuse models and settings that cannot work, once vLLM has read the model's configuration.
+
+    Raises:
+        NanoCPConfigError
+    """
+    import vllm.envs as envs
+    from vllm.platforms import current_platform
+
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    if not model.is_moe:
+        refuse(
+            f"the model {model.model}",
+            "it has no experts, so its data-parallel ranks need not step together",
+            "serve it without --nanocp, in independent replicas",
+        )
+    if config.degree_limit == 1:
+        return
+    cuda = current_platform.is_cuda()
+    instead = "use --nanocp-config '{\"max_degree\": 1}' to serve it with one scheduler and no sharding"
+    if model.is_encoder_decoder:
+        refuse("an encoder-decoder model with max_degree above 1", "cross-attention has no shards", instead)
+    if model.use_mla:
+        _check_latent(vllm_config, cuda, instead)
+    if model.is_hybrid or model.is_attention_free:
+        refuse(
+            "a hybrid or attention-free model with max_degree above 1",
+            "a recurrent state cannot be cut into shards",
+            instead,
+        )
+    windowed = model.get_sliding_window() is not None or "sliding_attention" in (
+        getattr(text, "layer_types", None) or ()
+    )
+    if windowed or getattr(text, "attention_chunk_size", None):
+        refuse(
+            "sliding-window attention with max_degree above 1",
+            "queries would need a mask at the holders",
+            instead,
+        )
+    if getattr(text, "attn_logit_softcapping", None) or getattr(text, "alibi", None):
+        refuse(
+            "softcapped or ALiBi attention with max_degree above 1",
+            "its partial results cannot be merged by log-sum-exp alone here",
+            instead,
+        )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in CACHE_DTYPES[model.use_mla, cuda]:
+        refuse(
+            f"--kv-cache-dtype {cache_dtype} with max_degree above 1",
+            "the attention path here cannot read it",
+            "leave it out" + (", or use fp8" if "fp8" in CACHE_DTYPES[model.use_mla, cuda] else ""),
+        )
+    if envs.VLLM_BATCH_INVARIANT:
+        refuse(
+            "VLLM_BATCH_INVARIANT with max_degree above 1",
+            "how a request's KV is cut depends on the other requests",
+            "unset it, or " + instead,
+        )
+
+
+def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
+    """Refuse what of multi-head latent attention has no partial results here."""
+    import torch
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    text = vllm_config.model_config.hf_text_config
+    if hasattr(text, "index_topk"):
+        refuse(
+            "sparse latent attention (DSA) with max_degree above 1",
+            "each query looks for its best keys over the whole context, and a shard knows its own only",
+            instead,
+        )
+    if cuda:
+        refuse(
+            "multi-head latent attention on GPUs with max_degree above 1", "only its CPU path was shown exact", instead
+        )
+    if torch.cpu._is_amx_tile_supported() and vllm_config.attention_config.backend != AttentionBackendEnum.CPU_MLA:
+        refuse(
+            "multi-head latent attention by AMX with max_degree above 1",
+            "its kernel keeps no log-sum-exp and its weights are packed for it",
+            "add --attention-backend CPU_MLA, or " + instead,
+        )
+    sizes = getattr(text, "kv_lora_rank", None), getattr(text, "qk_rope_head_dim", None)
+    if sizes != (512, 64):
+        refuse(
+            f"latents of {sizes[0]} and rotated keys of {sizes[1]} numbers on CPU with max_degree above 1",
+            "vLLM's kernel CPU_MLA takes 512 and 64 only, and fails at the first request",
+            "serve the model on GPUs with --nanocp-config '{\"max_degree\": 1}'",
+        )
+
+
+def check_graphs(vllm_config: Any, config: NanoCPConfig) -> None:
+    """Refuse CUDA graphs that sharded steps could not stay out of: they run attention outside of graphs.
+
+    Raises:
+        NanoCPConfigError
+    """
+    from vllm.config import CUDAGraphMode
+
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if config.degree_limit == 1 or mode is None or mode == CUDAGraphMode.NONE:
+        return
+    if not vllm_config.use_v2_model_runner:
+        refuse(
+            "CUDA graphs with the V1 model runner",
+            "only the V2 runner can leave them for a sharded step",
+            "add --enforce-eager, or leave VLLM_USE_V2_MODEL_RUNNER unset",
+        )
+    if mode.mixed_mode() == CUDAGraphMode.FULL:
+        refuse(
+            f"the CUDA graph mode {mode.name}",
+            "mixed steps would replay graphs that know no shards",
+            "use -cc.cudagraph_mode=FULL_AND_PIECEWISE",
+        )
+
+
+def apart(vllm_config: Any, config: NanoCPConfig) -> bool:
+    """Whether the ranks' schedulers run in processes of their own: told so, or where there is much to schedule.
+
+    Raises:
+        NanoCPConfigError
+    """
+    details = vllm_config.observability_config.enable_logging_iteration_details
+    if config.scheduler_processes and details:
+        refuse(
+            "--enable-logging-iteration-details with scheduler_processes",
+            "the engine's process does not see what each request computes",
+            "leave one of them out, or use --nanocp-config '{\"scheduler_processes\": false}'",
+        )
+    if config.scheduler_processes is not None:
+        return config.scheduler_processes
+    return not details and config.ranks * vllm_config.scheduler_config.max_num_seqs >= MANY_REQUESTS
+
+
+def one_engine(parallel: Any) -> None:
+    """Make one engine of N in vLLM's finished ``ParallelConfig``.
+
+    All that vLLM derives from the data-parallel size is derived by now, as for N: which CUDA graphs an all-to-all
+    backend allows, how large batches are, which settings are refused. What it looks up later, in the processes of the
+    front-end and the engine, it finds as for one; each worker says N again in its copy.
+    """
+    parallel.data_parallel_size = parallel.data_parallel_size_local = 1
+    # A local rank: the engine is told where its front-end is by who starts it, not by a coordinator.
+    parallel.data_parallel_rank = parallel.data_parallel_index = parallel.data_parallel_rank_local = 0
+
+
+def with_defaults(config: NanoCPConfig, cpu: bool) -> NanoCPConfig:
+    """Set what is on only where it was verified, and was left out; with one rank a request there is neither.
+
+    On GPUs tokens are right with both (tests/gpu). With ``parallel_prefill`` the p99 gap of others beside a prompt of
+    131,072 tokens is stock vLLM's; that moves lose nowhere is not shown (``gpu_prefill_moves_2xH200.json``).
+    """
+    several = config.degree_limit > 1
+    defaults = {"moves": several and cpu, "parallel_prefill": several}
+    unset: dict[str, Any] = {k: on for k, on in defaults.items() if getattr(config, k) is None}
+    return replace(config, **unset)
+
+
+def make(engine_args: Any, create: Callable[[], Any]) -> Any:
+    """Create the engine configuration with this package's scheduler, executor and worker.
+
+    Args:
+        engine_args: vLLM's ``EngineArgs``, with ``additional_config["nanocp"]``.
+        create: vLLM's own ``create_engine_config``.
+
+    Raises:
+        NanoCPConfigError
+    """
+    from vllm.platforms import current_platform
+
+    from .. import kv_event_sources, rank_hint
+    from ..executor import failed_start
+    from ..metrics.install import install as install_metrics
+    from . import http_limits as admission
+    from . import world_size
+
+    config = nanocp_config.parse(engine_args.additional_config[nanocp_config.KEY], engine_args.data_parallel_size)
+    check_flags(engine_args)
+    check_environment()
+    if current_platform.is_cuda():
+        worker = GPU_WORKER
+    elif current_platform.is_cpu():
+        worker = CPU_WORKER
+        if config.exchange == "routed":
+            refuse("exchange 'routed' on CPU", "it is made of GPU kernels", "use 'auto' or 'collective'")
+        if config.graph_capacities:
+            refuse("graph_capacities on CPU", "there are no CUDA graphs", "leave it out")
+    else:
+        refuse(f"the platform {current_platform.device_name}", "there is no attention path for it", "use CUDA or CPU")
+    config = with_defaults(config, current_platform.is_cpu())
+    engine_args.additional_config = {**engine_args.additional_config, nanocp_config.KEY: config.to_dict()}
+    engine_args.data_parallel_size = config.ranks
+    engine_args.scheduler_cls = SCHEDULER
+    backend = engine_args.distributed_executor_backend or "mp"
+    engine_args.distributed_executor_backend = EXECUTORS.get(backend, backend)
+    engine_args.worker_cls = worker
+    patches.apply_all(patches.CONFIG_PATCHES)
+    vllm_config = create()
+    engine_args.data_parallel_size = 1
+    check_settings(vllm_config, config.degree_limit)
+    check_model(vllm_config, config)
+    check_graphs(vllm_config, config)
+    vllm_config.additional_config[nanocp_config.KEY] = replace(
+        config, scheduler_processes=apart(vllm_config, config)
+    ).to_dict()
+    one_engine(vllm_config.parallel_config)
+    if len(vllm_config.additional_config) == 1:  # what others have put there vLLM looks for in a dict only
+        vllm_config.additional_config = nanocp_config.Additional(vllm_config.additional_config)
+    admission.install()
+    failed_start.install()
+    rank_hint.install_front_end()
+    kv_event_sources.install_front_end()
+    world_size.install(vllm_config.parallel_config, config.ranks)
+    install_metrics()
+    return vllm_config

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused at start, whatever flag, file, variable or default of a model it comes from.
+
+``SETTINGS`` are looked at in vLLM's finished configuration and decide. ``FLAGS`` are the same things as far as they can
+be seen in the arguments: a refusal then comes before the model is looked at, and before vLLM refuses the same for a
+reason that does not hold here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import refuse
+
+SCHEDULER = "vllm_nanocp.sched.scheduler.NanoCPScheduler"
+EXECUTORS = {
+    "mp": "vllm_nanocp.executor.multiproc.NanoCPMultiprocExecutor",
+    "ray": "vllm_nanocp.executor.ray.executor.NanoCPRayExecutor",
+}
+CPU_WORKER = "vllm_nanocp.worker.cpu_worker.NanoCPCPUWorker"
+GPU_WORKER = "vllm_nanocp.worker.gpu_worker.NanoCPGPUWorker"
+_LEAVE_OUT = "leave it out"
+_SYNC_DEFAULT = 16  # vLLM's
+# For ranks that are engines of their own, which each process is told of by its environment. vLLM looks at them only
+# where the data-parallel size is 1.
+_ENVIRONMENT = {
+    "VLLM_DP_SIZE": "1",
+    "VLLM_DP_RANK": "0",
+    "VLLM_DP_RANK_LOCAL": "0",
+    "VLLM_DP_MASTER_IP": "127.0.0.1",
+    "VLLM_DP_MASTER_PORT": "0",
+}
+
+
+def _above_one(value: Any) -> bool:
+    return (value or 0) > 1
+
+
+def _given(value: Any) -> bool:
+    return value is not None
+
+
+def _returns_experts(aux_output: Any) -> bool:
+    """Of vLLM's ``AuxOutputConfig``, or what makes one."""
+    name = "enable_return_routed_experts"
+    return bool(aux_output.get(name) if isinstance(aux_output, dict) else getattr(aux_output, name, False))
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An engine argument that may be refused for its value.
+
+    Attributes:
+        field: of vLLM's ``EngineArgs`` (or of the command line, for ``vllm serve``'s own).
+        refused: whether this value is.
+        why: it is.
+        instead: what to do.
+        shown: whether the line shows the value.
+    """
+
+    field: str
+    refused: Callable[[Any], bool]
+    why: str
+    instead: str = _LEAVE_OUT
+    shown: bool = False
+
+    def check(self, args: Any) -> None:
+        value = getattr(args, self.field, None)
+        if self.refused(value):
+            refuse("--" + self.field.replace("_", "-") + (f" {value}" if self.shown else ""), self.why, self.instead)
+
+
+_SPECULATIVE = "draft tokens would have to be verified against shards"
+_ONE_ENGINE = "one engine holds all ranks"
+_ONE_ADDRESS = "one scheduler serves all ranks behind one address"
+_MICRO_BATCHES = "a sharded step cannot be cut into micro-batches"
+_CONNECTORS = "KV connectors do not know of shards"
+_ROUTED_EXPERTS = "the experts of a sharded prompt's tokens are with several ranks, and each answers for its own"
+_DIFFUSION = "its scheduler is another one"
+_EPLB = "moving experts was never tried with one engine over all ranks"
+_SYNC = "it says how often engines ask each other whether they are done, and here is one engine"
+_SHM_CACHE = "its shared memory counts the workers of one rank as readers, and all ranks read it"
+_NUMA = "the engine's process is bound for one rank, and the workers of all ranks with it"
+
+FLAGS = (
+    Flag("pipeline_parallel_size", _above_one, "ranks exchange attention results in every layer",
+         "use --tensor-parallel-size or more --data-parallel-size ranks", shown=True),
+    Flag("decode_context_parallel_size", _above_one, "it splits every request's KV, which nanocp does per request",
+         shown=True),
+    Flag("prefill_context_parallel_size", _above_one, "chunks are placed by shard map", shown=True),
+    *(Flag(field, _given, _SPECULATIVE) for field in
+      ("speculative_config", "spec_method", "spec_model", "spec_tokens")),
+    *(Flag(field, bool, _ONE_ADDRESS) for field in
+      ("data_parallel_external_lb", "data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb")),
+    *(Flag(field, _given, _ONE_ENGINE) for field in
+      ("data_parallel_rank", "data_parallel_start_rank", "data_parallel_size_local")),
+    Flag("data_parallel_backend", lambda value: value not in (None, "mp"), _ONE_ENGINE,
+         "leave it out, or use --distributed-executor-backend ray", shown=True),
+    Flag("nnodes", _above_one, "worker processes are on one machine",
+         "use one node, or --distributed-executor-backend ray", shown=True),
+    Flag("node_rank", bool, "worker processes are on one machine",
+         "leave it out, or use --distributed-executor-backend ray", shown=True),
+    Flag("headless", bool, "there is no engine without the API server's"),
+    Flag("enable_elastic_ep", bool, "the number of ranks is fixed at start"),
+    Flag("elastic_ep_max_dp_size", _given, "the number of ranks is fixed at start"),
+    Flag("enable_fault_tolerance", bool, "it watches engines behind an external load balancer, and here is one engine"),
+    Flag("enable_eplb", bool, _EPLB),
+    Flag("enable_dbo", bool, _MICRO_BATCHES),
+    Flag("ubatch_size", _above_one, _MICRO_BATCHES, shown=True),
+    Flag("dp_sync_interval", lambda value: value not in (None, _SYNC_DEFAULT), _SYNC, shown=True),
+    Flag("kv_transfer_config", _given, _CONNECTORS),
+    Flag("kv_offloading_size", _given, _CONNECTORS),
+    Flag("ec_transfer_config", _given, "encoder-cache connectors do not know of ranks"),
+    Flag("enable_return_routed_experts", bool, _ROUTED_EXPERTS),
+    Flag("aux_output_config", _returns_experts, _ROUTED_EXPERTS),
+    Flag("diffusion_config", _given, _DIFFUSION),
+    Flag("mm_processor_cache_type", lambda value: value == "shm", _SHM_CACHE, "use lru, the default", shown=True),
+    Flag("numa_bind", bool, _NUMA),
+    Flag("ray_workers_use_nsight", bool, "the actors here are not started under it"),
+)  # fmt: skip
+
+
+def check_flags(args: Any) -> None:
+    """Refuse engine arguments that cannot work, from an argparse namespace or ``EngineArgs``.
+
+    Raises:
+        NanoCPConfigError
+    """
+    for flag in FLAGS:
+        flag.check(args)
+    _check_executor(getattr(args, "distributed_executor_backend", None))
+    if getattr(args, "data_parallel_address", None) is not None and _is_ray(args):
+        refuse("--data-parallel-address with Ray", "the actor of the first rank says where ranks meet", _LEAVE_OUT)
+    for field, own in (("scheduler_cls", (SCHEDULER,)), ("worker_cls", (CPU_WORKER, GPU_WORKER))):
+        value = getattr(args, field, None)
+        if value not in (None, "auto", *own):
+            refuse(f"--{field.replace('_', '-')} {value}", "nanocp brings its own", _LEAVE_OUT)
+
+
+def _is_ray(args: Any) -> bool:
+    return getattr(args, "distributed_executor_backend", None) in ("ray", EXECUTORS["ray"])
+
+
+def _check_executor(backend: Any) -> None:
+    if backend is not None and backend not in EXECUTORS and backend not in EXECUTORS.values():
+        refuse(
+            f"--distributed-executor-backend {backend}",
+            "ranks are processes of one machine or Ray actors",
+            "use mp or ray, or leave it out",
+        )
+    if backend in ("ray", EXECUTORS["ray"]) and importlib.util.find_spec("ray") is None:
+        refuse(
+            "--distributed-executor-backend ray without Ray",
+            "the package ray is not installed in this environment",
+            "pip install 'vllm-nanocp[ray]', or use mp",
+        )
+
+
+def check_command(name: str | None) -> None:
+    """Refuse the commands of vLLM's that prepare something for engines of one rank.
+
+    Raises:
+        NanoCPConfigError
+    """
+    if name in ("preload", "snapshot"):
+        refuse(
+            f"vllm {name} with --nanocp",
+            "it makes what each data-parallel rank needs, and knows nothing of one engine over all",
+            "leave --nanocp out there",
+        )
+
+
+def check_environment() -> None:
+    """Refuse variables that tell a process of one rank which one it is.
+
+    Raises:
+        NanoCPConfigError
+    """
+    for name, harmless in _ENVIRONMENT.items():
+        value = os.environ.get(name)
+        if value not in (None, "", harmless):
+            refuse(f"{name}={value}", _ONE_ENGINE, "unset it, and use --data-parallel-size")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Something in vLLM's finished configuration that is refused.
+
+    Attributes:
+        found: whether a ``VllmConfig`` has it.
+        what: it is, and the flags that usually make it.
+        why: it is refused.
+        instead: what to do.
+    """
+
+    found: Callable[[Any], Any]
+    what: str
+    why: str
+    instead: str = _LEAVE_OUT
+
+    def check(self, vllm_config: Any) -> None:
+        if self.found(vllm_config):
+            refuse(self.what, self.why, self.instead)
+
+
+def _multimodal(vllm_config: Any, field: str) -> Any:
+    return getattr(getattr(vllm_config.model_config, "multimodal_config", None), field, None)
+
+
+def _without_kv(vllm_config: Any) -> bool:
+    """Whether no layer keeps KV: nothing to place requests by, and to place them otherwise is not built."""
+    model = vllm_config.model_config
+    return model.attn_type == "encoder_only" or bool(_multimodal(vllm_config, "mm_encoder_only"))
+
+
+_INDEPENDENT = "serve it without --nanocp, in independent replicas"
+
+SETTINGS = (
+    Setting(lambda c: c.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism",
+            "ranks exchange attention results in every layer"),
+    Setting(lambda c: c.parallel_config.decode_context_parallel_size > 1, "decode context parallelism",
+            "it splits every request's KV, which nanocp does per request"),
+    Setting(lambda c: c.parallel_config.prefill_context_parallel_size > 1, "prefill context parallelism",
+            "chunks are placed by shard map"),
+    Setting(lambda c: c.speculative_config is not None,
+            "speculative decoding (--speculative-config, --spec-method, --spec-model, --spec-tokens, or a speculators "
+            "checkpoint)", _SPECULATIVE, "leave it out; of a speculators checkpoint, serve the model it was made for"),
+    Setting(lambda c: c.kv_transfer_config is not None,
+            "a KV connector (--kv-transfer-config, --kv-offloading-size)", _CONNECTORS),
+    Setting(lambda c: c.ec_transfer_config is not None, "--ec-transfer-config",
+            "encoder-cache connectors do not know of ranks"),
+    Setting(lambda c: c.aux_output_config.enabled,
+            "returning routed experts (--enable-return-routed-experts, --aux-output-config)", _ROUTED_EXPERTS),
+    Setting(lambda c: c.diffusion_config is not None or c.model_config.is_diffusion, "a diffusion model", _DIFFUSION,
+            "serve it without --nanocp"),
+    Setting(_without_kv, "a model that keeps no KV (encoder-only)", "requests are placed by their KV", _INDEPENDENT),
+    Setting(lambda c: _multimodal(c, "mm_processor_cache_type") == "shm", "--mm-processor-cache-type shm", _SHM_CACHE,
+            "use lru, the default"),
+    Setting(lambda c: c.parallel_config.data_parallel_external_lb or c.parallel_config.data_parallel_hybrid_lb,
+            "an external or hybrid load balancer", _ONE_ADDRESS),
+    Setting(lambda c: c.parallel_config.data_parallel_backend != "mp", "--data-parallel-backend", _ONE_ENGINE,
+            "leave it out, or use --distributed-executor-backend ray"),
+    Setting(lambda c: c.parallel_config.nnodes > 1, "--nnodes", "worker processes are on one machine",
+            "use one node, or --distributed-executor-backend ray"),
+    Setting(lambda c: c.parallel_config.enable_elastic_ep, "--enable-elastic-ep",
+            "the number of ranks is fixed at start"),
+    Setting(lambda c: c.parallel_config.enable_fault_tolerance, "--enable-fault-tolerance",
+            "it watches engines behind an external load balancer, and here is one engine"),
+    Setting(lambda c: c.parallel_config.enable_eplb, "--enable-eplb", _EPLB),
+    Setting(lambda c: c.parallel_config.use_ubatching, "--enable-dbo or --ubatch-size", _MICRO_BATCHES),
+    Setting(lambda c: c.parallel_config.dp_sync_interval != _SYNC_DEFAULT, "--dp-sync-interval", _SYNC),
+    Setting(lambda c: c.parallel_config.numa_bind, "--numa-bind", _NUMA),
+    Setting(lambda c: c.parallel_config.distributed_executor_backend not in EXECUTORS.values(), "another executor",
+            "ranks are processes of one machine or Ray actors", "use mp or ray, or leave it out"),
+    Setting(lambda c: c.parallel_config.worker_cls not in (CPU_WORKER, GPU_WORKER), "another worker class",
+            "nanocp brings its own"),
+    Setting(lambda c: c.scheduler_config.scheduler_cls != SCHEDULER, "another scheduler class",
+            "nanocp brings its own"),
+)  # fmt: skip
+
+SHARDED_SETTINGS = (
+    Setting(lambda c: c.cache_config.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill with max_degree above 1",
+            "its layers attend with other rows than the step plan's",
+            "leave it out, or use --nanocp-config '{\"max_degree\": 1}'"),
+)  # fmt: skip
+
+
+def check_settings(vllm_config: Any, degree_limit: int) -> None:
+    """Refuse what cannot work, in the configuration that vLLM has derived.
+
+    Args:
+        vllm_config: with the data-parallel size that the user gave.
+        degree_limit: most ranks one request may use.
+
+    Raises:
+        NanoCPConfigError
+    """
+    for setting in (*SETTINGS, *(SHARDED_SETTINGS if degree_limit > 1 else ())):
+        setting.check(vllm_config)

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Home moves and spills: which requests leave their rank is policy (``placement.moves``); how, is here.
+
+A request leaves when its last block is full. It is scheduled no more; once what it has in flight has come back, its
+blocks go to a member that keeps them, and it goes on at its new home, from the next token. With async scheduling that
+costs it one step, and the tokens it goes on with are then all known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+from vllm.sampling_params import SamplingType
+from vllm.v1.request import Request, RequestStatus
+
+from ..placement.cost import CostModel, StepLoad
+from ..placement.moves import Candidate, MoveConfig, drifted, plan_moves, spill_target
+from ..placement.place import RankLoad
+from ..plan import Arrival, Batch
+from .rank.adapters import adapter_of
+from .sharded_request import ShardedRequest, can_shard
+
+if TYPE_CHECKING:
+    from .rank.interface import Decoding
+    from .rank.rank_view import RankView
+    from .scheduler import NanoCPScheduler
+
+_importance = attrgetter("priority", "arrival_time")  # less is more
+
+
+def _give_to_holders(read: list[int], sharded: ShardedRequest) -> None:
+    """KV tokens that a request at its home reads, all of which were counted there, go to the ranks that hold them."""
+    read[sharded.rank] -= sharded.local_start
+    for rank, (_, tokens) in sharded.open_shards.items():
+        read[rank] += tokens
+
+
+class Ahead(NamedTuple):
+    """What sharded requests will have on a rank.
+
+    Attributes:
+        homes: of how many it will be the home and has not begun to.
+        adapters: of those that it computes a run of, now or later; None: without one.
+        read: KV tokens that a step will read once all decode, beside those of the rank's own requests: of a burst,
+            those placed first must count for the next ones, before any of them runs.
+    """
+
+    homes: int
+    adapters: set[int | None]
+    read: int
+
+
+@dataclass(slots=True)
+class Visits:
+    """Which KV running sharded requests read that their ranks' numbers do not say.
+
+    Attributes:
+        visitors: those that run.
+        at: at which state of the sharded requests.
+        read: KV tokens on each rank, beside those of the requests that run there.
+        guests: queries of other ranks on each.
+        exchange: whether there are any.
+    """
+
+    visitors: list[ShardedRequest]
+    at: int
+    read: list[int]
+    guests: list[int]
+    exchange: bool
+
+    @classmethod
+    def of(cls, visitors: list[ShardedRequest], ranks: int, at: int) -> Visits:
+        read, guests = [0] * ranks, [0] * ranks
+        for sharded in visitors:
+            _give_to_holders(read, sharded)
+            for rank in sharded.open_shards:
+                guests[rank] += rank != sharded.rank
+        return cls(visitors, at, read, guests, any(guests))
+
+
+class Mover:
+    """Watches the ranks' loads and takes requests from one to another.
+
+    Args:
+        scheduler: over all ranks.
+        config: when to move.
+        moves: whether homes move at all.
+        generators: whether the model runners sample seeded requests with generators, whose state must come along.
+    """
+
+    def __init__(self, scheduler: NanoCPScheduler, config: MoveConfig, moves: bool, generators: bool) -> None:
+        self.scheduler = scheduler
+        self.config = config
+        self.moves = moves
+        self.generators = generators
+        # States of generators, of requests on their way or not yet known to their new model runner; None: to come.
+        self._states: dict[str, bytes | None] = {}
+        self.model = CostModel()
+        # Requests on their way, and where to.
+        self.leaving: dict[str, int] = {}
+        self._last_move: dict[str, int] = {}
+        # Tokens that requests had when their leaving was undone.
+        self._undone: dict[str, int] = {}
+        self._last_update = 0.0
+        self.last_work = [StepLoad(0, 0)] * scheduler.config.ranks
+        self.num_moves = self.num_spills = 0
+        # Loads, and of which numbers of the ranks; what is ahead, and at which state of the sharded requests.
+        count = scheduler.config.ranks
+        self._loads = [RankLoad(0, 0, 0, 0)] * count
+        self._loads_of: list[RankView | None] = [None] * count
+        self._loads_at = [0] * count
+        self._visits = Visits.of([], count, -1)
+        self._ahead: list[Ahead] | None = None
+        self._ahead_at = 0
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Before the ranks are scheduled: let those arrive that can, and let others leave."""
+        if not self.moves:
+            return
+        self._arrive()
+        for rank in range(len(self.scheduler.ranks)):
+            self.spill(rank)
+        self._move()
+        # Without async scheduling nothing is in flight now.
+        self._arrive()
+
+    def observe(self, batches: Sequence[Batch], work: Sequence[StepLoad], scheduled: float) -> None:
+        """Learn from a step whose output has come, if all ranks decoded: prompts take their time otherwise.
+
+        Args:
+            batches: the ranks' in that step; empty if nothing was computed.
+            work: what each rank did in it.
+            scheduled: when it was, by ``time.monotonic``.
+        """
+        now = time.monotonic()
+        if batches and all(batch.decode for batch in batches):
+            self.model.observe(work, now - max(scheduled, self._last_update))
+        self._last_update = now
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        target = self.leaving.pop(request_id, None)
+        if target is not None:
+            self.scheduler.ranks[target].expect_no_more(request_id)
+        self._last_move.pop(request_id, None)
+        self._undone.pop(request_id, None)
+        self._states.pop(request_id, None)
+
+    def note_generators(self, asked: Sequence[str], states: dict[str, bytes]) -> None:
+        """What the workers have reported of departing requests; those without a report stay."""
+        for request_id in asked:
+            if request_id in states and request_id in self._states:
+                self._states[request_id] = states[request_id]
+            elif request_id in self.leaving:
+                self._stay(request_id)
+
+    def arrival(self, request_id: str, tokens: list[int]) -> Arrival:
+        """What the new home's model runner must know of a request, once it meets it."""
+        return Arrival(tokens, self._states.pop(request_id, None))
+
+    def cancel(self) -> None:
+        """All that are on their way stay where they are."""
+        for request_id in list(self.leaving):
+            self._stay(request_id)
+
+    def _stay(self, request_id: str) -> None:
+        """Undo a leaving. The request does not leave again before it has made a token: what undid it once may do so
+        each time, and a request that leaves is scheduled nowhere."""
+        rank = self.scheduler.ranks[self.scheduler.rank_of[request_id]]
+        rank.stay(request_id)
+        rank.unwatch(request_id)
+        self._undone[request_id] = self.scheduler.requests[request_id].num_tokens
+        self.scheduler.ranks[self.leaving.pop(request_id)].expect_no_more(request_id)
+        self._states.pop(request_id, None)
+
+    # -- loads -------------------------------------------------------------------------------------------------
+
+    def loads(self) -> list[RankLoad]:
+        """What placement knows of each rank, requests on their way and those with their home still ahead included.
+
+        Kept, and taken anew for ranks whose numbers have changed: a burst asks once for each of its requests.
+        """
+        members = self.scheduler.members
+        if self._ahead is None or self._ahead_at != members.changes:
+            self._ahead, self._ahead_at = self._look_ahead(), members.changes
+            self._loads_of = [None] * len(self._ahead)
+        for rank, (scheduler, known, at) in enumerate(
+            zip(self.scheduler.ranks, self._loads_of, self._loads_at, strict=True)
+        ):
+            view = scheduler.view
+            if known is not view or at != view.changes:
+                self._loads_of[rank], self._loads_at[rank] = view, view.changes
+                self._loads[rank] = self._load(view, self._ahead[rank])
+        return self._loads[:]
+
+    def _load(self, view: RankView, ahead: Ahead) -> RankLoad:
+        load = view.load(ahead.homes)
+        for adapter in ahead.adapters:
+            load = load.with_adapter(adapter)
+        if self.moves:
+            load = replace(load, read_blocks=(view.tokens + ahead.read) // self.scheduler.block_size)
+        return load
+
+    def _look_ahead(self) -> list[Ahead]:
+        """What sharded requests will have on each rank that its numbers do not say."""
+        count = len(self.scheduler.ranks)
+        homes, read = [0] * count, [0] * count
+        adapters: list[set[int | None]] = [set() for _ in range(count)]
+        for sharded in self.scheduler.sharded.values():
+            for run in sharded.shard_map.runs[sharded.active :]:
+                adapters[run.rank].add(adapter_of(sharded.request))
+            if sharded.at_home:
+                _give_to_holders(read, sharded)
+                continue
+            homes[sharded.shard_map.home] += sharded.shard_map.home != sharded.rank
+            read[sharded.rank] -= sharded.member.num_tokens
+            for rank, tokens in enumerate(sharded.shard_map.tokens_by_rank(count, sharded.request.num_tokens)):
+                read[rank] += tokens
+        return list(map(Ahead, homes, adapters, read))
+
+    def work(self) -> list[StepLoad]:
+        """What the ranks' running requests read and compute in a step."""
+        running, leaving = RequestStatus.RUNNING, self.leaving
+        sharded = self.scheduler.sharded.items()
+        visitors = [its for name, its in sharded if its.member.status is running and name not in leaving]
+        visits = self._visits
+        if visits.at != self.scheduler.members.changes or visits.visitors != visitors:
+            visits = self._visits = Visits.of(visitors, len(self.scheduler.ranks), self.scheduler.members.changes)
+        return [
+            StepLoad(max(0, rank.view.computed + read), rank.view.running, guests, visits.exchange)
+            for rank, read, guests in zip(self.scheduler.ranks, visits.read, visits.guests, strict=True)
+        ]
+
+    # -- who goes ----------------------------------------------------------------------------------------------
+
+    def _candidates(self, rank: int) -> Iterator[Candidate]:
+        """Decoding requests of a rank whose last block is full."""
+        for at in self.scheduler.ranks[rank].decoding():
+            request = self.scheduler.requests.get(at.request_id)
+            if request is None or not self._may_go(request, at):  # a member has no generation to go on with
+                continue
+            sharded = self.scheduler.sharded.get(at.request_id)
+            yield Candidate(
+                request_id=at.request_id,
+                home=rank,
+                holders=() if sharded is None else tuple(sharded.open_shards),
+                kv_tokens=at.computed,
+                remaining_tokens=request.max_tokens - at.made,
+                last_move=self._last_move.get(at.request_id),
+                adapter=adapter_of(request),
+            )
+
+    def _may_go(self, request: Request, at: Decoding) -> bool:
+        sharded = self.scheduler.sharded.get(request.request_id)
+        if sharded is not None and at.computed <= sharded.local_start:
+            return False  # it has only just come
+        if at.known <= self._undone.get(request.request_id, -1):
+            return False
+        return request.request_id in self.scheduler.rank_of and can_shard(request) and at.made < request.max_tokens
+
+    def _move(self) -> None:
+        loads = self.loads()
+        sources = drifted(loads, self.config)
+        if not sources:
+            return
+        candidates = [candidate for rank in sources for candidate in self._candidates(rank)]
+        if not candidates:
+            return
+        now = self.scheduler.num_steps
+        block_size = self.scheduler.block_size
+        for move in plan_moves(
+            loads, self.work(), candidates, step=now, block_size=block_size, model=self.model, config=self.config
+        ):
+            self._leave(move.request_id, move.source, move.target)
+            self.num_moves += 1
+            self.scheduler.collector.moved()
+
+    def spill(self, rank: int) -> None:
+        """Requests that need a block which the rank does not have go on elsewhere."""
+        short = -self.scheduler.ranks[rank].view.spare_blocks
+        if short <= 0 or not self.moves:
+            return
+        # Requests that wait have no claim before those that run.
+        loads = [
+            replace(load, free_blocks=max(0, other.view.spare_blocks))
+            for load, other in zip(self.loads(), self.scheduler.ranks, strict=True)
+        ]
+        for candidate in self._first_to_go(rank):
+            target = spill_target(loads, candidate, block_size=self.scheduler.block_size, config=self.config)
+            if target is None:
+                continue
+            self._leave(candidate.request_id, rank, target)
+            there = loads[target]
+            loads[target] = replace(
+                there.with_adapter(candidate.adapter),
+                free_blocks=there.free_blocks - 1,
+                batch=there.batch + 1,
+                slots=there.slots - 1,
+            )
+            self.num_spills += 1
+            self.scheduler.collector.spilled()
+            short -= 1
+            if short <= 0:
+                self.scheduler.collector.prevented_preemption()
+                return
+
+    def _first_to_go(self, rank: int) -> list[Candidate]:
+        """In the order in which vLLM would preempt them."""
+        candidates = list(self._candidates(rank))[::-1]
+        if self.scheduler.by_priority:
+            requests = self.scheduler.requests
+            candidates.sort(key=lambda c: _importance(requests[c.request_id]), reverse=True)
+        return candidates
+
+    # -- how ---------------------------------------------------------------------------------------------------
+
+    def _leave(self, request_id: str, source: int, target: int) -> None:
+        request = self.scheduler.requests[request_id]
+        self.scheduler.ranks[source].watch(request)
+        self.scheduler.ranks[source].leave(request_id)
+        params = request.sampling_params
+        # Those for which V1's model runner makes a generator; of a greedy request's seed it makes nothing.
+        seeded = self.generators and params is not None and params.sampling_type == SamplingType.RANDOM_SEED
+        if seeded and request_id not in self._states:  # else its generator has not even arrived here
+            self._states[request_id] = None
+            self.scheduler.members.ask_for_generator(request_id)
+        self.scheduler.ranks[target].expect(request_id, adapter_of(request))
+        self.leaving[request_id] = target
+        self._last_move[request_id] = self.scheduler.num_steps
+
+    def _arrive(self) -> None:
+        for request_id, target in list(self.leaving.items()):
+            source = self.scheduler.rank_of[request_id]
+            request = self.scheduler.requests[request_id]
+            if request.num_in_flight_tokens or request.num_output_placeholders:
+                continue
+            if self._states.get(request_id, b"") is None:
+                continue
+            del self.leaving[request_id]
+            self.scheduler.members.move_home(request, source, target)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short prompts beside long ones: a part of a rank's step is theirs while they wait.
+
+vLLM's scheduler gives the tokens of a step to those that run, in their order, and then to those that wait. So a long
+prompt takes whole steps, and a short one that comes behind it gets its first token when all of that is computed. Here
+the chunk of a long one is made smaller in steps in which there are short ones, by what these need, at most a part of
+the step. When there are none nothing changes. Touches vLLM 0.32's ``long_prefill_token_threshold``, which its scheduler
+reads in each step, and ``Scheduler._inflight_prefills``.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from ...placement import cdiv
+
+if TYPE_CHECKING:
+    _Base = Scheduler
+else:
+    _Base = object
+
+# One part in so many of a step's tokens is for short prompts; a prompt is short if it has no more left to compute.
+PARTS = 4
+# Waiting requests that are looked at in a step.
+_LOOKED_AT = 16
+
+
+def _left(request: Request) -> int:
+    return request.num_tokens - request.num_computed_tokens
+
+
+class ChunkDoors(_Base):
+    """Mixed into vLLM's scheduler: the size of chunks."""
+
+    # Whether a member of a sharded request needs its whole chunk in a step, since others go on from there in the same.
+    whole_chunks = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scheduler_config = copy(self.scheduler_config)
+        self._share = self.max_num_scheduled_tokens // PARTS
+        # Whoever has set a size means it.
+        self._shares_steps = not self.scheduler_config.long_prefill_token_threshold and self._share > 0
+        self._shares_steps &= not self.need_mamba_block_aligned_split
+
+    @property
+    def spare_blocks(self) -> int:
+        """Free blocks that nobody who runs needs for the tokens it has; ``RankDoors`` knows."""
+        raise NotImplementedError
+
+    def share_step(self) -> None:
+        """Before a step: how large a chunk of a prompt may be in it."""
+        if not self._shares_steps:
+            return
+        self.scheduler_config.long_prefill_token_threshold = 0
+        if not self._inflight_prefills:
+            return
+        share = self._share
+        prompts = [*self._inflight_prefills, *islice(self.kv_holding_waiting, _LOOKED_AT)]
+        long = [request for request in prompts if _left(request) > share]
+        if not long or (self.whole_chunks and any(map(self._is_part, long))):
+            return
+        short = sum(_left(request) for request in prompts if _left(request) <= share)
+        short += self._bring_forward(share - short)
+        if short > 0:
+            others = len(self.running) - len(self._inflight_prefills)
+            kept = min(share, short)
+            rest = self.max_num_scheduled_tokens - others - kept
+            if rest > 0:  # it bounds short ones, too
+                self.scheduler_config.long_prefill_token_threshold = max(rest // len(long), kept)
+
+    def _bring_forward(self, most: int) -> int:
+        """Put waiting requests that are short before those that are not, up to so many tokens; returns how many.
+
+        With priorities only the first ones count, in the order that they have.
+        """
+        if not self.waiting or self._pause_state != PauseState.UNPAUSED:
+            return 0
+        brought: list[Request] = []
+        tokens = 0
+        slots = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
+        room = self.spare_blocks * self.block_size  # what long ones have yet to take is theirs
+        for request in islice(self.waiting, _LOOKED_AT):
+            left = _left(request)
+            ready = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) and len(brought) < slots
+            if ready and left <= most - tokens and request.num_tokens < room:
+                brought.append(request)
+                tokens += left
+                room -= cdiv(request.num_tokens + 1, self.block_size) * self.block_size
+            elif self.policy == SchedulingPolicy.PRIORITY:  # which no one overtakes
+                return tokens
+        if brought and list(islice(self.waiting, len(brought))) != brought:
+            for request in brought:
+                self.waiting.remove_request(request)
+            for request in reversed(brought):
+                self.waiting.prepend_request(request)
+        return tokens
+
+    def _is_part(self, request: Request) -> bool:
+        """Whether a request computes only a part of a sharded one."""
+        blocks = self.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks.get(request.request_id)
+        return "#" in request.request_id or bool(blocks and blocks[0].is_null)

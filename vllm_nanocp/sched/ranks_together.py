@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What EngineCore asks of a scheduler and all ranks answer together, without a decision."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.request import Request
+
+from .rank import rank_process
+from .step_output import NanoCPGrammarOutput, NanoCPSchedulerOutput
+
+if TYPE_CHECKING:
+    from .failures import Failures
+    from .home_moves import Mover
+    from .rank.interface import Rank
+    from .shard_lifecycle import Members
+
+
+class RanksTogether(SchedulerInterface):
+    """Of vLLM's scheduler interface, what only sums up or passes on. ``NanoCPScheduler`` has the attributes."""
+
+    ranks: list[Rank]
+    unplaced: dict[str, Request]
+    members: Members
+    mover: Mover
+    failures: Failures
+    kv_cache_config: KVCacheConfig
+    _pause_state: PauseState
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> NanoCPGrammarOutput | None:  # type: ignore[override]
+        assert isinstance(scheduler_output, NanoCPSchedulerOutput)
+        if not scheduler_output.has_structured_output_requests:
+            return None
+        pairs = list(zip(self.ranks, scheduler_output.parts, strict=True))
+        for rank, part in pairs:
+            if part.structured:
+                rank.begin_bitmask(part)
+        bitmasks = [rank.end_bitmask() if part.structured else None for rank, part in pairs]
+        return NanoCPGrammarOutput(bitmasks) if any(b is not None for b in bitmasks) else None
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        raise NotImplementedError("nanocp: speculative decoding is not supported")
+
+    def update_draft_token_ids_in_output(
+        self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
+    ) -> None:
+        raise NotImplementedError("nanocp: speculative decoding is not supported")
+
+    def get_num_unfinished_requests(self) -> int:
+        waiting = len(self.unplaced) if self._pause_state == PauseState.UNPAUSED else 0
+        if self._pause_state != PauseState.PAUSED_ALL:
+            waiting += len(self.mover.leaving)
+        return waiting + sum(rank.view.unfinished for rank in self.ranks)
+
+    def has_finished_requests(self) -> bool:
+        news = self.members.have_news or self.failures.pending
+        return news or any(rank.view.finished for rank in self.ranks)
+
+    def get_request_counts(self) -> tuple[int, int]:
+        views = [rank.view for rank in self.ranks]
+        running, queued = sum(view.running for view in views), sum(view.queued for view in views)
+        return running + len(self.mover.leaving), queued + len(self.unplaced)
+
+    def get_kv_cache_usage(self) -> float:
+        return sum(rank.view.kv_usage for rank in self.ranks) / len(self.ranks)
+
+    def free_blocks(self) -> list[int]:
+        """Free KV blocks of each rank, now."""
+        for rank in self.ranks:
+            rank.refresh()
+        return [rank.view.free_blocks for rank in self.ranks]
+
+    def reset_encoder_cache(self) -> None:
+        for rank in self.ranks:
+            rank.reset_encoder_cache()
+
+    def shutdown(self) -> None:
+        for rank in self.ranks:
+            rank.shutdown()
+        rank_process.reap()
+
+    def get_kv_event_publisher_config(self) -> Any:
+        return self.ranks[0].get_kv_event_publisher_config()
+
+    def kv_event_publisher_configs(self) -> list[Any]:
+        """Where each rank publishes its KV events; None for those that do not."""
+        return [rank.get_kv_event_publisher_config() for rank in self.ranks]
+
+    @property
+    def kv_cache_manager(self) -> Any:
+        """What EngineCore reads of it: the layout of the KV cache groups, the same on all ranks."""
+        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        managers = [SimpleNamespace(block_size=spec.block_size, kv_cache_spec=spec) for spec in specs]
+        return SimpleNamespace(coordinator=SimpleNamespace(single_type_managers=managers))
+
+    @property
+    def pause_state(self) -> PauseState:
+        return self._pause_state
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        self._pause_state = pause_state
+        for rank in self.ranks:
+            rank.set_pause_state(pause_state)

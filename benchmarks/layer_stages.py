@@ -113,7 +113,7 @@ class Layer:
 
     def sharded_step(self) -> Any:
         """Each own row visits every other rank; each other rank's rows visit this one."""
-        from vllm_nanocp.attention.context import Guest, OwnRow, ShardedStep
+        from vllm_nanocp.attention.sharded_step import Guest, OwnRow, ShardedStep
 
         args, me = self.args, self.rank
         others = [r for r in range(args.ranks) if r != me]

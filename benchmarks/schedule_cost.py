@@ -192,7 +192,7 @@ def measure_child(args: argparse.Namespace, model: str, path: str) -> dict[str, 
     from vllm.v1.structured_output import StructuredOutputManager
 
     from vllm_nanocp.sched.rank import rank_process
-    from vllm_nanocp.sched.rank.make_ranks import RankSpec
+    from vllm_nanocp.sched.rank.rank_spec import RankSpec
     from vllm_nanocp.sched.rank.wire import pack
 
     kwargs = scheduler_args(args, model, args.requests)

@@ -169,9 +169,10 @@ def fullest_step(rank: int, size: int, tokens: int) -> tuple[int, int]:
     """Every rank's chunk of so many tokens visits all ranks, its own too: bytes that a layer takes, and has."""
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    from vllm_nanocp.attention.context import Guest, OwnRow, ShardedStep, context
+    from vllm_nanocp.attention.context import context
     from vllm_nanocp.attention.gqa.flash_tables import most_memory
     from vllm_nanocp.attention.partial_rows import RowLayout
+    from vllm_nanocp.attention.sharded_step import Guest, OwnRow, ShardedStep
     from vllm_nanocp.exchange import CollectiveExchange
 
     shape, device = Shape(32, 4, 128, BF16, 16), torch.device("cuda", rank)

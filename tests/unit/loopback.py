@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 
 from vllm_nanocp.sched.rank import rank_process
-from vllm_nanocp.sched.rank.make_ranks import RankSpec
+from vllm_nanocp.sched.rank.rank_spec import RankSpec
 
 # Whether worlds have their schedulers behind messages.
 in_use = False

@@ -17,7 +17,8 @@ from vllm.v1.worker import dp_utils as v1_dp_utils
 from vllm.v1.worker.gpu import cudagraph_utils, dp_utils
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-from vllm_nanocp.attention.context import ShardedStep, context
+from vllm_nanocp.attention.context import context
+from vllm_nanocp.attention.sharded_step import ShardedStep
 from vllm_nanocp.config import MAX_PLACES
 from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
 from vllm_nanocp.worker.dp_agreement import agree, capacity_of

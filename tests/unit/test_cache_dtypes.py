@@ -24,8 +24,8 @@ from tests.unit.attention_steps import (
     slots,
 )
 from tests.unit.processes import run_ranks
+from vllm_nanocp.attention.cache_dtypes import CACHE_DTYPES
 from vllm_nanocp.attention.cpu_partial import as_stored, gather_shard
-from vllm_nanocp.attention.families import CACHE_DTYPES
 from vllm_nanocp.attention.gqa.cpu_backend import NanoCPCPUAttentionMetadataBuilder
 from vllm_nanocp.errors import NanoCPConfigError
 

@@ -54,7 +54,7 @@ def test_tables_of_a_step_s_size() -> None:
 @pytest.mark.parametrize("num_kv_heads", [1, 4, 16])
 def test_fixed_tables_are_where_the_kernels_expect_them(max_tokens: int, num_kv_heads: int) -> None:
     """At multiples of 16 bytes, as those that the kernels were warmed up with; and none reaches into the next."""
-    tables = CapturedTables(5, 3, max_tokens, RowLayout(16, 64), num_kv_heads, torch.device("cpu"))
+    tables = CapturedTables(5, 3, max_tokens, RowLayout(16, 64), num_kv_heads, torch.device("cpu"), None)
     route, visits = tables._route, tables._visits
     found = [*vars(route).values(), visits.tables, visits.pieces, visits.starts, visits.first, visits.count]
     assert all(table.data_ptr() % 16 == 0 for table in found)

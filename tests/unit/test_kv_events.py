@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
-from vllm_nanocp.sched.kv_events import UsablePrefixes
+from vllm_nanocp.sched.rank.kv_events import UsablePrefixes
 
 from .event_index import EventError, Index
 

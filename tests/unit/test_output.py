@@ -16,8 +16,9 @@ from vllm.v1.metrics.stats import KVCacheEvictionEvent, PrefixCacheStats, Schedu
 
 from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
 from vllm_nanocp.sched.rank.interface import Part
+from vllm_nanocp.sched.rank.rank_output import part_of
 from vllm_nanocp.sched.rank.stats import merge_prefix_cache, merge_scheduler_stats
-from vllm_nanocp.sched.step_output import StepMessage, describe, merge, part_of
+from vllm_nanocp.sched.step_output import StepMessage, describe, merge
 
 
 def new_request(name: str, tokens: int = 4) -> NewRequestData:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_nanocp.attention.context import ShardedStep
+from vllm_nanocp.attention.sharded_step import ShardedStep
 from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
 from vllm_nanocp.worker.rank_step import ShardTable, make_step
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from .context import ShardedStep
 from .merge import Partial, merge_partials
+from .sharded_step import ShardedStep
 
 Made = TypeVar("Made")
 

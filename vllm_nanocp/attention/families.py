@@ -8,13 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .family import Family
 
-# Values of ``--kv-cache-dtype`` that are read, by (latent attention, CUDA).
-CACHE_DTYPES: dict[tuple[bool, bool], tuple[str, ...]] = {
-    (False, False): ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
-    (False, True): ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
-    (True, False): ("auto",),
-}
-
 
 def family_of(vllm_config: Any) -> Family:
     """The family whose backend and partial attention serve a model here. ``check_model`` has refused the others.

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import config as nanocp_config
 from .. import patches
-from ..attention.families import CACHE_DTYPES
+from ..attention.cache_dtypes import CACHE_DTYPES
 from ..config import NanoCPConfig
 from ..errors import refuse
 from .refusals import CPU_WORKER, EXECUTORS, GPU_WORKER, SCHEDULER, check_environment, check_flags, check_settings

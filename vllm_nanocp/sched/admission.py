@@ -9,7 +9,7 @@ wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from ..placement import Prefix, RankLoad, ShardMap
 from ..placement.queue import ENDS_OVER, LOOKS, WINDOW, Blocked, most_starts, ranks_for
-from .rank import sessions
 from .rank.adapters import adapter_of
 
 if TYPE_CHECKING:
-    from .scheduler import NanoCPScheduler
+    from .rank.interface import Rank
+    from .state import SchedulerState
 
 logger = init_logger("vllm.nanocp.scheduler")
 
@@ -87,6 +87,14 @@ class _Room:
         self._known.clear()
 
 
+def make_way(ranks: Sequence[Rank]) -> None:
+    """A request finds no room at these ranks. If nothing will end that it could wait for, sessions without work give up
+    their KV."""
+    if not any(rank.view.busy for rank in ranks):
+        for rank in ranks:
+            rank.give_way()
+
+
 class Admission:
     """From the queue of all ranks to the ranks.
 
@@ -98,7 +106,7 @@ class Admission:
 
     def __init__(
         self,
-        scheduler: NanoCPScheduler,
+        scheduler: SchedulerState,
         create_queue: Callable[[SchedulingPolicy], RequestQueue],
         policy: SchedulingPolicy,
     ) -> None:
@@ -125,7 +133,7 @@ class Admission:
         scheduler = self.scheduler
         self.cut_short = False
         self._count_ends()
-        if scheduler._pause_state != PauseState.UNPAUSED or not (scheduler.waiting or self._by_slot):
+        if scheduler.pause_state != PauseState.UNPAUSED or not (scheduler.waiting or self._by_slot):
             return
         room = _Room(scheduler.mover.loads())
         self._return_to_queue(room)
@@ -219,7 +227,7 @@ class Admission:
                 self.fail(request)
                 return True
             if may_wait:
-                sessions.make_way(scheduler.ranks if home is None else [scheduler.ranks[home]])
+                make_way(scheduler.ranks if home is None else [scheduler.ranks[home]])
         if shard_map is None or scheduler.prefixes.claim(request, shard_map, prefix):
             want = want or scheduler.placer.want(request, home)
             if blocked is None:

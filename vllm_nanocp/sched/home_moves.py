@@ -27,7 +27,7 @@ from .sharded_request import ShardedRequest, can_shard
 if TYPE_CHECKING:
     from .rank.interface import Decoding
     from .rank.rank_view import RankView
-    from .scheduler import NanoCPScheduler
+    from .state import SchedulerState
 
 _importance = attrgetter("priority", "arrival_time")  # less is more
 
@@ -92,7 +92,7 @@ class Mover:
         generators: whether the model runners sample seeded requests with generators, whose state must come along.
     """
 
-    def __init__(self, scheduler: NanoCPScheduler, config: MoveConfig, moves: bool, generators: bool) -> None:
+    def __init__(self, scheduler: SchedulerState, config: MoveConfig, moves: bool, generators: bool) -> None:
         self.scheduler = scheduler
         self.config = config
         self.moves = moves

@@ -14,10 +14,10 @@ from ..metrics.transport import attach
 from .rank.stats import PlainStats, merge_scheduler_stats
 
 if TYPE_CHECKING:
-    from .scheduler import NanoCPScheduler
+    from .state import SchedulerState
 
 
-def rank_states(scheduler: NanoCPScheduler) -> list[RankState]:
+def rank_states(scheduler: SchedulerState) -> list[RankState]:
     """One a rank, as of the last step."""
     shards = scheduler.members.shards_by_rank()
     views = [rank.view for rank in scheduler.ranks]
@@ -27,7 +27,7 @@ def rank_states(scheduler: NanoCPScheduler) -> list[RankState]:
     ]
 
 
-def engine_stats(scheduler: NanoCPScheduler, parts: Sequence[SchedulerStats | PlainStats]) -> SchedulerStats:
+def engine_stats(scheduler: SchedulerState, parts: Sequence[SchedulerStats | PlainStats]) -> SchedulerStats:
     """One engine's statistics, with this package's own.
 
     Args:

@@ -17,9 +17,9 @@ from .step_output import NanoCPGrammarOutput, NanoCPSchedulerOutput
 
 if TYPE_CHECKING:
     from .failures import Failures
-    from .home_moves import Mover
     from .rank.interface import Rank
     from .shard_lifecycle import Members
+    from .state import Moves
 
 
 class RanksTogether(SchedulerInterface):
@@ -28,7 +28,7 @@ class RanksTogether(SchedulerInterface):
     ranks: list[Rank]
     unplaced: dict[str, Request]
     members: Members
-    mover: Mover
+    mover: Moves
     failures: Failures
     kv_cache_config: KVCacheConfig
     _pause_state: PauseState

@@ -40,14 +40,16 @@ from .home_moves import Mover
 from .placer import Placer, stripe_blocks
 from .rank import outlets, sessions
 from .rank.interface import Part
-from .rank.make_ranks import RankSpec, make_ranks
+from .rank.make_ranks import make_ranks
 from .rank.outlets import EngineOutlets
+from .rank.rank_output import generators_in
+from .rank.rank_spec import RankSpec
 from .rank.stats import PlainStats
 from .rank_metrics import engine_stats
 from .ranks_together import RanksTogether
 from .shard_lifecycle import Members
 from .shared_prefix import SharedPrefixes
-from .step_output import NanoCPSchedulerOutput, describe, generators_in, merge
+from .step_output import NanoCPSchedulerOutput, describe, merge
 
 logger = init_logger("vllm.nanocp.scheduler")
 
@@ -57,6 +59,8 @@ _REMEMBERED = 256
 
 class NanoCPScheduler(RanksTogether):
     """vLLM's scheduler interface over N ranks."""
+
+    mover: Mover
 
     def __init__(
         self,

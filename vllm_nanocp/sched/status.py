@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .scheduler import NanoCPScheduler
+    from .state import SchedulerState
 
 METHOD = "nanocp_status"
 
 
-def describe(scheduler: NanoCPScheduler) -> dict[str, Any]:
+def describe(scheduler: SchedulerState) -> dict[str, Any]:
     """Plain data: per-rank lists, and per-request maps by request id."""
     free_blocks = scheduler.free_blocks()
     views = [rank.view for rank in scheduler.ranks]

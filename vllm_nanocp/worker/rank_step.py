@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from ..attention.context import Guest, OwnRow, ShardedStep
+from ..attention.sharded_step import Guest, OwnRow, ShardedStep
 from ..plan import StepPlan
 
 

@@ -15,7 +15,8 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager, ModelCudaGraphManager
 
 from .. import config as nanocp_config
-from ..attention.context import ShardedStep, context
+from ..attention.context import context
+from ..attention.sharded_step import ShardedStep
 from ..config import most_visits
 
 

@@ -17,7 +17,8 @@ from ..attention.context import context
 from ..attention.families import family_of
 from ..attention.supported import check_layers
 from ..exchange import CollectiveExchange
-from ..sched.step_output import NanoCPGrammarOutput, PackedOutput, StepMessage, with_generators
+from ..sched.rank.rank_output import PackedOutput, with_generators
+from ..sched.step_output import NanoCPGrammarOutput, StepMessage
 from . import queues
 from .rank_step import ShardTable, make_step
 from .runner import RunnerAdapter, V1Runner, V2Runner

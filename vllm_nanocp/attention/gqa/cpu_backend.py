@@ -19,10 +19,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from ...errors import refuse
+from ..cache_dtypes import CACHE_DTYPES
 from ..context import context
 from ..cpu_partial import as_stored, attend_causal, attend_shard, gather_shard
 from ..cpu_rows import CPULayer, LocalRow, ShardedRows, split_metadata
-from ..families import CACHE_DTYPES
 from ..family import attend
 from ..merge import Partial
 from ..supported import grouped_query_problem

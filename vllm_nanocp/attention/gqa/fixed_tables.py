@@ -12,11 +12,11 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..context import ShardedStep, context
 from ..partial_rows import RowLayout
+from ..sharded_step import ShardedStep
 from ..stream_k import cut
 from .flash_tables import ShardedRows, table_address
-from .routed_layer import MAX_LAYERS, Route, places_of
+from .routed_layer import MAX_LAYERS, Route, Routes, places_of
 from .split_kv import Visits
 
 _Numbers = TypeVar("_Numbers", torch.Tensor, np.ndarray)
@@ -69,6 +69,7 @@ class CapturedTables:
         layout: of partial results.
         num_kv_heads: of this worker.
         device: of all tables.
+        routes: of the routed exchange, for as many; None without it.
     """
 
     def __init__(
@@ -79,9 +80,11 @@ class CapturedTables:
         layout: RowLayout,
         num_kv_heads: int,
         device: torch.device,
+        routes: Routes | None,
     ) -> None:
         places = places_of(capacity, num_ranks)
         self.capacity, self.num_ranks, self.places, self.max_tokens = capacity, num_ranks, places, max_tokens
+        self.routes = routes
         self._visits = Visits.empty(max_tokens, places, layout.num_heads, num_kv_heads, layout.head_size, device)
         self._programs = len(self._visits.starts) - 1
         # What changes from step to step comes in one copy.
@@ -100,7 +103,7 @@ class CapturedTables:
         self._route = Route(at.asks.view(-1, 2), at.answers, at.counts, at.pick.view(capacity, width), at.tokens)
         self._seq_lens = torch.zeros(max_tokens + 1, dtype=torch.int32, device=device)
         # The routed exchange has rows of its own.
-        self._partials = layout.empty(0 if capacity in context.routes else places, device)
+        self._partials = layout.empty(places if routes is None else 0, device)
 
     def fill(self, step: ShardedStep, common: CommonAttentionMetadata) -> tuple[ShardedRows, torch.Tensor]:
         """Write a step's tables. All rows that visit have one query.
@@ -114,7 +117,7 @@ class CapturedTables:
         """
         host = np.zeros(len(self._ints), dtype=np.int64)
         at = _Parts(*_split(host, self._sizes))
-        routes = context.routes.get(self.capacity)
+        routes = self.routes
         # Stock attention is for rows of more queries; and for all rows where the exchange is a kernel by itself.
         plain = routes is None or common.max_query_len > 1
         n, lengths = common.num_reqs, np.zeros(self.max_tokens + self.places, dtype=np.int64)

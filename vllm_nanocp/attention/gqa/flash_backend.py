@@ -4,7 +4,7 @@
 A step without sharded rows runs stock code. In one with them, tables are of the step's own size or fixed. With the
 first, and with the collective exchange, rows that visit nobody are vLLM's launch, with length 0 for the rows that
 visit; those, and all guests, attend to shards beside it and are merged. With fixed tables and the routed exchange, all
-attention of a layer is one kernel (``exchange/routes.py``).
+attention of a layer is one kernel (``routed_layer.py``).
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from ...errors import NanoCPConfigError
-from ..context import ShardedStep, context
-from ..families import CACHE_DTYPES
+from ..cache_dtypes import CACHE_DTYPES
+from ..context import context
 from ..family import attend
 from ..partial_rows import RowLayout, merge_rows, pack_pieces, warm_up
+from ..sharded_step import ShardedStep
 from ..supported import grouped_query_problem
 from . import flash_splits as flash_pieces
 from .fixed_tables import CapturedTables
@@ -94,7 +95,13 @@ class NanoCPFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         if step.capacity not in made:
             most = self.vllm_config.scheduler_config.max_num_seqs
             made[step.capacity] = CapturedTables(
-                step.capacity, step.num_ranks, most, self._layout, self.num_heads_kv, self.device
+                step.capacity,
+                step.num_ranks,
+                most,
+                self._layout,
+                self.num_heads_kv,
+                self.device,
+                context.routes.get(step.capacity),
             )
         return made[step.capacity]
 
@@ -329,7 +336,8 @@ class GroupedQueryOnHopper:
         gather_tables([block.data_ptr()], [1], device)  # compiled now
 
     def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device) -> CapturedTables:
-        return CapturedTables(capacity, num_ranks, max_reqs, self.layout, self.num_kv_heads, device)
+        routes = context.routes.get(capacity)
+        return CapturedTables(capacity, num_ranks, max_reqs, self.layout, self.num_kv_heads, device, routes)
 
     def most_memory(self, num_ranks: int, max_tokens: int) -> int:
         return most_memory(num_ranks, max_tokens, self.layout, self.num_kv_heads, self.dtype)

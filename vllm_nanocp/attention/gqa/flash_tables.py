@@ -17,8 +17,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ...exchange.base import Counts
-from ..context import ShardedStep
 from ..partial_rows import RowLayout
+from ..sharded_step import ShardedStep
 from .flash_splits import ShardLaunch, pieces_that_fit, queries_at_once
 from .routed_layer import Route, Routes
 from .split_kv import Visits

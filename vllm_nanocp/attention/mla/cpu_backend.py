@@ -20,9 +20,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from ..cache_dtypes import CACHE_DTYPES
 from ..context import context
 from ..cpu_rows import CPULayer, LocalRow, ShardedRows, split_metadata
-from ..families import CACHE_DTYPES
 from ..family import attend
 from ..merge import Partial
 from ..supported import latent_problem

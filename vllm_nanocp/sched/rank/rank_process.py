@@ -32,8 +32,8 @@ from vllm.transformers_utils.config import maybe_register_config_serialize_by_va
 from ...errors import NanoCPError
 
 if TYPE_CHECKING:
-    from .make_ranks import RankSpec
     from .rank_server import RankServer
+    from .rank_spec import RankSpec
     from .remote_rank import Channel
 
 logger = init_logger("vllm.nanocp.scheduler")

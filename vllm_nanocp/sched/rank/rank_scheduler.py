@@ -18,10 +18,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from ...placement import cdiv
-from ..step_output import part_of
 from .adapters import AdapterDoors
 from .chunks import ChunkDoors
 from .interface import Decoding, Part
+from .rank_output import part_of
 from .rank_view import RankView, view_of
 from .sessions import SessionDoors
 from .stats import Updated, take_stats

@@ -14,9 +14,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from ..step_output import part_of
 from .cached_blocks import CacheRecorder
 from .grammars import RankGrammars, grammar_begins
+from .rank_output import part_of
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .stats import take_stats
 from .wire import Answer, News, RequestState, Scheduled, SessionState, state_of, unpack

@@ -10,7 +10,7 @@ vLLM 0.32's ``Scheduler``.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,6 @@ from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
-
-    from .interface import Rank
 
     _Base = Scheduler
 else:
@@ -43,14 +41,6 @@ def keep_chunk(session: Request, chunk: Request) -> None:
     """Keep the next chunk of a session that no rank knows yet, or the end of its input, as vLLM's scheduler does."""
     assert session.streaming_queue is not None, "duplicate request id"
     session.streaming_queue.append(StreamingUpdate.from_request(chunk))
-
-
-def make_way(ranks: Sequence[Rank]) -> None:
-    """A request finds no room at these ranks. If nothing will end that it could wait for, sessions without work give up
-    their KV."""
-    if not any(rank.view.busy for rank in ranks):
-        for rank in ranks:
-            rank.give_way()
 
 
 class SessionDoors(_Base):

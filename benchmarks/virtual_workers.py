@@ -188,7 +188,7 @@ class World:
         return tokens
 
     def _answer(self, rank: int, part: Any) -> Any:
-        from vllm_nanocp.sched.rank.rank_output import PackedOutput
+        from vllm_nanocp.step_messages import PackedOutput
 
         packed = isinstance(part.payload, bytes)
         made = answer(pickle.loads(part.payload) if packed else part.payload, self._computed[rank], self.prompts)

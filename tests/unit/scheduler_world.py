@@ -18,8 +18,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_nanocp.plan import IDLE, Batch, PlanRow, StepPlan
-from vllm_nanocp.sched.rank.rank_output import with_generators
 from vllm_nanocp.sched.step_output import NanoCPSchedulerOutput
+from vllm_nanocp.step_messages import with_generators
 
 from .world_runners import GARBAGE, STOP, V1, V2, Known, Runner, Session, Truth, WorldError, base, fail
 

@@ -16,9 +16,9 @@ from vllm.v1.metrics.stats import KVCacheEvictionEvent, PrefixCacheStats, Schedu
 
 from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
 from vllm_nanocp.sched.rank.interface import Part
-from vllm_nanocp.sched.rank.rank_output import part_of
 from vllm_nanocp.sched.rank.stats import merge_prefix_cache, merge_scheduler_stats
-from vllm_nanocp.sched.step_output import StepMessage, describe, merge
+from vllm_nanocp.sched.step_output import batches_of, merge
+from vllm_nanocp.step_messages import StepMessage
 
 
 def new_request(name: str, tokens: int = 4) -> NewRequestData:
@@ -60,7 +60,7 @@ def rank_output(rank: int, new: int = 1, cached: int = 2, tokens: int = 4) -> Sc
 
 
 def parts(outputs: Sequence[SchedulerOutput]) -> list[Part]:
-    return [part_of(output) for output in outputs]
+    return [Part.of(output) for output in outputs]
 
 
 PLAN = StepPlan(
@@ -164,13 +164,13 @@ def scheduled(
 
 
 def test_no_tokens_anywhere_are_no_batches() -> None:
-    assert describe(parts([scheduled(), scheduled()])) == []
-    assert describe([]) == []
+    assert batches_of(parts([scheduled(), scheduled()])) == []
+    assert batches_of([]) == []
 
 
 def test_a_rank_without_tokens_runs_an_idle_batch() -> None:
     busy = scheduled(cached=[(40, 1), (7, 1)])
-    assert describe(parts([scheduled(), busy, scheduled()])) == [IDLE, Batch(2, 2, True), IDLE]
+    assert batches_of(parts([scheduled(), busy, scheduled()])) == [IDLE, Batch(2, 2, True), IDLE]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_rank_without_tokens_runs_an_idle_batch() -> None:
 )
 def test_what_is_a_decode_batch(part: SchedulerOutput, batch: Batch) -> None:
     """One token each, and others before it: what vLLM's runners find of their own batch."""
-    assert describe(parts([part, scheduled()])) == [batch, IDLE]
+    assert batches_of(parts([part, scheduled()])) == [batch, IDLE]
 
 
 # -- statistics ------------------------------------------------------------------------------------------------

@@ -19,8 +19,7 @@ from tests.unit.flash_steps import make_impl
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.gqa.flash_backend import GroupedQueryOnHopper
 from vllm_nanocp.plan import IDLE, Batch, StepPlan
-from vllm_nanocp.sched.rank.rank_output import generators_in
-from vllm_nanocp.sched.step_output import StepMessage
+from vllm_nanocp.step_messages import StepMessage, generators_in
 from vllm_nanocp.worker.gpu_worker import NanoCPGPUWorker
 from vllm_nanocp.worker.worker import OneRank
 

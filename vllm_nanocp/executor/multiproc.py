@@ -22,7 +22,7 @@ from .. import config as nanocp_config
 from .. import patches
 from ..patches.queue_names import unlink
 from ..sched.rank import rank_process
-from ..sched.step_output import NanoCPGrammarOutput
+from ..step_messages import NanoCPGrammarOutput
 from . import longest_request as capacity
 from .replies import Replies
 

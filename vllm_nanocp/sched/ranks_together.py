@@ -12,8 +12,9 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
+from ..step_messages import NanoCPGrammarOutput
 from .rank import rank_process
-from .step_output import NanoCPGrammarOutput, NanoCPSchedulerOutput
+from .step_output import NanoCPSchedulerOutput
 
 if TYPE_CHECKING:
     from .failures import Failures

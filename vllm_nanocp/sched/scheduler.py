@@ -32,6 +32,7 @@ from .. import kv_event_sources, rank_hint
 from ..errors import NanoCPConfigError, refuse
 from ..metrics.collector import Collector
 from ..placement.moves import MoveConfig
+from ..step_messages import generators_in
 from . import status
 from .admission import Admission
 from .cadence import PrefillCadence
@@ -42,14 +43,13 @@ from .rank import outlets, sessions
 from .rank.interface import Part
 from .rank.make_ranks import make_ranks
 from .rank.outlets import EngineOutlets
-from .rank.rank_output import generators_in
 from .rank.rank_spec import RankSpec
 from .rank.stats import PlainStats
 from .rank_metrics import engine_stats
 from .ranks_together import RanksTogether
 from .shard_lifecycle import Members
 from .shared_prefix import SharedPrefixes
-from .step_output import NanoCPSchedulerOutput, describe, merge
+from .step_output import NanoCPSchedulerOutput, batches_of, merge
 
 logger = init_logger("vllm.nanocp.scheduler")
 
@@ -303,7 +303,7 @@ class NanoCPScheduler(RanksTogether):
         self.num_steps += 1
         plan.serial = self.num_steps
         self.num_sharded_steps += bool(plan.rows)
-        plan.batches = describe(parts)
+        plan.batches = batches_of(parts)
         for rank in self.ranks:
             for request_id, tokens in rank.introduced.items():
                 plan.arrived[request_id] = self.mover.arrival(request_id, tokens)

@@ -9,10 +9,11 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
+from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 
 from ..placement.cost import StepLoad
 from ..plan import IDLE, Batch, StepPlan
+from ..step_messages import StepMessage
 from .rank.interface import Part
 
 
@@ -38,34 +39,6 @@ class NanoCPSchedulerOutput(SchedulerOutput):
         # A worker reads its own rank's part and the plan, and decodes no more.
         parts = [p.payload if isinstance(p.payload, bytes) else pickle.dumps(p.payload, -1) for p in self.parts]
         return StepMessage, (parts, self.plan)
-
-
-@dataclass
-class StepMessage:
-    """A step as it comes to the workers.
-
-    Attributes:
-        parts: for each rank, vLLM's scheduler output for its model runner, pickled.
-        plan: the same for all ranks.
-    """
-
-    parts: list[bytes]
-    plan: StepPlan
-
-    def part(self, rank: int) -> SchedulerOutput:
-        output: SchedulerOutput = pickle.loads(self.parts[rank])
-        return output
-
-
-@dataclass
-class NanoCPGrammarOutput:
-    """Bitmasks for structured output, one entry a rank (None: no such request there); pickled if from elsewhere."""
-
-    ranks: list[GrammarOutput | bytes | None]
-
-    def part(self, rank: int) -> GrammarOutput | None:
-        bitmask = self.ranks[rank]
-        return pickle.loads(bitmask) if isinstance(bitmask, bytes) else bitmask
 
 
 def merge(parts: Sequence[Part], plan: StepPlan) -> NanoCPSchedulerOutput:
@@ -112,7 +85,7 @@ def _add(out: NanoCPSchedulerOutput, part: SchedulerOutput) -> None:
         out.scheduled_encoder_inputs.update(part.scheduled_encoder_inputs)
 
 
-def describe(parts: Sequence[Part]) -> list[Batch]:
+def batches_of(parts: Sequence[Part]) -> list[Batch]:
     """The ranks' batches, as their model runners will see them; empty when there are no tokens at all."""
     if not any(part.tokens for part in parts):
         return []

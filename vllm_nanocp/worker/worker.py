@@ -17,8 +17,7 @@ from ..attention.context import context
 from ..attention.families import family_of
 from ..attention.supported import check_layers
 from ..exchange import CollectiveExchange
-from ..sched.rank.rank_output import PackedOutput, with_generators
-from ..sched.step_output import NanoCPGrammarOutput, StepMessage
+from ..step_messages import NanoCPGrammarOutput, PackedOutput, StepMessage, with_generators
 from . import queues
 from .rank_step import ShardTable, make_step
 from .runner import RunnerAdapter, V1Runner, V2Runner

@@ -23,8 +23,8 @@ from vllm.v1.executor.ray_utils import available_resources_per_node
 
 from ... import config as nanocp_config
 from ... import patches
-from ...entry.engine_config import refuse
 from ...environment import variable
+from ...errors import refuse
 from ..multiproc import OneWorld
 from .actor import RankActor
 from .placement import bundles_of_workers, nodes_of_ranks, same_node

@@ -42,6 +42,18 @@ class Decoding(NamedTuple):
     known: int
 
 
+def batch_of(part: SchedulerOutput) -> Batch:
+    """A rank's batch as its model runner will see it."""
+    num_reqs, num_tokens = len(part.num_scheduled_tokens), part.total_num_scheduled_tokens
+    # One token each; a request's first token is no decode, though it may be its only one.
+    decode = (
+        num_tokens == num_reqs
+        and all(part.scheduled_cached_reqs.num_computed_tokens)
+        and all(request.num_computed_tokens for request in part.scheduled_new_reqs)
+    )
+    return Batch(num_reqs, num_tokens, decode)
+
+
 @dataclass(slots=True)
 class Part:
     """What one rank's scheduler has scheduled.
@@ -63,6 +75,17 @@ class Part:
     pending: bool
     payload: SchedulerOutput | bytes = field(repr=False)
     serial: int = 0
+
+    @classmethod
+    def of(cls, output: SchedulerOutput) -> Part:
+        return cls(
+            tokens=output.total_num_scheduled_tokens,
+            batch=batch_of(output),
+            scheduled=output.num_scheduled_tokens,
+            structured=output.has_structured_output_requests,
+            pending=output.pending_structured_output_tokens,
+            payload=output,
+        )
 
 
 class Rank(Protocol):

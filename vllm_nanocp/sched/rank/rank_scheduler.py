@@ -21,7 +21,6 @@ from ...placement import cdiv
 from .adapters import AdapterDoors
 from .chunks import ChunkDoors
 from .interface import Decoding, Part
-from .rank_output import part_of
 from .rank_view import RankView, view_of
 from .sessions import SessionDoors
 from .stats import Updated, take_stats
@@ -409,7 +408,7 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
         self._throttle = throttle_prefills
 
     def end_schedule(self) -> Part:
-        return part_of(self.schedule(self._throttle))
+        return Part.of(self.schedule(self._throttle))
 
     def begin_update(self, part: Part, output: Any) -> None:
         self._update = part, output

@@ -16,7 +16,7 @@ from vllm.v1.request import Request
 
 from .cached_blocks import CacheRecorder
 from .grammars import RankGrammars, grammar_begins
-from .rank_output import part_of
+from .interface import Part
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .stats import take_stats
 from .wire import Answer, News, RequestState, Scheduled, SessionState, state_of, unpack
@@ -214,7 +214,7 @@ class RankServer:
         output = self.scheduler.schedule(throttle_prefills)
         self._serial += 1
         self._steps.append((self._serial, output))
-        part = part_of(output)
+        part = Part.of(output)
         scheduled = Scheduled(
             serial=self._serial,
             tokens=part.tokens,

@@ -18,10 +18,10 @@ from vllm.v1.core import kv_cache_utils
 from ...errors import NanoCPError
 from ...placement import cdiv
 from ...plan import Batch
+from ...step_messages import PackedOutput
 from .cached_blocks import CachedBlocks, Changes
 from .grammars import note_grammar_begins
 from .interface import Decoding, Part
-from .rank_output import PackedOutput
 from .rank_view import RankView
 from .sessions import keep_chunk
 from .stats import Updated

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank's part of a step: what its scheduler says of it, and what its model runner answers."""
+"""What travels between the scheduler and the workers in a step: parts of it, bitmasks, outputs. Its plan is beside."""
 
 from __future__ import annotations
 
@@ -7,35 +7,38 @@ import pickle
 from copy import copy
 from dataclasses import dataclass
 
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
-from ...plan import Batch
-from .interface import Part
+from .plan import StepPlan
 
 
-def batch_of(part: SchedulerOutput) -> Batch:
-    """A rank's batch as its model runner will see it."""
-    num_reqs, num_tokens = len(part.num_scheduled_tokens), part.total_num_scheduled_tokens
-    # One token each; a request's first token is no decode, though it may be its only one.
-    decode = (
-        num_tokens == num_reqs
-        and all(part.scheduled_cached_reqs.num_computed_tokens)
-        and all(request.num_computed_tokens for request in part.scheduled_new_reqs)
-    )
-    return Batch(num_reqs, num_tokens, decode)
+@dataclass
+class StepMessage:
+    """A step as it comes to the workers.
+
+    Attributes:
+        parts: for each rank, vLLM's scheduler output for its model runner, pickled.
+        plan: the same for all ranks.
+    """
+
+    parts: list[bytes]
+    plan: StepPlan
+
+    def part(self, rank: int) -> SchedulerOutput:
+        output: SchedulerOutput = pickle.loads(self.parts[rank])
+        return output
 
 
-def part_of(output: SchedulerOutput) -> Part:
-    """What one rank has scheduled, for who takes the ranks together."""
-    return Part(
-        tokens=output.total_num_scheduled_tokens,
-        batch=batch_of(output),
-        scheduled=output.num_scheduled_tokens,
-        structured=output.has_structured_output_requests,
-        pending=output.pending_structured_output_tokens,
-        payload=output,
-    )
+@dataclass
+class NanoCPGrammarOutput:
+    """Bitmasks for structured output, one entry a rank (None: no such request there); pickled if from elsewhere."""
+
+    ranks: list[GrammarOutput | bytes | None]
+
+    def part(self, rank: int) -> GrammarOutput | None:
+        bitmask = self.ranks[rank]
+        return pickle.loads(bitmask) if isinstance(bitmask, bytes) else bitmask
 
 
 def with_generators(output: ModelRunnerOutput, generators: dict[str, bytes]) -> ModelRunnerOutput:

@@ -109,7 +109,7 @@ import os, signal, sys, time
 import ray
 from vllm import LLM
 from vllm.v1.executor.ray_executor_v2 import RayWorkerHandle
-from vllm_nanocp.ray_executor import NanoCPRayExecutor
+from vllm_nanocp.executor.ray.executor import NanoCPRayExecutor
 
 model, point, victim = sys.argv[1], sys.argv[2], int(sys.argv[3])
 run, watch, get = RayWorkerHandle.run, NanoCPRayExecutor.start_worker_monitor, ray.get

@@ -200,8 +200,8 @@ def test_a_process_ends_with_its_engine(monkeypatch: pytest.MonkeyPatch, handles
 
 def test_a_process_ends_with_its_engine_while_it_imports(tmp_path: Path) -> None:
     """As when a server is told to stop as it starts: seconds before there is a pipe to look at."""
-    code = "import os; from vllm_nanocp.sched import rank_process as p; p.launch(1); print(p._ready[0].process.pid); "
-    code += "import sys; sys.stdout.flush(); os._exit(0)"
+    code = "import os, sys; from vllm_nanocp.sched.rank import rank_process as p; p.launch(1); "
+    code += "print(p._ready[0].process.pid); sys.stdout.flush(); os._exit(0)"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, timeout=120)
     ended = time.monotonic()
     pid = int(done.stdout.split()[-1])
@@ -214,7 +214,7 @@ import logging, os, signal
 
 def register():
     import setproctitle, vllm.envs
-    from vllm_nanocp.sched.rank_server import RankServer
+    from vllm_nanocp.sched.rank.rank_server import RankServer
 
     def do_report(server):
         logging.getLogger("vllm.reporter").info("a line of the reporter")

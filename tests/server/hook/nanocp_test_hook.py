@@ -23,7 +23,7 @@ FAILURE = "a failure that a test has asked for"
 LAYERS_FIRST = 2
 # What loads pickles that engine, schedulers and workers send each other: vLLM's queues, and the parts of a step, which
 # only the rank that they are for decodes, after the queue has brought them.
-CARRIERS = ("vllm/distributed/device_communicators/shm_broadcast.py", "vllm_nanocp/sched/output.py")
+CARRIERS = ("vllm/distributed/device_communicators/shm_broadcast.py", "vllm_nanocp/step_messages.py")
 _audited = False
 
 

@@ -54,9 +54,9 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from vllm_nanocp.sched import orphans
+from vllm_nanocp.sched.rank import orphans
 orphans.watch(int(sys.argv[3]))
-from vllm_nanocp.sched import rank_process
+from vllm_nanocp.sched.rank import rank_process
 rank_process.run(int(sys.argv[2]))
 """
 

@@ -16,7 +16,6 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_nanocp.placement import RankLoad, Want, place
 from vllm_nanocp.placement.queue import PATIENCE, STARTS, WINDOW, Blocked, ranks_for
-from vllm_nanocp.sched.rank.rank_view import view_of
 
 from . import loopback
 from .scheduler_world import Device, Truth
@@ -342,4 +341,4 @@ def test_one_that_has_blocks_keeps_none_from_waiting_at_its_rank(vllm_config: An
         request.num_computed_tokens = computed
         assert rank.view.nobody_waits
         rank.enter(request)
-        assert rank.view == view_of(rank)
+        assert rank.view == rank.take_view()

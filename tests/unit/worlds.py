@@ -18,7 +18,6 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_nanocp.sched import home_moves as mover_module
 from vllm_nanocp.sched import scheduler as scheduler_module
-from vllm_nanocp.sched.rank.rank_view import view_of
 
 from . import loopback, rank_forks, rank_insides
 from .event_index import Index
@@ -228,8 +227,8 @@ class World:
         if (work, shards) != anew:
             raise WorldError(f"kept {work} and {shards} instead of {anew}")
         for number, rank in enumerate(self.scheduler.ranks):
-            if not hasattr(rank, "channel") and rank.view != view_of(rank):
-                raise WorldError(f"rank {number}: {rank.view} is kept, it has {view_of(rank)}")
+            if not hasattr(rank, "channel") and rank.view != rank.take_view():
+                raise WorldError(f"rank {number}: {rank.view} is kept, it has {rank.take_view()}")
 
     # -- the end -----------------------------------------------------------------------------------------------
 

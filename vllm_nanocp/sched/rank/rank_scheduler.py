@@ -18,21 +18,18 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from ...placement import cdiv
-from .adapters import AdapterDoors
 from .chunks import ChunkDoors
 from .interface import Decoding, Part
-from .rank_view import RankView, view_of
-from .sessions import SessionDoors
 from .stats import Updated, take_stats
+from .view_doors import ViewDoors
 
 if TYPE_CHECKING:
-    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHash
     from vllm.v1.core.sched.interface import PauseState
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
+class RankDoors(ViewDoors, ChunkDoors):
     """Mixed into vLLM's scheduler: hooks on leaving, and shards that no queue knows of."""
 
     # The rank's scheduler has preempted a request, or freed a finished one, of this id.
@@ -45,20 +42,6 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
         self._strangers: set[str] = set()
         # Those that it meets with this step's output: their tokens so far, by id.
         self.introduced: dict[str, list[int]] = {}
-        # Blocks that requests which wait here without any will share with others, by id.
-        self.to_share: dict[str, int] = {}
-        self._view: RankView | None = None
-
-    @property
-    def view(self) -> RankView:
-        """The rank in numbers; see ``RankView``."""
-        if self._view is None:
-            self._view = view_of(self)
-        return self._view
-
-    def refresh(self) -> None:
-        """Take the numbers anew when they are asked for next."""
-        self._view = None
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.refresh()
@@ -128,20 +111,6 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
 
     # -- shards ------------------------------------------------------------------------------------------------
 
-    @property
-    def _manager(self) -> Any:
-        """The manager of the first KV cache group; where requests are sharded there is no other."""
-        return self.kv_cache_manager.coordinator.single_type_managers[0]
-
-    @property
-    def block_pool(self) -> BlockPool:
-        return self.kv_cache_manager.block_pool
-
-    @property
-    def held_blocks(self) -> Any:
-        """The blocks of each request, by id."""
-        return self._manager.req_to_blocks
-
     def cached_run(self, hashes: Sequence[BlockHash], first_block: int) -> tuple[int, int]:
         """How many blocks from ``first_block`` on, one after another, are in this rank's prefix cache; and how many of
         them requests hold now."""
@@ -210,20 +179,6 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
         if self.finished_req_ids_dict is not None:
             self.finished_req_ids_dict[client_index].add(request_id)
 
-    @property
-    def num_free_blocks(self) -> int:
-        return self.block_pool.get_num_free_blocks()
-
-    @property
-    def spare_blocks(self) -> int:
-        """See ``RankView``."""
-        return view_of(self).spare_blocks
-
-    @property
-    def num_blocks(self) -> int:
-        """All blocks that requests can use: without the null block."""
-        return self.block_pool.num_gpu_blocks - 1
-
     def shard_blocks(self, member_id: str) -> list[int]:
         """Block ids of a shard whose member does not compute, in order."""
         return [block.block_id for block in self._manager.req_to_blocks[member_id]]
@@ -283,10 +238,6 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
         self.max_num_active_reqs -= 1
         self.refresh()
 
-    @property
-    def leaving_requests(self) -> Iterable[Request]:
-        return self._leaving.values()
-
     def _left(self, request: Request) -> None:
         if self._leaving.pop(request.request_id, None) is not None:
             self.max_num_active_reqs += 1
@@ -303,10 +254,6 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
         self._coming[request_id] = adapter
         self.max_num_active_reqs -= 1
         self.refresh()
-
-    @property
-    def num_coming(self) -> int:
-        return len(self._coming)
 
     def expect_no_more(self, request_id: str) -> None:
         del self._coming[request_id]

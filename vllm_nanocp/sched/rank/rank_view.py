@@ -4,18 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from ...placement.place import RankLoad
 from .adapters import adapter_of
-from .sessions import is_idle
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
-
-    from .rank_scheduler import RankDoors
 
 
 @dataclass(slots=True)
@@ -135,61 +131,3 @@ class RankView:
 
 
 _values = attrgetter(*(one.name for one in fields(RankView)))
-
-
-def view_of(rank: RankDoors) -> RankView:
-    """The numbers of a rank's scheduler. Walks over its requests, each once."""
-    held, block_size = rank.held_blocks, rank.block_size
-    shared = rank.to_share
-    tokens = computed = left = to_take = 0
-    only_chunks = True
-    for request in rank.running:
-        have, done = len(request._all_token_ids), request.num_computed_tokens
-        tokens += have
-        computed += done
-        left += have - done if have > done else 0
-        needed = -(-max(have, done + 1) // block_size) - len(held[request.request_id])
-        to_take += needed if needed > 0 else 0
-        only_chunks &= request.is_prefill_chunk
-    promised = 0
-    prompts = sum(request.num_tokens - request.num_computed_tokens for request in rank._inflight_prefills)
-    for request in chain(rank.waiting, rank.kv_holding_waiting):
-        have, done = len(request._all_token_ids), request.num_computed_tokens
-        tokens += have
-        left += max(0, have - done)
-        prompts += have - done
-        if not is_idle(request):
-            request_id = request.request_id
-            needed = -(-have // block_size) - len(held.get(request_id, ())) - shared.get(request_id, 0)
-            promised += max(0, needed)
-    tokens += sum(request.num_tokens for request in rank.leaving_requests)
-    running, queued = rank.get_request_counts()
-    sessions = rank.num_waiting_for_streaming_input
-    coming = rank.num_coming
-    return RankView(
-        total_blocks=rank.num_blocks,
-        free_blocks=rank.num_free_blocks,
-        to_take=to_take + coming,
-        promised=promised,
-        watermark=rank.kv_cache_manager.watermark_blocks,
-        running=running,
-        waiting=queued - sessions,
-        idle_sessions=sessions,
-        coming=coming,
-        slots=rank.max_num_active_reqs,
-        tokens=tokens,
-        to_compute=left - sum(shared.values()) * block_size,
-        prompt_tokens=prompts - sum(shared.values()) * block_size,
-        budget=rank.max_num_scheduled_tokens,
-        computed=computed,
-        nobody_waits=all(map(is_idle, rank.waiting)),
-        busy=rank.is_busy,
-        only_chunks=only_chunks,
-        capacity_bound=rank.prefill_capacity_bound,
-        queued=queued,
-        unfinished=rank.get_num_unfinished_requests(),
-        finished=rank.has_finished_requests(),
-        kv_usage=rank.get_kv_cache_usage(),
-        adapters=rank.adapters(),
-        max_adapters=rank.max_adapters,
-    )

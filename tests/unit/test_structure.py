@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/structure.md names every room once, and imports run one way."""
+
+from __future__ import annotations
+
+import ast
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "vllm_nanocp"
+ROOMS = {
+    path.relative_to(PACKAGE).as_posix(): path
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py" and "patches" not in path.relative_to(PACKAGE).parts
+}
+# Folders, and files at the root, with the floor that each is on. Imports run downwards only.
+FLOORS = [
+    ("plugin.py",),
+    ("entry",),
+    ("executor",),
+    ("worker", "sched"),
+    ("attention", "metrics", "rank_hint.py"),
+    ("exchange", "config.py", "step_messages.py"),
+    ("placement", "plan.py", "errors.py", "environment.py", "compat.py", "kv_event_sources.py"),
+]
+
+
+def test_every_room_has_one_line() -> None:
+    named = re.findall(r"^\| `([\w/]+\.py)` \|", (ROOT / "docs" / "structure.md").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(ROOMS)
+
+
+def _imports(room: str) -> set[str]:
+    """Rooms that one imports, for types or within functions, too."""
+    here = room.split("/")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(ROOMS[room].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*here[: len(here) - node.level + 1], *(node.module.split(".") if node.module else ())]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm_nanocp"):
+            base = (node.module or "").split(".")[1:]
+        else:
+            continue
+        for path in (base, *([*base, alias.name] for alias in node.names)):
+            if (name := "/".join(path) + ".py") in ROOMS:
+                found.add(name)
+    return found
+
+
+def test_no_circle() -> None:
+    TopologicalSorter({room: _imports(room) for room in ROOMS}).prepare()
+
+
+def test_imports_run_downwards() -> None:
+    floor = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+    for room in ROOMS:
+        mine = floor[room.split("/")[0]]
+        for other in _imports(room):
+            theirs = floor[other.split("/")[0]]
+            same = room.split("/")[0] == other.split("/")[0]
+            assert theirs > mine or same, f"{room} imports {other}"

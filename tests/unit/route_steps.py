@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tests.unit.attention_steps import Shape, full_attention
 from tests.unit.flash_steps import lay_out, make_routes
-from vllm_nanocp.attention.gqa.routed_layer import MAX_LAYERS, Batch, Route, places_of
+from vllm_nanocp.attention.gqa.routed_layer import MAX_LAYERS, LocalBatch, Route, places_of
 from vllm_nanocp.attention.gqa.split_kv import KV, Visits
 
 SHAPE = Shape(4, 2, 64, torch.bfloat16, 16)
@@ -153,7 +153,7 @@ def stress(rank: int, size: int, steps: int, device: str, shared: str | None, la
         for layer in range(LAYERS):
             query = queries(step, layer, rank).to(where)
             output = torch.full_like(query, POISON)
-            routes.attend(Batch(query, output, table, seq_lens), kv, visits, route, layer)
+            routes.attend(LocalBatch(query, output, table, seq_lens), kv, visits, route, layer)
             assert not visits.done.any()
             found = output.cpu().double()
             for result in range(num_results):

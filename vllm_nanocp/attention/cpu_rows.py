@@ -36,7 +36,7 @@ class LocalRow:
 
 
 @dataclass
-class ShardedRows:
+class SplitBatch:
     """A batch of a sharded step, split.
 
     Attributes:
@@ -84,7 +84,7 @@ def _split(
     common: CommonAttentionMetadata,
     block_size: int,
     build: Callable[[CommonAttentionMetadata], Any],
-) -> tuple[ShardedRows, Any]:
+) -> tuple[SplitBatch, Any]:
     starts = common.query_start_loc_cpu.tolist()
     rows = [own.batch_row() for own in step.own]
     visiting = set(rows)
@@ -101,7 +101,7 @@ def _split(
         blocks = common.block_table_tensor[row, own.first_block : own.first_block + num_blocks].long()
         local.append(LocalRow(tokens, blocks, own.local_tokens, mine))
     plain = stock if plain_rows else None
-    return ShardedRows(step, step.guest_rows(), plain, plain_tokens, local, send_tokens), stock
+    return SplitBatch(step, step.guest_rows(), plain, plain_tokens, local, send_tokens), stock
 
 
 def _tokens(starts: list[int], rows: list[int]) -> torch.Tensor:
@@ -140,7 +140,7 @@ class CPULayer(ABC):
 
     partials = None
 
-    def __init__(self, rows: ShardedRows, query: torch.Tensor, output: torch.Tensor, result_scale: float = 1.0) -> None:
+    def __init__(self, rows: SplitBatch, query: torch.Tensor, output: torch.Tensor, result_scale: float = 1.0) -> None:
         self.rows, self.query, self.output, self.result_scale = rows, query, output, result_scale
         self.send_counts, self.recv_counts = rows.step.send_counts, rows.step.recv_counts
         self._held: list[list[Partial]] = []

@@ -98,6 +98,10 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
     rows_ptr, outs_ptr, lses_ptr, pieces_ptr, launch_row_ptr, num_rows, num_heads, row_size, max_pieces,
     HEAD: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
+    """Merge one head of ``TILE`` rows from the pieces that FlashAttention has left of them, into rows.
+
+    Args: those of ``pack_rows``; ``SAME`` says that each row is a launch's row by itself.
+    """
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     head = tl.program_id(1)
     there = row < num_rows
@@ -159,6 +163,10 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     rows_ptr, pick_ptr, token_ptr, output_ptr, num_results, num_partials, num_heads, row_size, output_stride,
     HEAD: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """Merge one head of ``TILE`` results from the rows that each is made of, and write it to the output.
+
+    Args: those of ``merge_rows``.
+    """
     result = tl.program_id(0) * TILE + tl.arange(0, TILE)
     head = tl.program_id(1)
     there = result < num_results

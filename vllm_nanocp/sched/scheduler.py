@@ -283,6 +283,12 @@ class NanoCPScheduler(RanksTogether):
     # -- a step ------------------------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> NanoCPSchedulerOutput:
+        """One step of all ranks: requests on their way arrive, ranks without room spill, waiting requests are placed,
+        each rank's vLLM scheduler schedules, and what visits what is written into the plan.
+
+        Args:
+            throttle_prefills: as vLLM's; ``PrefillCadence`` says so where the interval is set.
+        """
         if self.cadence is not None:
             throttle_prefills = self.cadence.throttles(self.get_num_unfinished_requests(), self.ranks)
         self.members.begin_step()

@@ -112,6 +112,15 @@ class OneRank(_Base):
     def execute_model(  # type: ignore[override]
         self, scheduler_output: StepMessage | SchedulerOutput
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        """One step of this rank: shards opened and closed, what attention needs laid out, vLLM's model runner, and, if
+        the rank has no tokens while others have, a pass without any, for the others' collectives.
+
+        Args:
+            scheduler_output: of all ranks. This one decodes its part and the plan.
+
+        Returns:
+            As vLLM's worker; a rank without tokens answers, too.
+        """
         if not isinstance(scheduler_output, StepMessage):
             # vLLM's V2 runner warms up with steps of its own, the same on all ranks.
             self._idle = False

@@ -22,7 +22,7 @@ from ...errors import refuse
 from ..cache_dtypes import CACHE_DTYPES
 from ..context import context
 from ..cpu_partial import as_stored, attend_causal, attend_shard, gather_shard
-from ..cpu_rows import CPULayer, LocalRow, ShardedRows, split_metadata
+from ..cpu_rows import CPULayer, LocalRow, SplitBatch, split_metadata
 from ..family import attend
 from ..merge import Partial
 from ..supported import grouped_query_problem
@@ -32,7 +32,7 @@ from ..supported import grouped_query_problem
 class ShardedCPUAttentionMetadata(CPUAttentionMetadata):
     """Stock metadata, with the batch's split in a sharded step."""
 
-    sharded: ShardedRows | None = field(default=None)
+    sharded: SplitBatch | None = field(default=None)
 
 
 class NanoCPCPUAttentionBackend(CPUAttentionBackend):
@@ -92,6 +92,12 @@ class NanoCPCPUAttentionImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """As vLLM's on CPU; in a sharded step with what the rank's rows see elsewhere, and for guests.
+
+        Args:
+            attn_metadata: with ``sharded`` in a sharded step; then its other values are of the plain rows only.
+            output: [tokens, num_heads, head_size], written to.
+        """
         rows = getattr(attn_metadata, "sharded", None)
         stock = super().forward
         if rows is None:
@@ -122,7 +128,7 @@ class _Layer(CPULayer):
 
     def __init__(
         self,
-        rows: ShardedRows,
+        rows: SplitBatch,
         query: torch.Tensor,
         output: torch.Tensor,
         result_scale: float,

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from ..stream_k import cut
-from .flash_tables import ShardedRows, table_address
+from .flash_tables import StepTables, table_address
 from .routed_layer import MAX_LAYERS, Route, Routes, places_of
 from .split_kv import Visits
 
@@ -36,7 +36,7 @@ class _Parts(NamedTuple):
     """What changes from step to step, as parts of one piece of memory, or how many numbers each has.
 
     Attributes:
-        send: see ``ShardedRows``.
+        send: see ``StepTables``.
         asks, answers, counts, pick, tokens: see ``Route``.
         visiting: rows of the batch that visit; for an unused one, a spare row.
         tables, pieces, starts, first, count: see ``Visits``.
@@ -105,7 +105,7 @@ class CapturedTables:
         # The routed exchange has rows of its own.
         self._partials = layout.empty(places if routes is None else 0, device)
 
-    def fill(self, step: ShardedStep, common: CommonAttentionMetadata) -> tuple[ShardedRows, torch.Tensor]:
+    def fill(self, step: ShardedStep, common: CommonAttentionMetadata) -> tuple[StepTables, torch.Tensor]:
         """Write a step's tables. All rows that visit have one query.
 
         Args:
@@ -132,7 +132,7 @@ class CapturedTables:
         async_tensor_h2d(host, out=self._ints)
         self._seq_lens[:n] = common.seq_lens[:n]
         self._seq_lens.index_fill_(0, self._visiting, 0)
-        return ShardedRows(
+        return StepTables(
             plain=plain,
             send=self._send,
             exchanged=self.capacity * self.num_ranks,

@@ -38,8 +38,8 @@ from ..supported import grouped_query_problem
 from . import flash_splits as flash_pieces
 from .fixed_tables import CapturedTables
 from .flash_splits import ShardLaunch
-from .flash_tables import ShardedRows, exact_tables, gather_tables, most_memory
-from .routed_layer import Batch, Route
+from .flash_tables import StepTables, exact_tables, gather_tables, most_memory
+from .routed_layer import LocalBatch, Route
 from .split_kv import KV, Visits, pack
 from .split_kv import attend as attend_visits
 
@@ -50,7 +50,7 @@ _layers = itertools.count()
 class ShardedFlashAttentionMetadata(FlashAttentionMetadata):
     """Stock metadata, without the rows that visit in a sharded step."""
 
-    sharded: ShardedRows | None = field(default=None)
+    sharded: StepTables | None = field(default=None)
 
 
 class NanoCPFlashAttentionBackend(FlashAttentionBackend):
@@ -146,7 +146,16 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        rows: ShardedRows | None = getattr(attn_metadata, "sharded", None)
+        """As FlashAttention's; in a sharded step with what the rank's rows see elsewhere, and for guests.
+
+        Three ways: no shard is visited anywhere, which is vLLM's own; the collective exchange (``attend``), outside of
+        graphs or within; the routed one, which is one kernel but for rows of several queries.
+
+        Args:
+            attn_metadata: with ``sharded`` in a sharded step; None while vLLM measures how much memory a step takes.
+            output: [tokens, num_heads, head_size], written to.
+        """
+        rows: StepTables | None = getattr(attn_metadata, "sharded", None)
         if attn_metadata is None and context.reserve is not None:
             context.reserve()
         args = (layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
@@ -164,7 +173,7 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
             stock(*args)
         assert rows.visits is not None
         routes, route = rows.routed
-        batch = Batch(query, output, attn_metadata.block_table, attn_metadata.seq_lens)
+        batch = LocalBatch(query, output, attn_metadata.block_table, attn_metadata.seq_lens)
         routes.attend(batch, self.kv(layer, query, kv_cache), rows.visits, route, self._number)
         return output
 
@@ -223,7 +232,7 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         none = torch.zeros((places, 2), dtype=torch.int64, device=device)
         nowhere = torch.full((1, routes.num_ranks + 1), -1, dtype=torch.int64, device=device)
         route = Route(none, none[:, 0], none.new_zeros(4), nowhere, nowhere[0, :1])
-        batch = Batch(query, output, visits.done, visits.done[0])
+        batch = LocalBatch(query, output, visits.done, visits.done[0])
         routes.attend(batch, kv, visits, route, 0)
 
 
@@ -245,7 +254,7 @@ class _Layer:
         layer: Any,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        rows: ShardedRows,
+        rows: StepTables,
         output: torch.Tensor,
     ) -> None:
         self.impl, self.stock, self.layer, self.query, self.kv_cache = impl, stock, layer, query, kv_cache

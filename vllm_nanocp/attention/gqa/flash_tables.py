@@ -25,7 +25,7 @@ from .split_kv import Visits
 
 
 @dataclass
-class ShardedRows:
+class StepTables:
     """A sharded step of this rank.
 
     Attributes:
@@ -164,7 +164,7 @@ def table_address(common: CommonAttentionMetadata, row: int, block: int) -> int:
 
 def exact_tables(
     step: ShardedStep, common: CommonAttentionMetadata, block_size: int, layout: RowLayout, num_kv_heads: int
-) -> tuple[ShardedRows, torch.Tensor]:
+) -> tuple[StepTables, torch.Tensor]:
     """Tables of the step's own size.
 
     Args:
@@ -197,7 +197,7 @@ def exact_tables(
     most = queries_at_once(layout.num_heads, layout.head_size)
     guests = [_Row(g.num_queries, g.length, g.blocks.data_ptr()) for g in step.guests]
     rest = (layout, num_kv_heads, block_size, device)
-    return ShardedRows(
+    return StepTables(
         plain=len(rows) < common.num_reqs,
         send=async_tensor_h2d(send, device),
         exchanged=step.num_sent,

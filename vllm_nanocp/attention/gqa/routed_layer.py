@@ -60,7 +60,7 @@ class Route:
 
 
 @dataclass
-class Batch:
+class LocalBatch:
     """This rank's rows.
 
     Attributes:
@@ -123,7 +123,7 @@ class Routes:
         row = like.shape[1] * like.shape[2]
         return self._queries.view(like.dtype)[: self.places * row].view(self.places, *like.shape[1:])
 
-    def attend(self, batch: Batch, kv: KV, visits: Visits, route: Route, layer: int) -> None:
+    def attend(self, batch: LocalBatch, kv: KV, visits: Visits, route: Route, layer: int) -> None:
         """Attention of a layer: of all rows that have pieces, and of those that visit.
 
         Args:
@@ -206,6 +206,15 @@ def _send(  # type: ignore[no-untyped-def]
     ask, epoch, words_ptr, words_stride, asks_ptr, pointers_ptr, me, capacity, num_ranks, queries_at, asked_at,
     WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
+    """1. Send: copy one query, as 4-byte words, to its holder's buffer, then raise the flag of its place there.
+
+    Args:
+        ask: which of the step's asks.
+        words_ptr, words_stride: the batch's queries, and words from one token's to the next.
+        asks_ptr: see ``Route.asks``.
+        pointers_ptr: int64, where each rank's buffer is; this rank's own once more behind them.
+        queries_at, asked_at: bytes into a buffer, of queries and of their flags.
+    """
     peer, there = _place_there(tl.load(asks_ptr + ask * 2), me, capacity, num_ranks)
     base = tl.load(pointers_ptr + peer)
     source = words_ptr + tl.load(asks_ptr + ask * 2 + 1) * words_stride
@@ -253,6 +262,17 @@ def _answer(  # type: ignore[no-untyped-def]
     me, capacity, num_ranks, num_rows, row_size, rows_at, answered_at,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """3. Answer: once all pieces of a place's KV head have their result, merge them for one query head into the row at
+    the home, then raise that head's flag there.
+
+    ``done`` counts finished pieces of a row and KV head. Behind them it counts the heads of the group that have
+    read it, so that the last of these can put it back to 0 for the next layer.
+
+    Args:
+        place, head: of the visit, and the query head.
+        outs_ptr, lses_ptr, first_ptr, count_ptr, done_ptr: see ``Visits``.
+        rows_at, answered_at: bytes into a buffer, of result rows and of their flags.
+    """
     home, there = _place_there(place, me, capacity, num_ranks)
     pieces, first = tl.load(count_ptr + num_rows + place), tl.load(first_ptr + num_rows + place)
     done = done_ptr + (num_rows + place) * KV_HEADS + head // GROUP
@@ -273,6 +293,15 @@ def _collect(  # type: ignore[no-untyped-def]
     result, head, epoch, rows_ptr, answered_ptr, pick_ptr, token_ptr, output_ptr, output_stride,
     num_heads, row_size, num_partials, PARTIALS: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """4. Collect: wait until all partial rows of one result have this head, merge them by their log-sum-exps, and write
+    the head to the output.
+
+    Args:
+        result, head: which of the step's results, and the query head.
+        rows_ptr, answered_ptr: this rank's buffer: result rows, and a flag for each of their heads.
+        pick_ptr, token_ptr: see ``Route.pick`` and ``Route.tokens``.
+        PARTIALS: a power of two, at least ``num_partials``.
+    """
     token = tl.load(token_ptr + result)
     i, d = tl.arange(0, PARTIALS), tl.arange(0, WIDE)
     place = tl.load(pick_ptr + result * num_partials + i, mask=i < num_partials, other=-1)
@@ -308,6 +337,15 @@ def _layer_kernel(  # type: ignore[no-untyped-def]
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
     WIDE: tl.constexpr, TYPE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """All of a layer's attention; see the module for its four parts and why they cannot wait for each other for ever.
+
+    Program numbers say which part: the first ``sending``, then ``attending``, ``answering`` and ``collecting``. How
+    many items a part has in this step is in ``counts_ptr``; its programs take them in turn. An attending program is
+    one KV head of one stretch of pieces (``starts_ptr``), which are laid out so that all have the same work (Stream-K,
+    arXiv 2301.03598). A row below ``num_rows`` is the batch's own, one from there on a place.
+
+    Args: those of ``Routes.attend``, as pointers and strides in elements; and of ``kernel_arguments``, for the KV.
+    """
     epoch = tl.load(counts_ptr) + layer
     program, heads = tl.program_id(0), KV_HEADS * GROUP
     behind = program - sending - attending

@@ -224,7 +224,7 @@ def put_row(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "row_size"])
-def _pack_kernel(  # type: ignore[no-untyped-def]
+def _pack_row_kernel(  # type: ignore[no-untyped-def]
     rows_ptr, outs_ptr, lses_ptr, first_ptr, count_ptr, num_rows, num_heads, row_size,
     HEAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -242,7 +242,7 @@ def pack(rows: torch.Tensor, layout: RowLayout, visits: Visits) -> None:
         layout: of rows.
         visits: with the results of all pieces.
     """
-    _pack_kernel[(len(rows) * layout.num_heads,)](
+    _pack_row_kernel[(len(rows) * layout.num_heads,)](
         rows, visits.outputs, visits.lses, visits.first, visits.count, visits.num_rows, layout.num_heads, layout.size,
         HEAD=layout.head_size, WIDE=triton.next_power_of_2(layout.head_size),
     )  # fmt: skip

@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from ..cache_dtypes import CACHE_DTYPES
 from ..context import context
-from ..cpu_rows import CPULayer, LocalRow, ShardedRows, split_metadata
+from ..cpu_rows import CPULayer, LocalRow, SplitBatch, split_metadata
 from ..family import attend
 from ..merge import Partial
 from ..supported import latent_problem
@@ -33,7 +33,7 @@ from .cpu_latent import Latents, attend_new, attend_shard
 class ShardedMLAMetadata(MLACommonMetadata[Any]):
     """Stock metadata, with the batch's split in a sharded step."""
 
-    sharded: ShardedRows | None = field(default=None)
+    sharded: SplitBatch | None = field(default=None)
 
 
 class NanoCPCPUMLABackend(CPUMLABackend):
@@ -77,7 +77,7 @@ def forward_sharded(
         stock: its own method.
         Others: as of that.
     """
-    rows: ShardedRows | None = getattr(attn_metadata, "sharded", None)
+    rows: SplitBatch | None = getattr(attn_metadata, "sharded", None)
     if rows is None:
         return stock(q, k_c_normed, k_pe, kv_cache, attn_metadata, output=output, **kwargs)
     assert context.exchange is not None
@@ -100,7 +100,7 @@ class _Layer(CPULayer):
 
     def __init__(
         self,
-        rows: ShardedRows,
+        rows: SplitBatch,
         query: torch.Tensor,
         output: torch.Tensor,
         forward: Callable[..., torch.Tensor],

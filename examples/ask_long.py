@@ -40,7 +40,8 @@ def ask(url: str, tokens: int, max_tokens: int) -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    start, first, usage = time.monotonic(), 0.0, {}
+    usage: dict[str, Any] = {}
+    start, first = time.monotonic(), 0.0
     with post(f"{url}/v1/chat/completions", body) as response:
         for line in response:
             data = line.decode().removeprefix("data: ").strip()

@@ -5,4 +5,4 @@ Importing this package imports neither torch nor vLLM and changes nothing. vLLM 
 entry point ``vllm.general_plugins`` (see ``plugin.register``); ``docs/design.md`` names the parts.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -18,7 +18,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from vllm_nanocp.sched import status
+from vllm_nanocp import status
 
 BLOCK = 32
 CHUNK = 512

@@ -19,7 +19,7 @@ ROOMS = {
 FLOORS = [
     ("plugin.py",),
     ("entry",),
-    ("executor",),
+    ("executor", "status.py"),
     ("worker", "sched"),
     ("attention", "metrics", "rank_hint.py"),
     ("exchange", "config.py", "step_messages.py"),

@@ -17,8 +17,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     keywords=[
-        "vllm", "llm serving", "inference", "mixture of experts", "expert parallelism", "data parallelism",
-        "context parallelism", "kv cache", "long context",
+        "vllm",
+        "llm serving",
+        "inference",
+        "mixture of experts",
+        "expert parallelism",
+        "data parallelism",
+        "context parallelism",
+        "kv cache",
+        "long context",
     ],
     classifiers=[
         "Development Status :: 3 - Alpha",

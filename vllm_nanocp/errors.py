@@ -6,6 +6,8 @@ from typing import NoReturn
 
 # A file to which a process that an engine starts writes what it refuses, so that the one that ends last can say it.
 REFUSAL_FILE = "_VLLM_NANOCP_REFUSAL_FILE"
+# What to do where a model is served, but not cut into shards.
+UNSHARDED = "use --nanocp-config '{\"max_degree\": 1}' to serve it with one scheduler and no sharding"
 
 
 class NanoCPConfigError(ValueError):

@@ -11,6 +11,7 @@ computed with in the model's type, which holds each of them exactly.
 from __future__ import annotations
 
 import torch
+from vllm.utils.math_utils import cdiv
 
 from .merge import merge_partials
 
@@ -52,7 +53,7 @@ def gather_shard(
     """
     _, num_heads, block_size, twice = kv_cache.shape
     head_size = twice // 2
-    used = blocks[: -(-length // block_size)]
+    used = blocks[: cdiv(length, block_size)]
     chosen = (
         kv_cache.index_select(0, used).to(dtype or kv_cache.dtype).view(len(used), num_heads, 2, block_size * head_size)
     )
@@ -129,7 +130,7 @@ def attend_shard(
     if len(queries) > _FEW or length <= step * block_size:
         return attend(queries, *gather_shard(kv_cache, blocks, length, queries.dtype), scale)
     parts = []
-    for first in range(0, -(-length // block_size), step):
+    for first in range(0, cdiv(length, block_size), step):
         left = min(step * block_size, length - first * block_size)
         held = gather_shard(kv_cache, blocks[first : first + step], left, queries.dtype)
         parts.append(attend(queries, *held, scale))

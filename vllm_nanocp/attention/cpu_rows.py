@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
+from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from .merge import Partial, merge_partials
@@ -97,7 +98,7 @@ def _split(
     local: list[LocalRow] = []
     for own, row, mine in zip(step.own, rows, visits, strict=True):
         tokens = slice(starts[row], starts[row] + own.num_queries)
-        num_blocks = -(-(own.local_tokens + own.num_queries) // block_size)
+        num_blocks = cdiv(own.local_tokens + own.num_queries, block_size)
         blocks = common.block_table_tensor[row, own.first_block : own.first_block + num_blocks].long()
         local.append(LocalRow(tokens, blocks, own.local_tokens, mine))
     plain = stock if plain_rows else None

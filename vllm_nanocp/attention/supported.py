@@ -16,12 +16,10 @@ from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
 
-from ..errors import refuse
+from ..errors import UNSHARDED, refuse
 
 if TYPE_CHECKING:
     from .family import Family
-
-INSTEAD = "use --nanocp-config '{\"max_degree\": 1}' to serve it with one scheduler and no sharding"
 
 Feature = tuple[tuple[Any, ...], str]
 # What an implementation's attribute holds where the layer has none of a feature; and the feature.
@@ -83,23 +81,23 @@ def check_layers(layers: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """
     attention = {name: layer for name, layer in layers.items() if _is_attention(layer)}
     if not attention:
-        refuse("a model without attention layers with max_degree above 1", "there is no KV to be cut", INSTEAD)
+        refuse("a model without attention layers with max_degree above 1", "there is no KV to be cut", UNSHARDED)
     _refuse_any(attention, family.problem)
     dtypes = {layer.kv_cache_dtype for layer in attention.values()}
     for dtype in sorted(dtypes - set(family.cache_dtypes)):
-        refuse(f"a KV cache of {dtype} with max_degree above 1", "the attention path here cannot read it", INSTEAD)
+        refuse(f"a KV cache of {dtype} with max_degree above 1", "the attention path here cannot read it", UNSHARDED)
     if len(dtypes) > 1:
         refuse(
             f"KV caches of several types ({', '.join(sorted(dtypes))}) with max_degree above 1",
             "a step's attention is laid out for one",
-            "leave out --kv-cache-dtype-skip-layers, or " + INSTEAD,
+            "leave out --kv-cache-dtype-skip-layers, or " + UNSHARDED,
         )
     shapes = {family.shape(layer) for layer in attention.values()}
     if len(shapes) > 1:
         refuse(
             "attention whose layers differ in heads or head size with max_degree above 1",
             f"the exchange and its memory are laid out for one shape, not {', '.join(map(str, sorted(shapes)))}",
-            INSTEAD,
+            UNSHARDED,
         )
     return attention
 
@@ -118,7 +116,7 @@ def _refuse_any(layers: Mapping[str, Any], problem: Callable[[Any], tuple[str, s
     what, why = found[first]
     others = sum(said == found[first] for said in found.values()) - 1
     where = first + (f" and {others} more" if others else "")
-    refuse(f"{what} ({where}) with max_degree above 1", why, INSTEAD)
+    refuse(f"{what} ({where}) with max_degree above 1", why, UNSHARDED)
 
 
 def grouped_query_problem(layer: Any, backend: type[Any]) -> tuple[str, str] | None:

@@ -11,7 +11,7 @@ from .. import config as nanocp_config
 from .. import patches
 from ..attention.cache_dtypes import CACHE_DTYPES
 from ..config import NanoCPConfig
-from ..errors import refuse
+from ..errors import UNSHARDED, refuse
 from .refusals import CPU_WORKER, EXECUTORS, GPU_WORKER, SCHEDULER, check_environment, check_flags, check_settings
 
 # From so many requests on, over all ranks, schedulers in processes of their own are worth their messages.
@@ -37,8 +37,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
         )
     if config.degree_limit == 1:
         return
-    cuda = current_platform.is_cuda()
-    instead = "use --nanocp-config '{\"max_degree\": 1}' to serve it with one scheduler and no sharding"
+    cuda, instead = current_platform.is_cuda(), UNSHARDED
     if model.is_encoder_decoder:
         refuse("an encoder-decoder model with max_degree above 1", "cross-attention has no shards", instead)
     if model.use_mla:

@@ -29,7 +29,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from .. import config as nanocp_config
 from .. import kv_event_sources, rank_hint
-from ..errors import NanoCPConfigError, refuse
+from ..errors import UNSHARDED, refuse
 from ..metrics.collector import Collector
 from ..placement.moves import MoveConfig
 from ..step_messages import generators_in
@@ -81,10 +81,8 @@ class NanoCPScheduler(RanksTogether):
         if not kv_cache_config.kv_cache_groups:
             refuse("a model that keeps no KV", "requests are placed by their KV", "serve it without --nanocp")
         if not one_group and self.config.degree_limit > 1:
-            raise NanoCPConfigError(
-                f"nanocp: the model has {len(kv_cache_config.kv_cache_groups)} kinds of KV cache, which cannot be "
-                "sharded; use --nanocp-config '{\"max_degree\": 1}' to serve it with one scheduler and no sharding"
-            )
+            kinds = len(kv_cache_config.kv_cache_groups)
+            refuse(f"a model with {kinds} kinds of KV cache and max_degree above 1", "shards are of one", UNSHARDED)
         self.log_stats = log_stats
         self.connector = None
         self.ec_connector = None

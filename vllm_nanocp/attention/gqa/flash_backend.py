@@ -28,7 +28,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from ...errors import NanoCPConfigError
+from ...errors import UNSHARDED, NanoCPConfigError
 from ..cache_dtypes import CACHE_DTYPES
 from ..context import context
 from ..family import attend
@@ -130,8 +130,7 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         if self.vllm_flash_attn_version != 3:
             raise NanoCPConfigError(
                 f"nanocp: FlashAttention {self.vllm_flash_attn_version} with max_degree above 1 is not supported: only "
-                "version 3 (Hopper GPUs) is known to return mergeable partials; use --nanocp-config "
-                "'{\"max_degree\": 1}' to serve with one scheduler and no sharding"
+                f"version 3 (Hopper GPUs) is known to return mergeable partials; {UNSHARDED}"
             )
 
     def forward(  # type: ignore[override]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backends import fa_utils
 
-from ...errors import NanoCPConfigError
+from ...errors import UNSHARDED, NanoCPConfigError
 from ..partial_rows import RowLayout, pack_pieces
 
 MIN_PIECES = 2
@@ -170,6 +170,6 @@ def self_check(num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.d
             torch.testing.assert_close(layout.outputs(rows)[row], expected, rtol=1e-2, atol=1e-2)
     except Exception as error:
         raise NanoCPConfigError(
-            f"nanocp: this FlashAttention does not return the partial results that shards need ({error!r:.200}); use "
-            "--nanocp-config '{\"max_degree\": 1}' to serve with one scheduler and no sharding"
+            f"nanocp: this FlashAttention does not return the partial results that shards need ({error!r:.200}); "
+            f"{UNSHARDED}"
         ) from error

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -116,7 +117,7 @@ def _launch(
 ) -> ShardLaunch:
     """A launch for rows of any number of queries."""
     queries, lengths = [row.queries for row in rows], [row.length for row in rows]
-    table = gather_tables([row.table for row in rows], [-(-length // block_size) for length in lengths], device)
+    table = gather_tables([row.table for row in rows], [cdiv(length, block_size) for length in lengths], device)
     starts = np.zeros(len(queries) + 1, dtype=np.int32)
     np.cumsum(queries, out=starts[1:])
     launch_row = None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from vllm.utils.math_utils import cdiv
 
 from ..cpu_partial import attend, flash
 from ..merge import Partial
@@ -39,7 +40,7 @@ class Latents:
 
     def of(self, blocks: torch.Tensor, length: int) -> torch.Tensor:
         """[length, rank + rotated]: of the first tokens of some blocks."""
-        used = blocks[: -(-length // self.cache.shape[1])]
+        used = blocks[: cdiv(length, self.cache.shape[1])]
         return self.cache.index_select(0, used).flatten(0, 1)[:length]
 
 
@@ -61,7 +62,7 @@ def attend_shard(queries: torch.Tensor, held: Latents, blocks: torch.Tensor, len
     block_size = held.cache.shape[1]
     step = max(1, _at_once(queries, held, absorbed, length) // block_size)
     whole: Partial | None = None
-    for first in range(0, -(-length // block_size), step):
+    for first in range(0, cdiv(length, block_size), step):
         latents = held.of(blocks[first : first + step], min(step * block_size, length - first * block_size))
         part = over(visiting, latents, held)
         whole = part if whole is None else _merged(whole, part)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,8 @@ from .harness import RESTLESS, Engine
 
 # Per-rank blocks of the small engines: 1,536 tokens, while a request may have 4,096.
 SMALL_BLOCKS = 49
+# Whether each engine has its ranks' schedulers where it has them not by default: in processes, or in the engine's own.
+OTHER_FORM = os.environ.get("NANOCP_OTHER_FORM", "0") == "1"
 
 
 @pytest.fixture(scope="package")  # then their memory is free for the servers
@@ -76,7 +79,11 @@ def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Callable[..., Engin
 
     def get(name: str) -> Engine:
         if name not in running:
-            running[name] = Engine(**{"model": tiny_model, **recipes[name]})
+            recipe = {"model": tiny_model, **recipes[name]}
+            if OTHER_FORM and recipe["ranks"] > 1:
+                apart = recipe["nanocp"].get("scheduler_processes", False)
+                recipe["nanocp"] = recipe["nanocp"] | {"scheduler_processes": not apart}
+            running[name] = Engine(**recipe)
         return running[name]
 
     yield get

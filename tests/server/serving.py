@@ -31,9 +31,13 @@ RANK_TOKENS = (RANK_BLOCKS - 1) * BLOCK
 # More than a rank holds: such a request is answered only if its KV is on several.
 LONG = 3500
 COMPLETIONS = "/v1/completions"
+# Whether servers have their ranks' schedulers in processes, where tests do not say.
+SETTINGS = '{"segment_size": 512, "scheduler_processes": true}'
+if os.environ.get("NANOCP_OTHER_FORM", "0") != "1":
+    SETTINGS = '{"segment_size": 512}'
 FLAGS = [
     "--data-parallel-size", str(RANKS), "--enable-expert-parallel",
-    "--nanocp", "--nanocp-config", '{"segment_size": 512}',
+    "--nanocp", "--nanocp-config", SETTINGS,
     "--enforce-eager", "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--block-size", str(BLOCK),
     "--num-gpu-blocks-override", str(RANK_BLOCKS), "--max-num-batched-tokens", "512",
 ]  # fmt: skip

@@ -59,7 +59,8 @@ class CollectiveExchange:
         return out, dist.all_to_all_single(target, source, received, sent, self.group, ahead)
 
     def dispatch(self, queries: torch.Tensor, send_counts: Counts, recv_counts: Counts) -> Callable[[], torch.Tensor]:
-        # Meanwhile there is much to do beside a chunk of a prompt, and nothing in a captured step of decodes.
+        # In a step of a size of its own there may be a prompt's chunk to attend to while queries travel. In a captured
+        # step of decodes there is nothing, so NCCL's stream would only cost two events.
         ahead = recv_counts is not None
         return functools.partial(_wait, *self._all_to_all(queries, send_counts, recv_counts, None, ahead))
 

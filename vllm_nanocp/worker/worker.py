@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-# What prompts that are taken as computed hold: 0.015, as with vLLM's DecodeBenchConnector, or what a benchmark says.
-# How many experts the tokens of a model without weights take, and so how long a step is, depends on it.
+# With ``decode_bench`` prompts are not computed. This variable sets the number that their KV holds; without it that is
+# 0.015, as vLLM's DecodeBenchConnector has it. A model without weights picks its experts by it, so steps take longer or
+# shorter.
 BENCH_KV = "NANOCP_DECODE_BENCH_KV"
 
 

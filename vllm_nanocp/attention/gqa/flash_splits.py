@@ -20,7 +20,7 @@ from ...errors import UNSHARDED, NanoCPConfigError
 from ..partial_rows import RowLayout, pack_pieces
 
 MIN_PIECES = 2
-# Enough pieces of one row's KV, over its KV heads, for all processors of a Hopper GPU (132).
+# Enough pieces of one row's KV, over its KV heads, for all SMs of a Hopper GPU (132).
 BUSY = 128
 # Bytes of float32 results that a launch outside of graphs may take: with few queries, and with as many as it may have.
 _ROOM, _MOST = 1 << 27, 1 << 28

@@ -17,9 +17,9 @@ import triton.language as tl
 
 from ..partial_rows import RowLayout, merge_pieces
 
-# Programs for each processor of a GPU: each waits for memory most of the time.
+# Programs for each streaming multiprocessor (SM) of a GPU: each waits for memory most of the time.
 PROGRAMS = 2
-_PROCESSORS = 8  # where there are none to count
+_SMS = 8  # without a GPU
 # Elements of a tile of keys, and how many tiles are on their way.
 TILE_ELEMENTS, STAGES = 16384, 3
 # What products are computed in, by the type of attention's output.
@@ -97,8 +97,8 @@ class KV:
 def programs_of(num_kv_heads: int, device: torch.device) -> int:
     """How many programs for each KV head keep a device busy."""
     cuda = device.type == "cuda"
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else _PROCESSORS
-    return max(1, PROGRAMS * processors // num_kv_heads)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if cuda else _SMS
+    return max(1, PROGRAMS * sms // num_kv_heads)
 
 
 def kernel_arguments(kv: KV, visits: Visits, num_heads: int, dtype: torch.dtype) -> dict[str, Any]:

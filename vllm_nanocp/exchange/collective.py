@@ -60,7 +60,7 @@ class CollectiveExchange:
 
     def dispatch(self, queries: torch.Tensor, send_counts: Counts, recv_counts: Counts) -> Callable[[], torch.Tensor]:
         # In a step of a size of its own there may be a prompt's chunk to attend to while queries travel. In a captured
-        # step of decodes there is nothing, so NCCL's stream would only cost two events.
+        # step of decodes there is nothing.
         ahead = recv_counts is not None
         return functools.partial(_wait, *self._all_to_all(queries, send_counts, recv_counts, None, ahead))
 

@@ -196,7 +196,7 @@ def _parallel_prefill(value: Any) -> bool | dict[str, int]:
     return {"chunk_tokens": _integer(value, "chunk_tokens", 1, "4096")}
 
 
-def most_visits(ranks: int) -> int:
+def largest_capacity(ranks: int) -> int:
     """The largest capacity there are places for: for each rank, and for rows of a rank's own."""
     return max(1, MAX_PLACES // (ranks + 1))
 
@@ -208,10 +208,10 @@ def _capacities(value: Any, ranks: int) -> tuple[int, ...]:
             f"nanocp: graph_capacities must be a list of ascending positive integers, got {value!r}; "
             "leave it out, or use [] for no graphs of sharded steps"
         )
-    if numbers and numbers[-1] > most_visits(ranks):
+    if numbers and numbers[-1] > largest_capacity(ranks):
         raise NanoCPConfigError(
             f"nanocp: graph_capacities has {numbers[-1]}, and {numbers[-1]} visits from each of {ranks} ranks are more "
-            f"than there may be places for ({MAX_PLACES}); use at most {most_visits(ranks)}"
+            f"than there may be places for ({MAX_PLACES}); use at most {largest_capacity(ranks)}"
         )
     return tuple(numbers)
 

@@ -12,7 +12,7 @@ import torch
 
 @dataclass
 class OwnRow:
-    """Queries computed here that visit shards elsewhere.
+    """Queries computed here that visit shards, of any rank: a home may hold an earlier run, too.
 
     Attributes:
         batch_row: finds the row's index in the batch, once the model runner has built it.
@@ -31,7 +31,7 @@ class OwnRow:
 
 @dataclass
 class Guest:
-    """Another rank's queries that visit a shard held here.
+    """Queries that visit a shard held here, of any rank.
 
     Attributes:
         home: the rank they come from.

@@ -23,7 +23,7 @@ from .. import patches
 from ..patches.queue_names import unlink
 from ..sched.rank import rank_process
 from ..step_messages import NanoCPGrammarOutput
-from . import longest_request as capacity
+from . import longest_request
 from .replies import Replies
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class OneWorld(_Base):
 
     def _get_parallel_sizes(self) -> tuple[int, int, int]:
         config = nanocp_config.of(self.vllm_config)
-        capacity.install(config.degree_limit)
+        longest_request.install(config.degree_limit)
         parallel = self.parallel_config
         parallel.world_size = parallel.tensor_parallel_size * config.ranks
         parallel._data_parallel_master_port_list = get_open_ports_list(NUM_PORTS)

@@ -160,7 +160,7 @@ def _order_keys(loads: Sequence[RankLoad], kv_weight: float | None) -> list[tupl
     """For each rank, what sorts those first that a request should use first; those without room last.
 
     A prompt is computed behind those that came before it, and a step takes as long as its slowest rank: so ranks with
-    few of them come first. Not where KV is weighed: it would be the less even.
+    few of them come first. Where KV is weighed prompts do not count: they would make KV less even.
     """
     if kv_weight is None:
         return [load.rank_order for load in loads]

@@ -170,8 +170,8 @@ class Mover:
             self._stay(request_id)
 
     def _stay(self, request_id: str) -> None:
-        """Undo a leaving. The request does not leave again before it has made a token: what undid it once may do so
-        each time, and a request that leaves is scheduled nowhere."""
+        """Undo a leaving. The request does not leave again before it has made a token. Whatever undid it once may
+        undo it every time, and while it is leaving nobody schedules it: it would never run."""
         rank = self.scheduler.ranks[self.scheduler.rank_of[request_id]]
         rank.stay(request_id)
         rank.unwatch(request_id)

@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from .. import config as nanocp_config
 from ..attention.context import context
 from ..attention.sharded_step import ShardedStep
-from ..config import most_visits
+from ..config import largest_capacity
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class ShardedDescriptor(BatchExecutionDescriptor):
 SPARED = 0.2
 # Most visits where vLLM has no graphs whose sizes would say.
 _EAGER = 512
-# With the collective exchange a graph exchanges as many rows as its capacity with each rank, used or not: several, and
-# none for more rows than this over all ranks, whose memory nobody foresees.
+# With the collective exchange a graph exchanges as many rows as its capacity with each rank, used or not. So there are
+# several capacities, and none that needs more rows than this over all ranks: the memory of more was never counted.
 _COLLECTIVE, _COLLECTIVE_ROWS = (16, 64, 256), 8192
 
 
@@ -52,7 +52,7 @@ def capacities(vllm_config: Any, routed: bool) -> tuple[int, ...]:
     if config.graph_capacities is not None:
         return config.graph_capacities
     sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [_EAGER]
-    most = min(vllm_config.scheduler_config.max_num_seqs, max(sizes), most_visits(config.ranks))
+    most = min(vllm_config.scheduler_config.max_num_seqs, max(sizes), largest_capacity(config.ranks))
     if routed:
         return (most,)
     most = min(most, max(_COLLECTIVE[0], _COLLECTIVE_ROWS // config.ranks))

@@ -131,7 +131,7 @@ class OneRank(_Base):
         part = scheduler_output.part(self.shards.rank)
         self.shards.update(plan)
         context.step = make_step(plan, self.shards, self.nanocp.ranks, self.runner.batch_row)
-        if context.step is not None and context.routes:
+        if context.step is not None and context.routes:  # else the runner sets it, once it has chosen a graph
             visits = plan.most_visits(self.nanocp.ranks)
             if visits is not None:
                 context.step.capacity = min((c for c in context.routes if c >= visits), default=0)

@@ -118,7 +118,8 @@ class CapturedTables:
         host = np.zeros(len(self._ints), dtype=np.int64)
         at = _Parts(*_split(host, self._sizes))
         routes = self.routes
-        # Stock attention is for rows of more queries; and for all rows where the exchange is a kernel by itself.
+        # Stock attention runs if some row has several queries, and always with the collective exchange. Otherwise the
+        # routed kernel attends for all rows.
         plain = routes is None or common.max_query_len > 1
         n, lengths = common.num_reqs, np.zeros(self.max_tokens + self.places, dtype=np.int64)
         if not plain:

@@ -35,7 +35,7 @@ from ..family import attend
 from ..partial_rows import RowLayout, merge_rows, pack_pieces, warm_up
 from ..sharded_step import ShardedStep
 from ..supported import grouped_query_problem
-from . import flash_splits as flash_pieces
+from . import flash_splits
 from .fixed_tables import CapturedTables
 from .flash_splits import ShardLaunch
 from .flash_tables import StepTables, exact_tables, gather_tables, most_memory
@@ -107,7 +107,7 @@ class NanoCPFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
 
     def _schedule(self, launch: ShardLaunch) -> None:
         quantized = is_quantized_kv_cache(self.cache_config.cache_dtype)
-        flash_pieces.make_schedule(
+        flash_splits.make_schedule(
             launch,
             num_heads=self.num_heads_q,
             num_kv_heads=self.num_heads_kv,
@@ -189,7 +189,7 @@ class NanoCPFlashAttentionImpl(FlashAttentionImpl):
         shape = (len(launch.lengths), self.num_kv_heads)
         q_scale = layer._q_scale.expand(shape) if self.supports_quant_query_input else None
         descale = (q_scale, layer._k_scale.expand(shape), layer._v_scale.expand(shape))
-        return flash_pieces.attend_pieces(query, keys, values, launch, self.scale, descale)
+        return flash_splits.attend_pieces(query, keys, values, launch, self.scale, descale)
 
     def _keys_and_values(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of a cache: [num_blocks, block_size, num_kv_heads, head_size]."""
@@ -338,7 +338,7 @@ class GroupedQueryOnHopper:
 
     def prepare(self, device: torch.device) -> None:
         layout = self.layout
-        flash_pieces.self_check(layout.num_heads, self.num_kv_heads, layout.head_size, self.dtype, device)
+        flash_splits.self_check(layout.num_heads, self.num_kv_heads, layout.head_size, self.dtype, device)
         warm_up(layout, self.dtype, device)
         block = torch.zeros(1, dtype=torch.int32, device=device)
         gather_tables([block.data_ptr()], [1], device)  # compiled now

@@ -100,6 +100,7 @@ class Routes:
         pointers: torch.Tensor,
     ) -> None:
         self.capacity, self.num_ranks, self.rank, self.layout = capacity, num_ranks, rank, layout
+        # The rank's own buffer once more, as that of rank ``num_ranks``: own rows go through the same steps as visits.
         self.pointers = torch.cat([pointers, pointers[rank : rank + 1]])
         self.places = places_of(capacity, num_ranks)
         parts = _parts(self.places, layout, query_bytes)

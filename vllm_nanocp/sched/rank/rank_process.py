@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes that run the ranks' schedulers.
 
-They are children of the engine's process, each at the end of a pipe, and end when it is closed: when the engine has
-ended, however it did. One that dies ends the engine. They are started before the workers load the model, so that what
-they import is there when they are needed.
+They are children of the engine's process, each at the end of a pipe. They end when the engine closes it, or soon after
+the engine's process has ended, however it did (``orphans.py``). One that dies ends the engine. They are started before
+the workers load the model, so that what they import is there when they are needed.
 """
 
 from __future__ import annotations

@@ -39,13 +39,14 @@ START_LIMIT_S = 240.0
 
 @dataclass
 class Ask:
-    """One request: when it comes, and when its client leaves (None: never)."""
+    """One request: when it comes, when its client leaves (None: never), and the rank that it wishes for."""
 
     prompt: list[int]
     params: dict[str, Any] = field(default_factory=dict)
     delay: float = 0.0
     leave_after: int | None = None
     priority: int = 0
+    rank: int | None = None
 
     def sampling_params(self) -> SamplingParams:
         defaults: dict[str, Any] = dict(temperature=0.0, max_tokens=16, ignore_eos=True)
@@ -131,7 +132,11 @@ class Engine:
         choices: dict[int, CompletionOutput] = {}
         updates = 0
         stream = self.llm.generate(
-            {"prompt_token_ids": ask.prompt}, ask.sampling_params(), f"ask-{self._serial}", priority=ask.priority
+            {"prompt_token_ids": ask.prompt},
+            ask.sampling_params(),
+            f"ask-{self._serial}",
+            priority=ask.priority,
+            data_parallel_rank=ask.rank if self.ranks > 1 else None,
         )
         async for last in stream:
             updates += 1

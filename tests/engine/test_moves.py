@@ -133,6 +133,7 @@ def test_structured_output_moves(engines: Callable[..., Engine], stock: Engine) 
             prompt(20 + 13 * i, 1500 + i),
             dict(max_tokens=100 + 9 * i, ignore_eos=False, structured_outputs=StructuredOutputsParams(**kinds[i % 4])),
             delay=0.05 * i,
+            rank=0,  # so that batches are uneven, however long a step takes
         )
         for i in range(16)
     ]

@@ -165,17 +165,16 @@ def view_of(rank: RankDoors) -> RankView:
     tokens += sum(request.num_tokens for request in rank.leaving_requests)
     running, queued = rank.get_request_counts()
     sessions = rank.num_waiting_for_streaming_input
-    coming = rank.num_coming
     return RankView(
         total_blocks=rank.num_blocks,
         free_blocks=rank.num_free_blocks,
-        to_take=to_take + coming,
+        to_take=to_take,
         promised=promised,
         watermark=rank.kv_cache_manager.watermark_blocks,
         running=running,
         waiting=queued - sessions,
         idle_sessions=sessions,
-        coming=coming,
+        coming=rank.num_coming,
         slots=rank.max_num_active_reqs,
         tokens=tokens,
         to_compute=left - sum(shared.values()) * block_size,

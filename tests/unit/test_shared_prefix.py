@@ -25,6 +25,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_nanocp.placement.queue import STARTS
+
 from . import rank_insides
 from .scheduler_world import Device, Truth
 from .world_shapes import Shape
@@ -264,6 +266,21 @@ def test_others_overtake_those_set_aside(config: Any) -> None:
     scheduler.add_request(other("other", 300))
     scheduler.schedule()
     assert "other" in scheduler.sharded and "other" not in scheduler.unplaced
+
+
+def test_those_set_aside_do_not_count_as_started(config: Any) -> None:
+    """More of them than may start in a step, and as many behind them as may."""
+    scheduler = shape(blocks=4 * BLOCKS, segment=1024, max_reqs=2 * STARTS).scheduler(config, False)
+    rng = random.Random(2)
+    stem = words(rng, 1400)
+    requests, _ = requests_of(Load([stem + words(rng, 40) for _ in range(STARTS + 6)], [1] * (STARTS + 6)))
+    for request in [*requests, *(other(f"other {i}", 40) for i in range(STARTS))]:
+        scheduler.add_request(request)
+    scheduler.schedule()
+    # The leader, and all others but one.
+    assert len(scheduler.rank_of) + len(scheduler.sharded) == STARTS
+    assert len(scheduler.prefixes._followed) == STARTS + 5
+    assert [request.request_id for request in scheduler.waiting] == [f"other {STARTS - 1}"]
 
 
 def test_nobody_takes_the_room_of_those_set_aside(config: Any) -> None:

@@ -25,7 +25,7 @@ from vllm_nanocp.sched.wire import pack, unpack
 
 from . import loopback
 from .world_shapes import Ask, vllm_config  # noqa: F401
-from .worlds import World, WorldError, in_each_mode, run_worlds
+from .worlds import InMode, World, WorldError, in_mode, run_worlds  # noqa: F401
 
 END = 7  # the token by which reasoning ends
 
@@ -203,22 +203,13 @@ class Told(Grammar):
         return True
 
 
-@in_each_mode
-def test_worlds(
-    vllm_config: Any,  # noqa: F811
-    version: int,
-    asynchronous: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.ERROR, "vllm")
-
+def test_worlds(in_mode: InMode, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     def grammar_init(_: Any, request: Request) -> None:
         assert request.structured_output_request is not None
         request.structured_output_request._grammar = Told()
 
     monkeypatch.setattr(grammars.RankGrammars, "grammar_init", grammar_init)
-    counts = run_worlds(StructuredWorld, vllm_config, version, asynchronous, 4, monkeypatch, apart=True)
+    counts = in_mode.run(StructuredWorld, 4, apart=True)
     assert counts["moves"] and counts["spills"] and counts["preemptions"], counts
 
 

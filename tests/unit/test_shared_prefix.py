@@ -251,6 +251,13 @@ def test_shared_prefixes_are_computed_once(config: Any, name: str, settings: str
         assert mean(mine.first) <= mean(theirs.first)
 
 
+def test_who_has_waited_in_vain_may_wait_for_another(config: Any) -> None:
+    """Of five that wait for one which has no turn for long, each begins as one of the others does."""
+    load, sizes = stream(41), shape(moves=True)
+    mine, theirs = ours(config, sizes, load), stock(config, sizes, load)
+    assert mine.computed <= 1.1 * theirs.computed and mine.answers == theirs.answers
+
+
 def fan_out(scheduler: Any) -> None:
     """Six requests that share 1,400 tokens, the first placed and computing, the others set aside for it."""
     requests, _ = requests_of(burst())

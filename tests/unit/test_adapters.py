@@ -4,7 +4,6 @@ for ever."""
 
 from __future__ import annotations
 
-import logging
 import os
 from copy import copy
 from typing import Any
@@ -21,7 +20,7 @@ from vllm_nanocp.sched.step_output import NanoCPSchedulerOutput
 from .scheduler_world import Device, Session, Truth, WorldError, base, payloads
 from .test_sessions import SessionWorld
 from .world_shapes import Shape, vllm_config  # noqa: F401
-from .worlds import in_each_mode, run_worlds
+from .worlds import InMode, in_mode  # noqa: F401
 
 WORLDS = int(os.environ.get("NANOCP_ADAPTER_WORLDS", "12"))
 
@@ -72,16 +71,8 @@ class AdapterWorld(SessionWorld):
         return adapter(number) if number else None
 
 
-@in_each_mode
-def test_worlds(
-    vllm_config: Any,  # noqa: F811
-    version: int,
-    asynchronous: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.ERROR, "vllm")
-    counts = run_worlds(AdapterWorld, vllm_config, version, asynchronous, WORLDS, monkeypatch)
+def test_worlds(in_mode: InMode) -> None:  # noqa: F811
+    counts = in_mode.run(AdapterWorld, WORLDS)
     assert counts["moves"] + counts["spills"] > 10 and counts["full ranks"] > 100, counts
     assert counts["prefixes"] > 5, counts
 

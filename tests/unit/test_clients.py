@@ -14,7 +14,7 @@ from vllm.v1.request import RequestStatus
 
 from .scheduler_world import WorldError
 from .world_shapes import vllm_config  # noqa: F401
-from .worlds import World, in_each_mode, run_worlds
+from .worlds import InMode, World, in_mode  # noqa: F401
 
 CLIENTS = 3
 
@@ -52,13 +52,7 @@ class ClientsWorld(World):
         self.scheduler.finish_requests = ended  # type: ignore[method-assign]
 
 
-@in_each_mode
-def test_each_client_gets_its_own(
-    vllm_config: Any,  # noqa: F811
-    version: int,
-    asynchronous: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_each_client_gets_its_own(in_mode: InMode) -> None:  # noqa: F811
     """Sharded requests, requests that move, are preempted or aborted."""
-    counts = run_worlds(ClientsWorld, vllm_config, version, asynchronous, 6, monkeypatch)
+    counts = in_mode.run(ClientsWorld, 6)
     assert counts["rows"] and counts["moves"] and counts["aborts"] and counts["clients"] > 6, counts

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.engine import FinishReason
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
@@ -20,8 +23,9 @@ from vllm_nanocp.sched.rank import grammars
 from vllm_nanocp.sched.rank.grammars import RankGrammars
 from vllm_nanocp.sched.rank.wire import pack, unpack
 
+from . import loopback
 from .world_shapes import Ask, vllm_config  # noqa: F401
-from .worlds import World, WorldError, in_each_mode, run_worlds
+from .worlds import InMode, World, WorldError, in_mode, run_worlds  # noqa: F401
 
 END = 7  # the token by which reasoning ends
 
@@ -199,20 +203,93 @@ class Told(Grammar):
         return True
 
 
-@in_each_mode
-def test_worlds(
+def test_worlds(in_mode: InMode, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    def grammar_init(_: Any, request: Request) -> None:
+        assert request.structured_output_request is not None
+        request.structured_output_request._grammar = Told()
+
+    monkeypatch.setattr(grammars.RankGrammars, "grammar_init", grammar_init)
+    counts = in_mode.run(StructuredWorld, 4, apart=True)
+    assert counts["moves"] and counts["spills"] and counts["preemptions"], counts
+
+
+class FailingWorld(StructuredWorld):
+    """Every third request's grammar fails the first time it is compiled, every third one's the second time: where
+    schedulers have processes, when it has moved."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.compiled = Counter[str]()
+        schedule = self.scheduler.schedule
+
+        def with_bitmask() -> Any:
+            output = schedule()
+            self.scheduler.get_grammar_bitmask(output)
+            return output
+
+        self.scheduler.schedule = with_bitmask  # type: ignore[method-assign]
+
+    def compile(self, request: Request) -> Future[StructuredOutputGrammar]:
+        name, compiled = request.request_id, Future[StructuredOutputGrammar]()
+        self.compiled[name] += 1
+        if self.compiled[name] == 1 + int(name[1:]) % 3:
+            compiled.set_exception(ValueError("in vain"))
+        else:
+            compiled.set_result(Told())
+        return compiled
+
+    def arrive(self, request: Request) -> None:
+        if not loopback.in_use:  # the engine's process compiles it
+            assert request.structured_output_request is not None
+            request.structured_output_request._grammar = self.compile(request)
+        super().arrive(request)
+
+    def take(self, name: str, tokens: list[int], finish: FinishReason | None) -> None:
+        if finish != FinishReason.ERROR:
+            super().take(name, tokens, finish)
+            return
+        assert not tokens and self.compiled[name] == 1 + int(name[1:]) % 3
+        self.counts["fail at first" if self.compiled[name] == 1 else "fail later"] += 1
+        self.ended.add(name)
+
+
+@pytest.mark.parametrize(("apart", "asynchronous"), [(False, False), (True, True)])
+def test_a_grammar_that_fails_ends_its_request_only(
     vllm_config: Any,  # noqa: F811
-    version: int,
+    apart: bool,
     asynchronous: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.ERROR, "vllm")
 
-    def grammar_init(_: Any, request: Request) -> None:
+    def grammar_init(manager: Any, request: Request) -> None:
         assert request.structured_output_request is not None
-        request.structured_output_request._grammar = Told()
+        request.structured_output_request._grammar = FailingWorld.current.compile(request)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(grammars.RankGrammars, "grammar_init", grammar_init)
-    counts = run_worlds(StructuredWorld, vllm_config, version, asynchronous, 4, monkeypatch, apart=True)
-    assert counts["moves"] and counts["spills"] and counts["preemptions"], counts
+    init = StructuredOutputManager.__init__
+
+    def with_bitmask(manager: Any, config: Any) -> None:
+        init(manager, config)
+        manager._grammar_bitmask = torch.zeros(64, 1, dtype=torch.int32)
+
+    monkeypatch.setattr(StructuredOutputManager, "__init__", with_bitmask)
+    counts = run_worlds(FailingWorld, vllm_config, 1, asynchronous, 1 + 2 * apart, monkeypatch, apart=apart)
+    assert counts["arrivals"] and counts["fail at first"] > 2 and bool(counts["fail later"]) == apart, counts
+
+
+def test_a_grammar_that_fails_while_its_request_reasons_is_refused_its_tokens() -> None:
+    """As tokens that a grammar rejects, by which vLLM's scheduler ends a request with an error."""
+    rank = manager(RankGrammars, True, False)
+    request = structured([1])
+    step(rank, request, 100)
+    moved = unpack(pack(request), None)
+    assert moved.structured_output_request is not None
+    compiled = Future[Any]()
+    moved.structured_output_request._grammar = compiled
+    assert rank.replay(moved)
+    step(rank, moved, 101)
+    compiled.set_exception(ValueError("in vain"))
+    moved.append_output_token_ids(END)
+    assert not rank.accept_tokens(moved, [END])

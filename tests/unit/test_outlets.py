@@ -4,7 +4,6 @@ were made before it, nor anything after it, whoever has made the ending."""
 
 from __future__ import annotations
 
-import logging
 import random
 from collections import Counter, deque
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from vllm_nanocp.sched.rank import outlets
 
 from .test_sessions import SessionWorld
 from .world_shapes import vllm_config  # noqa: F401
-from .worlds import WorldError, in_each_mode, run_worlds
+from .worlds import InMode, WorldError, in_mode  # noqa: F401
 
 
 class Connection:
@@ -114,15 +113,7 @@ class OutletWorld(SessionWorld):
         super().check_nothing_left()
 
 
-@in_each_mode
-def test_no_ending_overtakes(
-    vllm_config: Any,  # noqa: F811
-    version: int,
-    asynchronous: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.CRITICAL, "vllm")
+def test_no_ending_overtakes(in_mode: InMode, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(outlets, "make_zmq_socket", Connection.open)
-    counts = run_worlds(OutletWorld, vllm_config, version, asynchronous, 5, monkeypatch, apart=True)
+    counts = in_mode.run(OutletWorld, 5, apart=True)
     assert counts["aborts"] > 5 and counts["failed turns"] and counts["by ranks"] > 1000 and counts["moves"], counts

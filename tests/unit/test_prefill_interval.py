@@ -23,7 +23,7 @@ from vllm_nanocp.sched.cadence import PrefillCadence
 from . import rank_insides
 from .scheduler_world import Device, Truth, payloads
 from .world_shapes import Shape, vllm_config  # noqa: F401
-from .worlds import World, in_each_mode, run_worlds
+from .worlds import InMode, World, in_mode  # noqa: F401
 
 RANKS = 2
 # Prompt and output tokens, by the step in which they come: while others decode, and after all have ended.
@@ -154,15 +154,9 @@ class IntervalWorld(World):
         assert self.cadence.steps == 0
 
 
-@in_each_mode
-def test_nothing_is_lost(
-    vllm_config: Any,  # noqa: F811
-    version: int,
-    asynchronous: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_nothing_is_lost(in_mode: InMode) -> None:  # noqa: F811
     """Sharded prompts, moves, aborts and preemptions go on beside steps that start no prompts."""
-    counts = run_worlds(IntervalWorld, vllm_config, version, asynchronous, 6, monkeypatch)
+    counts = in_mode.run(IntervalWorld, 6)
     assert counts["rows"], "no request was sharded"
 
 

@@ -7,7 +7,6 @@ any: ``scheduler_world`` keeps what the workers would, and finds every KV entry 
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
 from typing import Any
@@ -23,7 +22,7 @@ from vllm_nanocp.sched.scheduler import NanoCPScheduler
 
 from . import rank_insides
 from .world_shapes import MODES, Shape, vllm_config
-from .worlds import World, in_each_mode, run_worlds
+from .worlds import InMode, World, in_mode, run_worlds  # noqa: F401
 
 __all__ = ["MODES", "Shape", "World", "vllm_config"]
 
@@ -33,20 +32,12 @@ __all__ = ["MODES", "Shape", "World", "vllm_config"]
 WORLDS = int(os.environ.get("NANOCP_WORLDS", "20"))
 
 
-@in_each_mode
-def test_worlds(
-    vllm_config: Any,
-    version: int,
-    asynchronous: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.ERROR, "vllm")
-    counts = run_worlds(World, vllm_config, version, asynchronous, WORLDS, monkeypatch)
+def test_worlds(in_mode: InMode) -> None:  # noqa: F811
+    counts = in_mode.run(World, WORLDS)
     assert counts["moves"] > 25 and counts["spills"] > 25 and counts["preemptions"] > 0, counts
     assert min(counts[kind] for kind in ("together", "withheld", "set_aside")) > 25, counts
     assert counts["aborts"] and counts["resets"] and counts["pauses"], counts
-    assert (counts["generators"] > 0) == (version == 1), counts
+    assert (counts["generators"] > 0) == (in_mode.version == 1), counts
 
 
 def test_worlds_in_processes(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from vllm.v1.request import Request, RequestStatus
 from . import rank_insides
 from .scheduler_world import STOP, Device, Session, Truth, WorldError
 from .world_shapes import Ask, Shape, salt_of, vllm_config  # noqa: F401
-from .worlds import World, in_each_mode, run_worlds
+from .worlds import InMode, World, in_mode  # noqa: F401
 
 WORLDS = int(os.environ.get("NANOCP_SESSION_WORLDS", "15"))
 
@@ -86,6 +86,8 @@ def draw_session(
 
 class SessionWorld(World):
     """Sessions among other requests."""
+
+    log_level = logging.CRITICAL
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -147,16 +149,8 @@ class SessionWorld(World):
             self.ended.add(name)
 
 
-@in_each_mode
-def test_worlds(
-    vllm_config: Any,  # noqa: F811
-    version: int,
-    asynchronous: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.CRITICAL, "vllm")
-    counts = run_worlds(SessionWorld, vllm_config, version, asynchronous, WORLDS, monkeypatch)
+def test_worlds(in_mode: InMode) -> None:  # noqa: F811
+    counts = in_mode.run(SessionWorld, WORLDS)
     assert counts["turns"] > 100 and counts["failed turns"] > 3 and counts["preemptions"] > 0, counts
     assert counts["gave way"] > 3, counts
 

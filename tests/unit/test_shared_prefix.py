@@ -25,6 +25,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_nanocp.placement.queue import STARTS
+
 from . import rank_insides
 from .scheduler_world import Device, Truth
 from .world_shapes import Shape
@@ -249,6 +251,13 @@ def test_shared_prefixes_are_computed_once(config: Any, name: str, settings: str
         assert mean(mine.first) <= mean(theirs.first)
 
 
+def test_who_has_waited_in_vain_may_wait_for_another(config: Any) -> None:
+    """Of five that wait for one which has no turn for long, each begins as one of the others does."""
+    load, sizes = stream(41), shape(moves=True)
+    mine, theirs = ours(config, sizes, load), stock(config, sizes, load)
+    assert mine.computed <= 1.1 * theirs.computed and mine.answers == theirs.answers
+
+
 def fan_out(scheduler: Any) -> None:
     """Six requests that share 1,400 tokens, the first placed and computing, the others set aside for it."""
     requests, _ = requests_of(burst())
@@ -264,6 +273,21 @@ def test_others_overtake_those_set_aside(config: Any) -> None:
     scheduler.add_request(other("other", 300))
     scheduler.schedule()
     assert "other" in scheduler.sharded and "other" not in scheduler.unplaced
+
+
+def test_those_set_aside_do_not_count_as_started(config: Any) -> None:
+    """More of them than may start in a step, and as many behind them as may."""
+    scheduler = shape(blocks=4 * BLOCKS, segment=1024, max_reqs=2 * STARTS).scheduler(config, False)
+    rng = random.Random(2)
+    stem = words(rng, 1400)
+    requests, _ = requests_of(Load([stem + words(rng, 40) for _ in range(STARTS + 6)], [1] * (STARTS + 6)))
+    for request in [*requests, *(other(f"other {i}", 40) for i in range(STARTS))]:
+        scheduler.add_request(request)
+    scheduler.schedule()
+    # The leader, and all others but one.
+    assert len(scheduler.rank_of) + len(scheduler.sharded) == STARTS
+    assert len(scheduler.prefixes._followed) == STARTS + 5
+    assert [request.request_id for request in scheduler.waiting] == [f"other {STARTS - 1}"]
 
 
 def test_nobody_takes_the_room_of_those_set_aside(config: Any) -> None:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -29,8 +31,6 @@ MAX_STEPS = 4000
 # Whether all worlds have their schedulers in processes; and the seed of the first one, to look elsewhere.
 ALL_PROCESSES = os.environ.get("NANOCP_WORLD_PROCESSES", "0") == "1"
 FIRST_WORLD = int(os.environ.get("NANOCP_FIRST_WORLD", "0"))
-# A test of worlds runs in each mode.
-in_each_mode = pytest.mark.parametrize(("version", "asynchronous"), MODES, ids=["v1", "v1-async", "v2", "v2-async"])
 
 
 class Events:
@@ -65,6 +65,9 @@ class Events:
 
 class World:
     """EngineCore's loop around the scheduler and ranks without work."""
+
+    # What vLLM and the plugin log below it belongs to these worlds.
+    log_level = logging.ERROR
 
     def __init__(self, vllm_config: Any, seed: int, version: int, asynchronous: bool) -> None:
         self.rng = random.Random(seed)
@@ -331,3 +334,35 @@ def _run(
             world.scheduler.shutdown()
     print(dict(counts))
     return counts
+
+
+@dataclass(frozen=True)
+class InMode:
+    """Runs worlds in one mode.
+
+    Attributes:
+        version: of the model runner.
+        asynchronous: whether steps are scheduled before the output of those before is known.
+    """
+
+    version: int
+    asynchronous: bool
+    _config: Any
+    _monkeypatch: pytest.MonkeyPatch
+    _caplog: pytest.LogCaptureFixture
+
+    def run(self, make: type[World], worlds: int, **where: bool) -> Counter[str]:
+        """As ``run_worlds``."""
+        self._caplog.set_level(make.log_level, "vllm")
+        return run_worlds(make, self._config, self.version, self.asynchronous, worlds, self._monkeypatch, **where)
+
+
+@pytest.fixture(params=MODES, ids=["v1", "v1-async", "v2", "v2-async"])
+def in_mode(
+    request: pytest.FixtureRequest,
+    vllm_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> InMode:
+    """A test of worlds runs in each mode. For modules that have ``vllm_config``."""
+    return InMode(*request.param, vllm_config, monkeypatch, caplog)

@@ -19,7 +19,7 @@ from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from ..placement import Prefix, RankLoad, ShardMap
-from ..placement.queue import ENDS_OVER, LOOKS, WINDOW, Blocked, most_starts, ranks_for
+from ..placement.queue import ENDS_OVER, LOOKS, MOST_STARTS, WINDOW, Blocked, most_starts, ranks_for
 from .rank.adapters import adapter_of
 
 if TYPE_CHECKING:
@@ -150,9 +150,9 @@ class Admission:
         """Place what fits of the first requests; those that do not are taken out of the queue and returned."""
         waiting, first_placed = self.scheduler.waiting, self.num_placed
         passed: list[Request] = []
-        looks, starts = 0, most_starts(len(self.scheduler.ranks), self._ends)
+        looks, starts, aside = 0, most_starts(len(self.scheduler.ranks), self._ends), MOST_STARTS
         while waiting and len(passed) < WINDOW and looks < LOOKS:
-            if not starts:
+            if not starts or not aside:
                 self.cut_short = not passed
                 break
             request = waiting.peek_request()
@@ -171,8 +171,10 @@ class Admission:
                     passed.append(waiting.pop_request())
                     self._close_if_due(request, room)
                     continue
+            placed = self.num_placed
             if self._place(request, room, passed, may_wait=not passed and self._is_due(request)):
-                starts -= 1  # or it is set aside, which takes as long
+                started = self.num_placed - placed  # or it is set aside, and starts when it comes back
+                starts, aside = starts - started, aside - 1 + started
             else:
                 looks += bool(passed)
                 passed.append(waiting.pop_request())

@@ -281,6 +281,12 @@ class Mover:
             self.num_moves += 1
             self.scheduler.collector.moved()
 
+    def short_ranks(self) -> list[int]:
+        """Ranks whose requests need more blocks than are free, after all spills, though a spill would do."""
+        if not self.moves:
+            return []
+        return [number for number, rank in enumerate(self.scheduler.ranks) if rank.view.spare_blocks < 0]
+
     def spill(self, rank: int) -> None:
         """Requests that need a block which the rank does not have go on elsewhere."""
         short = -self.scheduler.ranks[rank].view.spare_blocks

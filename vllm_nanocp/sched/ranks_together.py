@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,10 @@ class RanksTogether(SchedulerInterface):
     failures: Failures
     kv_cache_config: KVCacheConfig
     _pause_state: PauseState
+
+    def begin_schedule(self, ranks: Iterable[int], throttle_prefills: bool) -> None:
+        for rank in ranks:
+            self.ranks[rank].begin_schedule(throttle_prefills)
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> NanoCPGrammarOutput | None:  # type: ignore[override]
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)

@@ -318,25 +318,32 @@ class NanoCPScheduler(RanksTogether):
 
     def _schedule_ranks(self, throttle_prefills: bool) -> list[Part]:
         """Let each rank schedule: all at once, but those that compute prompts together one after another, so that what
-        one has computed enters the next in the same step."""
-        in_turn = self.members.order() if self.config.parallel_prefill else []
+        one has computed enters the next in the same step. Where several are about to preempt, these too, and before all
+        others: what the first gives up is room for the next ones."""
+        together = self.members.order() if self.config.parallel_prefill else []
+        short = self.mover.short_ranks() if self.apart else []
+        crowded = len(short) > 1
+        in_turn = [*together, *(rank for rank in short if crowded and rank not in together)]
         others = [rank for rank in range(len(self.ranks)) if rank not in in_turn]
-        for index in others:
-            self.ranks[index].begin_schedule(throttle_prefills)
+        if not crowded:
+            self.begin_schedule(others, throttle_prefills)
         parts: dict[int, Part] = {}
         for index in in_turn:
-            if self._preempted and not self.apart:  # there is room now, for what the next rank would preempt
+            # There is room now, for what the next rank would preempt; but no rank must be at work.
+            if self._preempted and (crowded or not self.apart):
                 self.mover.spill(index)
-            self.ranks[index].begin_schedule(throttle_prefills)
+            self.begin_schedule([index], throttle_prefills)
             parts[index] = self.ranks[index].end_schedule()
-            self.members.advance({index: parts[index]})
-        rest: dict[int, Part] = {}
+            if index in together:
+                self.members.advance({index: parts[index]})
+        if crowded:
+            self.begin_schedule(others, throttle_prefills)
         for index in others:
             if self._preempted and not self.apart:
                 self.mover.spill(index)
-            rest[index] = self.ranks[index].end_schedule()
-        self.members.advance(rest)  # who enters now is scheduled with the next step
-        parts |= rest
+            parts[index] = self.ranks[index].end_schedule()
+        # Who enters now is scheduled with the next step.
+        self.members.advance({index: part for index, part in parts.items() if index not in together})
         return [parts[index] for index in range(len(self.ranks))]
 
     def update_from_output(  # type: ignore[override]

@@ -6,7 +6,9 @@ next block is one of them follows. If it is to be spread over ranks it is set as
 has computed the last block that both have, and is then placed around what is cached. If it fits on one rank it goes to
 the leader's, where vLLM's scheduler finds the blocks when its turn has come.
 
-Nobody waits for one that waits for room, and for one that only has no turn no longer than computing would take.
+Nobody waits for one that waits for room, and for one that only has no turn no longer than computing would take. A
+request that has waited so long waits for that one no more, but may for another that begins as itself does: those that
+are released together would else compute what they share once for each.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from .placer import Placer
     from .rank.interface import Part, Rank
     from .shard_lifecycle import Members
+
+# When a request has waited in vain for so many, it waits for nobody.
+PATIENT_WITH = 4
 
 _arrival = attrgetter("arrival_time")
 
@@ -106,8 +111,8 @@ class SharedPrefixes:
         self._pending: dict[BlockHash, Leader] = {}
         # Requests that are set aside -> whom they follow.
         self._followed: dict[str, Leader] = {}
-        # Requests that have waited long enough, until they are placed.
-        self._impatient: set[str] = set()
+        # Requests that have waited long enough, until they are placed -> for whom.
+        self._impatient: dict[str, list[str]] = {}
         self.num_set_aside = 0
 
     # -- requests come and go ----------------------------------------------------------------------------------
@@ -141,7 +146,10 @@ class SharedPrefixes:
         """The prefix, longer perhaps by what others compute; None if the request has been set aside."""
         known = prefix.num_blocks
         end = self._end(hashes, known)
-        if end == known or request.request_id in self._impatient:
+        if end == known:
+            return prefix
+        leader, given_up = self._pending[hashes[end - 1]], self._impatient.get(request.request_id, ())
+        if leader.request.request_id in given_up or len(given_up) >= PATIENT_WITH:
             return prefix
         one_rank = self.placer.one_rank(request)
         if one_rank or request.num_tokens <= self.segment_size:
@@ -151,7 +159,7 @@ class SharedPrefixes:
                 return longer if self._in_time(longer, (end - known) * self.block_size) else prefix
         elif not worthwhile(end - known, request.num_tokens, self.block_size):
             return prefix
-        leader, until = self._pending[hashes[end - 1]], end * self.block_size
+        until = end * self.block_size
         if self._computed(leader) >= until or (self._by_priority and request < leader.request):
             return prefix  # one that is less important may not come to its turn for long
         own = cdiv(request.num_tokens, self.block_size) + 1 - end
@@ -196,7 +204,7 @@ class SharedPrefixes:
 
     def lead(self, request: Request, shard_map: ShardMap, known_blocks: int) -> None:
         """A request has been placed, so many of whose first blocks are cached there."""
-        self._impatient.discard(request.request_id)
+        self._impatient.pop(request.request_id, None)
         end_block = request.num_tokens // self.block_size
         hashes = request.block_hashes[known_blocks:end_block]
         if not hashes or not self.placer.follows_prefixes or self.members.taken_as_computed(request):
@@ -223,7 +231,7 @@ class SharedPrefixes:
 
     def leave(self, request_id: str) -> bool:
         """A request that waits to be placed has ended; whether it was set aside."""
-        self._impatient.discard(request_id)
+        self._impatient.pop(request_id, None)
         leader = self._followed.get(request_id)
         if leader is None:
             return False
@@ -263,7 +271,8 @@ class SharedPrefixes:
         for follower in leader.followers:
             follower.patience -= lost
             if leader.stuck or follower.patience < 0:
-                self._impatient.add(follower.request.request_id)
+                given_up = self._impatient.setdefault(follower.request.request_id, [])
+                given_up.append(leader.request.request_id)
             elif leader.computed < follower.until:
                 continue
             ready.append(follower)

@@ -6,6 +6,11 @@ prompt takes whole steps, and a short one that comes behind it gets its first to
 the chunk of a long one is made smaller in steps in which there are short ones, by what these need, at most a part of
 the step. When there are none nothing changes. Touches vLLM 0.32's ``long_prefill_token_threshold``, which its scheduler
 reads in each step, and ``Scheduler._inflight_prefills``.
+
+And the blocks that a prompt has yet to take are its own. vLLM's scheduler lets a request start if all of it fits into
+what is free, whatever prompts that run have yet to take of that, and preempts when they do. Touches
+``KVCacheManager.watermark_blocks``, which it keeps free of requests that wait, and
+``Scheduler._reserve_prefill_lookahead``.
 """
 
 from __future__ import annotations
@@ -49,6 +54,7 @@ class ChunkDoors(_Base):
         # Whoever has set a size means it.
         self._shares_steps = not self.scheduler_config.long_prefill_token_threshold and self._share > 0
         self._shares_steps &= not self.need_mamba_block_aligned_split
+        self._watermark = self.kv_cache_manager.watermark_blocks
 
     @property
     def spare_blocks(self) -> int:
@@ -75,6 +81,17 @@ class ChunkDoors(_Base):
             rest = self.max_num_scheduled_tokens - others - kept
             if rest > 0:  # it bounds short ones, too
                 self.scheduler_config.long_prefill_token_threshold = max(rest // len(long), kept)
+
+    def _reserve_prefill_lookahead(self, request: Request, *args: Any) -> int:
+        """vLLM's scheduler asks this of each request right before it takes blocks for it. To one that waits are given
+        none of those that prompts have yet to take, of which all that run have had theirs for this step."""
+        if self._inflight_prefills and request.status != RequestStatus.RUNNING and not self._holds_kv_blocks(request):
+            self.kv_cache_manager.watermark_blocks = self._watermark + self._inflight_prefill_reserved_blocks()
+        return super()._reserve_prefill_lookahead(request, *args)
+
+    def keep_no_more(self) -> None:
+        """After the step: elsewhere these blocks are counted as taken (``RankView.to_take``)."""
+        self.kv_cache_manager.watermark_blocks = self._watermark
 
     def _bring_forward(self, most: int) -> int:
         """Put waiting requests that are short before those that are not, up to so many tokens; returns how many.

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structured output in a rank's process: a request that comes from another rank brings no grammar, only the place in
-its output from which on a grammar has taken its tokens. Touches vLLM 0.32's ``StructuredOutputManager``."""
+its output from which on a grammar has taken its tokens. Touches vLLM 0.32's ``StructuredOutputManager``, and
+``Scheduler.grammar_compile_error_reqs``."""
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.request import StructuredOutputRequest
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+logger = init_logger("vllm.nanocp.scheduler")
 
 # An attribute of a structured request.
 _BEGINS = "_nanocp_grammar_begins"
@@ -23,6 +31,13 @@ def grammar_begins(request: Request) -> int | None:
 
 def note_grammar_begins(structured: StructuredOutputRequest, begins: int | None) -> None:
     setattr(structured, _BEGINS, begins)
+
+
+def end_by_grammar(scheduler: Scheduler, request: Request) -> None:
+    """End a request that runs though its grammar has failed: with the next output, as vLLM's scheduler ends one that
+    waits for its own. Until then it is not scheduled."""
+    request.next_decode_eligible_step = sys.maxsize
+    scheduler.grammar_compile_error_reqs.add(request.request_id)
 
 
 class RankGrammars(StructuredOutputManager):
@@ -47,18 +62,26 @@ class RankGrammars(StructuredOutputManager):
             bounds = self._get_constraint_bounds(request, new_token_ids, spec_tokens_committed=True)
             if bounds.grammar_start <= len(new_token_ids):
                 structured._grammar.exception()  # waits
+        if structured is not None and isinstance(structured.grammar, Exception):
+            return False  # it was compiled here anew, in vain; vLLM's scheduler ends the request with an error
         return super().accept_tokens(request, new_token_ids, *args, **kwargs)
 
-    def replay(self, request: Request) -> None:
-        """Bring the grammar of a request from another rank to where it was there."""
+    def replay(self, request: Request) -> bool:
+        """Bring the grammar of a request from another rank to where it was there.
+
+        Returns:
+            False if it has failed; one that is still being compiled has not, yet.
+        """
         structured, begins = request.structured_output_request, grammar_begins(request)
         assert structured is not None
-        if begins is None:
-            return
-        if isinstance(structured._grammar, Future):
+        if begins is not None and isinstance(structured._grammar, Future):
             structured._grammar.exception()  # waits
         grammar = structured.grammar
+        if isinstance(grammar, Exception):
+            logger.warning("nanocp: the grammar of request %s has failed: %r", request.request_id, grammar)
+            return False
+        if begins is None:
+            return True
         assert grammar is not None
         structured.reasoning_ended = True
-        if not isinstance(grammar, Exception):
-            grammar.accept_tokens(request.request_id, list(request.output_token_ids)[begins:])
+        return grammar.accept_tokens(request.request_id, list(request.output_token_ids)[begins:])

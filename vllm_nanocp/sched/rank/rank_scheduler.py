@@ -49,6 +49,7 @@ class RankDoors(ViewDoors, ChunkDoors):
         self.share_step()
         idle = not (self.running or self._coming or self._leaving)
         output = super().schedule(*args, **kwargs)
+        self.keep_no_more()
         if idle and not self.running:
             self.give_way_if_stuck()
         for request_id in self.to_share.keys() & output.num_scheduled_tokens.keys():
@@ -250,15 +251,23 @@ class RankDoors(ViewDoors, ChunkDoors):
         self.refresh()
 
     def expect(self, request_id: str, adapter: int | None) -> None:
-        """Keep a slot of the model runner, one for its adapter, and a block, for a request that is on its way here."""
+        """Keep a slot of the model runner, one for its adapter, and a block, for a request that is on its way here.
+
+        The block is taken now: who runs or waits here would else have it before the request comes, which then finds
+        none and cannot leave again.
+        """
         self._coming[request_id] = adapter
         self.max_num_active_reqs -= 1
-        self.refresh()
+        self.adopt_cached(request_id, [])
+        self.allocate(request_id, 1)
 
     def expect_no_more(self, request_id: str) -> None:
+        self._has_come(request_id)
+        self.close_shard(request_id)
+
+    def _has_come(self, request_id: str) -> None:
         del self._coming[request_id]
         self.max_num_active_reqs += 1
-        self.refresh()
 
     def hand_over(self, request_id: str, keeper_id: str, first_block: int) -> None:
         """Let a keeper have the shard of a request that has left; the model runner forgets the request."""
@@ -280,8 +289,7 @@ class RankDoors(ViewDoors, ChunkDoors):
             first_block: of those that it takes here.
             outlet: the rank by which its output leaves, where ranks send it themselves.
         """
-        self.expect_no_more(request.request_id)
-        self.adopt_cached(request.request_id, [])
+        self._has_come(request.request_id)
         self.unfold(request.request_id, first_block)
         self.requests[request.request_id] = request
         self._strangers.add(request.request_id)

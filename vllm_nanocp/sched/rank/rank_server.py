@@ -15,7 +15,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from .cached_blocks import CacheRecorder
-from .grammars import RankGrammars, grammar_begins
+from .grammars import RankGrammars, end_by_grammar, grammar_begins
 from .interface import Part
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .stats import take_stats
@@ -188,9 +188,10 @@ class RankServer:
         request = self._take(state)
         if self.outlets is not None:
             (self.outlets.foreign.add if foreign else self.outlets.foreign.discard)(request.request_id)
-        if request.use_structured_output:
-            self._grammars.replay(request)
+        fails = request.use_structured_output and not self._grammars.replay(request)
         self.scheduler.arrive(request, first_block, outlet=-1)
+        if fails:
+            end_by_grammar(self.scheduler, request)
 
     @property
     def _grammars(self) -> RankGrammars:

@@ -21,7 +21,7 @@ class RankView:
     Attributes:
         total_blocks: all that requests can use: without vLLM's null block.
         free_blocks: that nobody holds.
-        to_take: blocks that requests which run, or are about to, have yet to take for their tokens and the next one.
+        to_take: blocks that requests which run have yet to take for their tokens and the next one.
         promised: the same of those that wait, without what they will share with others.
         watermark: blocks that vLLM keeps free while something runs.
         running: requests.

@@ -325,7 +325,7 @@ class RemoteRank:
         self._tell("expect_no_more", request_id)
         self.view.changes += 1
         self.view.coming -= 1
-        self.view.to_take -= 1
+        self.view.free_blocks += 1
         self.view.slots += 1
 
     def hand_over(self, request_id: str, keeper_id: str, first_block: int) -> None:

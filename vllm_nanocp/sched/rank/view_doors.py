@@ -68,17 +68,16 @@ class ViewDoors(SessionDoors, AdapterDoors):
         tokens += sum(request.num_tokens for request in self.leaving_requests)
         running, queued = self.get_request_counts()
         sessions = self.num_waiting_for_streaming_input
-        coming = self.num_coming
         return RankView(
             total_blocks=self.num_blocks,
             free_blocks=self.num_free_blocks,
-            to_take=to_take + coming,
+            to_take=to_take,
             promised=promised,
             watermark=self.kv_cache_manager.watermark_blocks,
             running=running,
             waiting=queued - sessions,
             idle_sessions=sessions,
-            coming=coming,
+            coming=self.num_coming,
             slots=self.max_num_active_reqs,
             tokens=tokens,
             to_compute=left - sum(shared.values()) * block_size,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes that run the ranks' schedulers.
 
-They are children of the engine's process, each at the end of two pipes, one each way (with a socket, which serves both, a
-message takes half as long again), and end when theirs are closed: when the engine has ended, however it did. One that
+They are children of the engine's process, each at the end of two pipes, one each way (a socket serves both, but takes
+half as long again for a message), and end when theirs are closed: when the engine has ended, however it did. One that
 dies ends the engine. They are started before the workers load the model, so that what they import is there when they
 are needed.
 """

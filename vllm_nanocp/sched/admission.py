@@ -9,7 +9,7 @@ wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -41,8 +41,8 @@ class _Room:
         loads: the ranks'.
     """
 
-    def __init__(self, loads: list[RankLoad]) -> None:
-        self.loads = loads
+    def __init__(self, loads: Sequence[RankLoad]) -> None:
+        self.loads = list(loads)
         self.totals = [load.total_blocks for load in loads]
         self.most = max(self.totals)
         self._free = [load.free_blocks for load in loads]

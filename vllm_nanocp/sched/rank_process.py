@@ -86,19 +86,20 @@ class Pipe:
         self.process = process
         self.name = "a rank's scheduler process"
         self.closed = False
-        self._reads, self._writes = ends
-        self._buffer = bytearray(1 << 16)
+        self._ends = ends
+        self._reads, self._writes = (end.fileno() for end in ends)
+        self._buffer = memoryview(bytearray(1 << 16))
 
     def send(self, message: bytes) -> None:
         """As ``Connection.send_bytes`` does, in one call of the system however long the message is."""
         try:
             if len(message) > _LONGEST:
-                self._writes.send_bytes(message)
+                self._ends[1].send_bytes(message)
                 return
             frame = _LENGTH.pack(len(message)) + message
-            sent = os.write(self._writes.fileno(), frame)
+            sent = os.write(self._writes, frame)
             while sent < len(frame):
-                sent += os.write(self._writes.fileno(), frame[sent:])
+                sent += os.write(self._writes, frame[sent:])
         except OSError as error:
             raise self._gone() from error
 
@@ -117,15 +118,15 @@ class Pipe:
                 (length,) = _LONG.unpack_from(self._buffer, start)
                 start += _LONG.size
             if start + length > len(self._buffer):
-                self._buffer = self._buffer[:have] + bytes(start + length - have)
+                self._buffer = memoryview(bytearray(self._buffer[:have]) + bytes(start + length - have))
             while have < start + length:
                 have += self._read(have)
         except (EOFError, OSError) as error:
             raise self._gone() from error
-        return memoryview(self._buffer)[start : start + length]
+        return self._buffer[start : start + length]
 
     def _read(self, at: int) -> int:
-        count = os.readv(self._reads.fileno(), [memoryview(self._buffer)[at:]])
+        count = os.readv(self._reads, [self._buffer[at:]])
         if not count:
             raise EOFError
         return count
@@ -139,8 +140,9 @@ class Pipe:
         """Let the process end; ``reap`` waits for it."""
         self.closed = True
         with contextlib.suppress(OSError):  # a process that was forked meanwhile may hold this end, too
-            self._writes.send_bytes(b"")
-        _close((self._reads, self._writes))
+            self._ends[1].send_bytes(b"")
+        self._reads = self._writes = -1  # the numbers may be others' soon
+        _close(self._ends)
 
 
 def make_pipes() -> tuple[Ends, Ends]:

@@ -21,7 +21,7 @@ from ..placement import cdiv
 from .adapters import AdapterDoors
 from .chunks import ChunkDoors
 from .output import part_of
-from .rank import Decoding, Part
+from .rank import Decoding, Part, do_nothing
 from .rank_view import RankView, view_of
 from .sessions import SessionDoors
 from .stats import Updated, take_stats
@@ -41,6 +41,7 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
     on_free: Callable[[str], None]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.on_change: Callable[[], object] = do_nothing
         super().__init__(*args, **kwargs)
         # Requests that came with tokens made elsewhere and that the model runner has not met.
         self._strangers: set[str] = set()
@@ -60,6 +61,10 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
     def refresh(self) -> None:
         """Take the numbers anew when they are asked for next."""
         self._view = None
+        self.on_change()
+
+    def wait(self) -> None:
+        """Nothing runs by itself."""
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.refresh()
@@ -265,6 +270,7 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
         if self._view is not None:
             held = len(self.held_blocks.get(request_id, ()))
             self._view.note_entered(request, held, to_share, self._manager.block_size)
+            self.on_change()
 
     def add_chunk(self, chunk: Request) -> None:
         """The next chunk of a session that is here, or the end of its input."""

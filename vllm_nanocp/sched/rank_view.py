@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,6 @@ class RankView:
         kv_usage: part of the cache in use.
         adapters: those of requests that run there or are about to.
         max_adapters: how many may be active; None: as many as one likes.
-        changes: how often the numbers have been changed since they were taken.
     """
 
     total_blocks: int
@@ -76,7 +75,6 @@ class RankView:
     kv_usage: float
     adapters: frozenset[int]
     max_adapters: int | None
-    changes: int = field(default=0, compare=False)
 
     @property
     def spare_blocks(self) -> int:
@@ -118,7 +116,6 @@ class RankView:
             block_size: tokens a block holds.
         """
         tokens, adapter = request.num_tokens, adapter_of(request)
-        self.changes += 1
         self.waiting += 1
         self.queued += 1
         self.unfinished += 1

@@ -87,10 +87,6 @@ class NanoCPScheduler(RanksTogether):
         self.ranks = make_ranks(spec, structured_output_manager, mm_registry)
         # Whether they schedule at the same time, in processes of their own.
         self.apart = bool(self.config.scheduler_processes)
-        for number, rank in enumerate(self.ranks):
-            rank.on_preempt = partial(self._on_preempt, number)
-            rank.on_free = self._on_free
-            rank.on_turn = self._on_turn
         interval = vllm_config.scheduler_config.prefill_schedule_interval
         self.cadence = PrefillCadence(interval) if interval > 1 else None
         self.collector = Collector()
@@ -100,6 +96,11 @@ class NanoCPScheduler(RanksTogether):
             moves=self.config.move_config is not None,
             generators=not vllm_config.use_v2_model_runner,  # V2 samples by seed and position
         )
+        for number, rank in enumerate(self.ranks):
+            rank.on_preempt = partial(self._on_preempt, number)
+            rank.on_free = self._on_free
+            rank.on_turn = self._on_turn
+            rank.on_change = partial(self.mover.changed.add, number)
         max_model_len = vllm_config.model_config.max_model_len
         self.placer = Placer(
             self.ranks,
@@ -322,6 +323,9 @@ class NanoCPScheduler(RanksTogether):
             parts[index] = self.ranks[index].end_schedule()
             self.members.advance({index: parts[index]})
         rest: dict[int, Part] = {}
+        if self.apart:
+            for index in reversed(others):
+                self.ranks[index].wait()
         for index in others:
             if self._preempted and not self.apart:
                 self.mover.spill(index)
@@ -351,6 +355,9 @@ class NanoCPScheduler(RanksTogether):
         self.outlets.begin_step()
         for rank, part, output in zip(self.ranks, scheduler_output.parts, model_runner_output, strict=True):
             rank.begin_update(part, output)
+        if self.apart:
+            for rank in reversed(self.ranks):
+                rank.wait()
         # Of requests that end now, too.
         outlet_of = dict(self.members.outlet_of)
         for answered, client, its in [rank.end_update() for rank in self.ranks]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from .shard_map import Run, ShardMap, join
@@ -65,15 +64,16 @@ class RankLoad:
             return self
         return replace(self, adapters=self.adapters | {adapter})
 
-    @cached_property
+    @property
     def room(self) -> int:
         """Blocks that a request can take."""
         return self.free_blocks if self.slots > 0 else 0
 
-    @cached_property
+    @property
     def rank_order(self) -> tuple[bool, int, int, int]:
         """Ranks with less come first; see ``_order_keys``."""
-        return self.room == 0, self.backlog, self.batch, -self.room
+        room = self.free_blocks if self.slots > 0 else 0
+        return room == 0, self.backlog, self.batch, -room
 
     @property
     def kv_level(self) -> int:
@@ -90,7 +90,8 @@ class RankedLoads(list[RankLoad]):
 
     def __init__(self, loads: Iterable[RankLoad]) -> None:
         super().__init__(loads)
-        self._order = sorted((load.rank_order, rank) for rank, load in enumerate(self))
+        self.rank_orders = [load.rank_order for load in self]
+        self._order = sorted((order, rank) for rank, order in enumerate(self.rank_orders))
         self._batch = [load.batch for load in self]
         self._level = [load.kv_level for load in self]
         # Ranks that have been put, for each that keeps what follows from the loads.
@@ -98,10 +99,12 @@ class RankedLoads(list[RankLoad]):
 
     def put(self, rank: int, load: RankLoad) -> None:
         """The load of a rank is another one."""
-        old, self[rank] = self[rank], load
-        if load.rank_order != old.rank_order:
-            del self._order[bisect_left(self._order, (old.rank_order, rank))]
-            insort(self._order, (load.rank_order, rank))
+        self[rank] = load
+        old, order = self.rank_orders[rank], load.rank_order
+        if order != old:
+            self.rank_orders[rank] = order
+            del self._order[bisect_left(self._order, (old, rank))]
+            insort(self._order, (order, rank))
         self._batch[rank], self._level[rank] = load.batch, load.kv_level
         for follower in self.followers:
             follower.add(rank)
@@ -194,14 +197,14 @@ def _participants(
     return chosen
 
 
-def _order_keys(loads: Sequence[RankLoad], kv_weight: float | None) -> list[tuple[Any, ...]]:
+def _order_keys(loads: Sequence[RankLoad], kv_weight: float | None) -> Sequence[tuple[Any, ...]]:
     """For each rank, what sorts those first that a request should use first; those without room last.
 
     A prompt is computed behind those that came before it, and a step takes as long as its slowest rank: so ranks with
     few of them come first. Not where KV is weighed: it would be the less even.
     """
     if kv_weight is None:
-        return [load.rank_order for load in loads]
+        return loads.rank_orders if isinstance(loads, RankedLoads) else [load.rank_order for load in loads]
     per_request, per_block = _weights([load.batch for load in loads], [load.kv_level for load in loads], kv_weight)
     return [
         (load.room == 0, per_request * load.batch + per_block * load.kv_level, load.batch, -load.room) for load in loads

@@ -22,13 +22,12 @@ from ..placement import Prefix, RankLoad, ShardMap
 from ..placement.queue import ENDS_OVER, LOOKS, WINDOW, Blocked, most_starts, ranks_for
 from . import sessions
 from .adapters import adapter_of
+from .placer import NOWHERE
 
 if TYPE_CHECKING:
     from .scheduler import NanoCPScheduler
 
 logger = init_logger("vllm.nanocp.scheduler")
-
-NOWHERE = Prefix()
 
 # An adapter, and the home of requests that have one.
 _Slot = tuple[int, int | None]

@@ -24,6 +24,7 @@ from .sharded import can_shard
 
 # How much KV counts against the batch where homes move (``benchmarks/balance_simulation.py``).
 KV_WEIGHT = 0.8
+NOWHERE = Prefix()
 
 
 def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | None) -> int:
@@ -105,8 +106,8 @@ class Placer:
         self._overtaken = _Derived(lambda load: as_overtaken(load, block_size))
         # Ranks may hold more than their blocks have tokens.
         self._uncounted = any(rank.most_tokens > rank.num_blocks * block_size for rank in ranks)
-        # What each rank has cached, if they are elsewhere.
-        self._cached_hashes = [rank.cached_hashes for rank in ranks if isinstance(rank, RemoteRank)]
+        # Where blocks are cached, if the ranks are elsewhere.
+        self._where = next((rank.where for rank in ranks if isinstance(rank, RemoteRank)), None)
         # Whether requests go where their prefix is.
         self.follows_prefixes = find_prefixes and config.placement != "round_robin"
 
@@ -229,25 +230,19 @@ class Placer:
             return []
         return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
 
-    def _may_be_cached(self, block_hash: BlockHash) -> bool:
-        """Whether to ask the ranks: of those elsewhere it is known here, and mostly none has the block."""
-        if not self._cached_hashes:
-            return True
-        for hashes in self._cached_hashes:  # noqa: SIM110 (half as fast)
-            if block_hash in hashes:
-                return True
-        return False
+    def find_prefix(self, hashes: Sequence[BlockHash]) -> Prefix:
+        """Where a request's first blocks are cached, on as few ranks as that takes; nowhere, if it should not go there.
 
-    def find_prefix(self, request: Request) -> Prefix:
-        """Where the request's first blocks are cached, on as few ranks as that takes; nowhere, if it should not go
-        there."""
-        if not self.follows_prefixes:
-            return Prefix()
-        hashes = self.lookup_hashes(request)
+        Args:
+            hashes: of the blocks, from ``lookup_hashes``.
+        """
+        # Of ranks elsewhere it is known here, and mostly none has the first block.
+        if not self.follows_prefixes or not hashes or (self._where is not None and hashes[0] not in self._where):
+            return NOWHERE
         runs: list[Run] = []
         held: list[int] = []
         at = 0
-        while at < len(hashes) and self._may_be_cached(hashes[at]):
+        while at < len(hashes) and (self._where is None or hashes[at] in self._where):
             found = [rank.cached_run(hashes, at) for rank in self.ranks]
             longest = max(length for length, _ in found)
             if not longest:
@@ -259,5 +254,5 @@ class Placer:
             at += longest
         prefix = Prefix(tuple(runs), tuple(held))
         if runs and self._moves is not None and not light(prefix, self._loads(), self.block_size):
-            return Prefix()
+            return NOWHERE
         return prefix

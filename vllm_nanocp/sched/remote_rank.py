@@ -18,7 +18,7 @@ from vllm.v1.core import kv_cache_utils
 from ..errors import NanoCPError
 from ..placement import cdiv
 from ..plan import Batch
-from .cached_blocks import CachedBlocks, Changes
+from .cached_blocks import CachedBlocks, Changes, Whereabouts
 from .grammars import note_grammar_begins
 from .output import PackedOutput
 from .rank import Decoding, Part, do_nothing
@@ -54,6 +54,7 @@ class RemoteRank:
         number: the rank's.
         channel: to the server.
         block_size: tokens a block holds.
+        where: the same for all ranks; kept up to date for this one here.
     """
 
     on_preempt: Callable[[str], None]
@@ -62,7 +63,7 @@ class RemoteRank:
     view: RankView
     most_tokens: int
 
-    def __init__(self, number: int, channel: Channel, block_size: int) -> None:
+    def __init__(self, number: int, channel: Channel, block_size: int, where: Whereabouts) -> None:
         self.on_change: Callable[[], object] = do_nothing
         self.number = number
         self.channel = channel
@@ -76,9 +77,9 @@ class RemoteRank:
         # Copies of the sessions here.
         self._sessions: dict[str, Request] = {}
         self._outgrown: list[str] = []
-        self._cached = CachedBlocks()
-        # Hashes of all blocks that are cached there.
-        self.cached_hashes = self._cached.hashes
+        # Where blocks are cached, on all ranks.
+        self.where = where
+        self._cached = CachedBlocks(where, number)
         self._none_hash: BlockHash | None = None
         # What an answer is to come to; and the answer, if it has come.
         self._asked = ""

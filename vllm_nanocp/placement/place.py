@@ -75,6 +75,12 @@ class RankLoad:
         room = self.free_blocks if self.slots > 0 else 0
         return room == 0, self.backlog, self.batch, -room
 
+    def with_less(self, blocks: int) -> RankLoad:
+        """The load as those find it for whom so many free blocks are not."""
+        free, used = self.free_blocks - blocks, self.used_blocks + blocks
+        rest = self.batch, self.slots, self.read_blocks, self.adapters, self.max_adapters, self.backlog
+        return RankLoad(free, used, *rest)
+
     @property
     def kv_level(self) -> int:
         """What is to be even over the ranks: attention takes as long as its reads."""
@@ -94,6 +100,8 @@ class RankedLoads(list[RankLoad]):
         self._order = sorted((order, rank) for rank, order in enumerate(self.rank_orders))
         self._batch = [load.batch for load in self]
         self._level = [load.kv_level for load in self]
+        # What counts between ranks that cost the same.
+        self._equals = [order[2:] for order in self.rank_orders]
         # Ranks that have been put, for each that keeps what follows from the loads.
         self.followers: list[set[int]] = []
 
@@ -105,7 +113,7 @@ class RankedLoads(list[RankLoad]):
             self.rank_orders[rank] = order
             del self._order[bisect_left(self._order, (old, rank))]
             insort(self._order, (order, rank))
-        self._batch[rank], self._level[rank] = load.batch, load.kv_level
+        self._batch[rank], self._level[rank], self._equals[rank] = load.batch, load.kv_level, order[2:]
         for follower in self.followers:
             follower.add(rank)
 
@@ -122,7 +130,7 @@ class RankedLoads(list[RankLoad]):
         if costs.count(least) == 1:
             return costs.index(least)
         equal = [rank for rank, cost in enumerate(costs) if cost == least]
-        return min(equal, key=lambda rank: (self[rank].batch, -self[rank].room))
+        return min(equal, key=self._equals.__getitem__)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -196,11 +196,10 @@ class Mover:
         return self._loads
 
     def _load(self, view: RankView, ahead: Ahead) -> RankLoad:
-        load = view.load(ahead.homes)
+        read = (view.tokens + ahead.read) // self.scheduler.block_size if self.moves else None
+        load = view.load(ahead.homes, read)
         for adapter in ahead.adapters:
             load = load.with_adapter(adapter)
-        if self.moves:
-            load = replace(load, read_blocks=(view.tokens + ahead.read) // self.scheduler.block_size)
         return load
 
     def _look_ahead(self) -> list[Ahead]:

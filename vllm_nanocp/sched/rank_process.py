@@ -348,7 +348,9 @@ def _serve(questions: Connection, answers: Connection) -> None:
     answers.send_bytes(pickle.dumps(None))
     try:
         while message := questions.recv_bytes():
-            answers.send_bytes(server.obey(message))
+            answer = server.obey(message)
+            if answer is not None:
+                answers.send_bytes(answer)
             server.after()
     finally:
         server.close()

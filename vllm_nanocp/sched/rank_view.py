@@ -87,11 +87,12 @@ class RankView:
         values: tuple[Any, ...] = _values(self)
         return values
 
-    def load(self, ahead: int = 0) -> RankLoad:
+    def load(self, ahead: int = 0, read_blocks: int | None = None) -> RankLoad:
         """What placement needs to know. Requests that wait without blocks count as if they had them.
 
         Args:
             ahead: sharded requests that will have their home here.
+            read_blocks: see ``RankLoad``.
         """
         batch = self.running + self.waiting + ahead + self.coming
         watermark = self.watermark if self.running else 0
@@ -101,6 +102,7 @@ class RankView:
             used_blocks=self.total_blocks - free,
             batch=batch,
             slots=self.slots + self.coming - batch - self.idle_sessions,
+            read_blocks=read_blocks,
             adapters=self.adapters,
             max_adapters=self.max_adapters,
             backlog=2 * max(0, self.prompt_tokens) // self.budget,

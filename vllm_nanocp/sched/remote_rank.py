@@ -25,7 +25,7 @@ from .rank import Decoding, Part, do_nothing
 from .rank_view import RankView
 from .sessions import keep_chunk
 from .stats import Updated
-from .wire import News, Scheduled, SessionState, apply, pack
+from .wire import UNANSWERED, News, Scheduled, SessionState, apply, pack
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
@@ -366,8 +366,10 @@ class RemoteRank:
         self._tell("set_weight_version", version)
 
     def forward(self, outputs: dict[int, list[EngineCoreOutput]]) -> None:
-        """Send what another rank has made for requests whose outlet is here. At once: there may be no next step."""
-        self._call("forward", outputs)
+        """Send what other ranks have made for requests whose outlet is here. At once: there may be no next step. But
+        nobody waits until it is done."""
+        self._ask(UNANSWERED, outputs)
+        self._asked = ""
 
     # -- what EngineCore asks ----------------------------------------------------------------------------------
 

@@ -371,6 +371,7 @@ class NanoCPScheduler(RanksTogether):
                     if outputs.finished_requests:
                         so_far.finished_requests = (so_far.finished_requests or set()) | outputs.finished_requests
         self.failures.add_to(merged, self.outlets)
+        self.outlets.send_foreign()
         if self.cadence is not None and not self.get_num_unfinished_requests():
             self.cadence.rest()
         if stats:

@@ -49,9 +49,9 @@ ALL = [
     "child --steps 200",
     "burst --ranks 64 --requests 32",
     *(f"step --ranks {ranks} --steps 100" for ranks in (8, 32, 64)),
+    "step --ranks 32 --steps 100 --moves",
     "step --ranks 8 --steps 100 --in-process",
     "step --ranks 32 --steps 100 --in-process",
-    "step --ranks 32 --steps 100 --moves",
 ]
 
 

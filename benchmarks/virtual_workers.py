@@ -107,7 +107,10 @@ class Forked:
         from vllm_nanocp.sched.rank import rank_process
 
         context = multiprocessing.get_context("fork")
-        self._process = context.Process(target=lambda: rank_process.run(os.dup(theirs.fileno())), daemon=True)
+        reads, writes = theirs
+        self._process = context.Process(
+            target=lambda: rank_process.run(os.dup(reads.fileno()), os.dup(writes.fileno())), daemon=True
+        )
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

@@ -28,7 +28,9 @@ class Loopback:
     def send(self, message: bytes) -> None:
         self.messages += 1
         self.bytes += len(message)
-        self._frames.append(self.server.obey(message))
+        frame = self.server.obey(message)
+        if frame is not None:
+            self._frames.append(frame)
         self.server.after()
 
     def receive(self) -> bytes:

@@ -30,7 +30,7 @@ from vllm_nanocp.sched.rank.rank_server import RankServer
 
 from . import loopback
 
-# Forks for each message: an environment, and one end of a rank's pipe.
+# Forks for each message: an environment, and a rank's ends of its pipes.
 _CODE = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -91,7 +91,7 @@ class Forks:
             self._end.recv(_MOST)
 
     def start(self, theirs: Any) -> Fork:
-        socket.send_fds(self._end, [json.dumps(dict(os.environ)).encode()], [theirs.fileno()])
+        socket.send_fds(self._end, [json.dumps(dict(os.environ)).encode()], [end.fileno() for end in theirs])
         return Fork(int(self._end.recv(_MOST)))
 
 
@@ -128,12 +128,13 @@ def serve(handle: int) -> None:
     end.send(b"ready")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     while True:
-        message, handles, _, _ = socket.recv_fds(end, _MOST, 1)
+        message, handles, _, _ = socket.recv_fds(end, _MOST, 2)
         if not message:
             return
         pid = os.fork()
         if pid:
-            os.close(handles[0])
+            for handle in handles:
+                os.close(handle)
             end.send(str(pid).encode())
             continue
         try:
@@ -142,7 +143,7 @@ def serve(handle: int) -> None:
             os.environ.clear()
             os.environ.update(json.loads(message))
             RankServer.do_inspect = inspect  # type: ignore[attr-defined]
-            rank_process.run(handles[0])
+            rank_process.run(*handles)
         finally:
             sys.stdout.flush()
             os._exit(0)

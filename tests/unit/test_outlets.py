@@ -14,10 +14,12 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder
 
+from vllm_nanocp.errors import NanoCPError
 from vllm_nanocp.sched.rank import outlets
 
+from . import loopback
 from .test_sessions import SessionWorld
-from .world_shapes import vllm_config  # noqa: F401
+from .world_shapes import Shape, vllm_config  # noqa: F401
 from .worlds import InMode, WorldError, in_mode  # noqa: F401
 
 
@@ -117,3 +119,17 @@ def test_no_ending_overtakes(in_mode: InMode, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(outlets, "make_zmq_socket", Connection.open)
     counts = in_mode.run(OutletWorld, 5, apart=True)
     assert counts["aborts"] > 5 and counts["failed turns"] and counts["by ranks"] > 1000 and counts["moves"], counts
+
+
+def test_nobody_waits_for_an_outlet(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """It sends at once, and answers nothing; what goes wrong there is told with the next answer."""
+    loopback.use(monkeypatch)
+    monkeypatch.setattr(outlets, "make_zmq_socket", Connection.open)
+    rank: Any = Shape.draw(random.Random(1), 1).scheduler(vllm_config, True).ranks[0]
+    rank.connect(["a client"], 0, None)
+    rank.forward({0: [EngineCoreOutput("r", [5])]})
+    assert Connection.opened[-1].sent["r"] == 1 and not rank.channel._frames
+    rank.refresh()
+    rank.forward({1: [EngineCoreOutput("r", [5])]})  # there is no such client
+    with pytest.raises(NanoCPError, match="a rank's scheduler has failed"):
+        rank.refresh()

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_nanocp.placement import RankLoad, Run, ShardMap, cdiv, place, queue_at
+from vllm_nanocp.placement import RankedLoads, RankLoad, Run, ShardMap, cdiv, place, queue_at
 from vllm_nanocp.placement.place import start_degree, water_fill
 
 _TINY_WORLDS = 20_000
@@ -244,6 +244,22 @@ def cases(draw: st.DrawFn, policy: str | None = None, may_pin: bool = True) -> C
         home=draw(st.sampled_from([None, *range(len(loads))])) if may_pin else None,
         headroom_blocks=draw(st.integers(0, 2)),
     )
+
+
+@given(cases(policy="balanced"), st.data())
+def test_loads_that_are_kept_place_as_those_taken_anew(case: Case, data: st.DataObject) -> None:
+    """Whatever has been put before, with and without KV that is weighed, and ties."""
+    kept = RankedLoads(data.draw(rank_loads(4)) for _ in case.loads)
+    changed: set[int] = set()
+    kept.followers.append(changed)
+    for rank in data.draw(st.permutations(range(len(kept)))):
+        kept.put(rank, data.draw(rank_loads(4)))
+        kept.put(rank, case.loads[rank])
+    assert kept == case.loads and changed == set(range(len(kept)))
+    for kv_weight in (None, 0.5):
+        rules = dict(segment_size=case.segment_size, max_degree=case.max_degree, kv_weight=kv_weight)
+        for tokens in (1, case.num_tokens):
+            assert place(tokens, case.block_size, kept, **rules) == place(tokens, case.block_size, case.loads, **rules)  # type: ignore[arg-type]
 
 
 def check_capacity(case: Case) -> None:

@@ -114,7 +114,8 @@ class CostModel:
         Raises:
             ValueError: no loads.
         """
-        return max(range(len(loads)), key=lambda r: (self.predict(loads[r]), -r))
+        times = [self.predict(load) for load in loads]
+        return times.index(max(times))
 
     def predict_step(self, loads: Sequence[StepLoad]) -> float:
         """Seconds of a step with these loads, one a rank.

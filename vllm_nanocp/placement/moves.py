@@ -116,8 +116,7 @@ def with_reserve(load: RankLoad, blocks: int) -> RankLoad:
     Without a reserve, waiting requests take every block as it comes free, and those that run must spill for each
     block they grow by, which scatters them over the ranks.
     """
-    kept = min(load.free_blocks, blocks * load.batch)
-    return replace(load, free_blocks=load.free_blocks - kept, used_blocks=load.used_blocks + kept)
+    return load.with_less(min(load.free_blocks, blocks * load.batch))
 
 
 def drifted(loads: Sequence[RankLoad], config: MoveConfig) -> list[int]:

@@ -11,9 +11,9 @@ compute a prompt together, one run for each chunk, the ranks in turn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from .shard_map import Run, ShardMap, join
@@ -64,15 +64,22 @@ class RankLoad:
             return self
         return replace(self, adapters=self.adapters | {adapter})
 
-    @cached_property
+    @property
     def room(self) -> int:
         """Blocks that a request can take."""
         return self.free_blocks if self.slots > 0 else 0
 
-    @cached_property
+    @property
     def rank_order(self) -> tuple[bool, int, int, int]:
         """Ranks with less come first; see ``_order_keys``."""
-        return self.room == 0, self.backlog, self.batch, -self.room
+        room = self.free_blocks if self.slots > 0 else 0
+        return room == 0, self.backlog, self.batch, -room
+
+    def with_less(self, blocks: int) -> RankLoad:
+        """The load as those find it for whom so many free blocks are not."""
+        free, used = self.free_blocks - blocks, self.used_blocks + blocks
+        rest = self.batch, self.slots, self.read_blocks, self.adapters, self.max_adapters, self.backlog
+        return RankLoad(free, used, *rest)
 
     @property
     def kv_level(self) -> int:
@@ -82,6 +89,48 @@ class RankLoad:
     @property
     def total_blocks(self) -> int:
         return self.free_blocks + self.used_blocks
+
+
+class RankedLoads(list[RankLoad]):
+    """The ranks' loads, with what placement would else find out of them for each request. Change them with ``put``."""
+
+    def __init__(self, loads: Iterable[RankLoad]) -> None:
+        super().__init__(loads)
+        self.rank_orders = [load.rank_order for load in self]
+        self._order = sorted((order, rank) for rank, order in enumerate(self.rank_orders))
+        self._batch = [load.batch for load in self]
+        self._level = [load.kv_level for load in self]
+        # What counts between ranks that cost the same.
+        self._equals = [order[2:] for order in self.rank_orders]
+        # Ranks that have been put, for each that keeps what follows from the loads.
+        self.followers: list[set[int]] = []
+
+    def put(self, rank: int, load: RankLoad) -> None:
+        """The load of a rank is another one."""
+        self[rank] = load
+        old, order = self.rank_orders[rank], load.rank_order
+        if order != old:
+            self.rank_orders[rank] = order
+            del self._order[bisect_left(self._order, (old, rank))]
+            insort(self._order, (order, rank))
+        self._batch[rank], self._level[rank], self._equals[rank] = load.batch, load.kv_level, order[2:]
+        for follower in self.followers:
+            follower.add(rank)
+
+    def first(self, kv_weight: float | None) -> int:
+        """The first of ``_order_keys``."""
+        if kv_weight is None:
+            return self._order[0][1]
+        if self._order[-1][0][0]:  # a rank has no room
+            keys = _order_keys(self, kv_weight)
+            return keys.index(min(keys))
+        per_request, per_block = _weights(self._batch, self._level, kv_weight)
+        costs = [per_request * batch + per_block * level for batch, level in zip(self._batch, self._level, strict=True)]
+        least = min(costs)
+        if costs.count(least) == 1:
+            return costs.index(least)
+        equal = [rank for rank, cost in enumerate(costs) if cost == least]
+        return min(equal, key=self._equals.__getitem__)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -156,20 +205,32 @@ def _participants(
     return chosen
 
 
-def _order_keys(loads: Sequence[RankLoad], kv_weight: float | None) -> list[tuple[Any, ...]]:
+def _order_keys(loads: Sequence[RankLoad], kv_weight: float | None) -> Sequence[tuple[Any, ...]]:
     """For each rank, what sorts those first that a request should use first; those without room last.
 
     A prompt is computed behind those that came before it, and a step takes as long as its slowest rank: so ranks with
     few of them come first. Where KV is weighed prompts do not count: they would make KV less even.
     """
     if kv_weight is None:
-        return [load.rank_order for load in loads]
-    # Both in units of their mean, so that neither counts more for being counted in larger numbers.
-    per_request = (1 - kv_weight) / max(1, sum(load.batch for load in loads))
-    per_block = kv_weight / max(1, sum(load.kv_level for load in loads))
+        return loads.rank_orders if isinstance(loads, RankedLoads) else [load.rank_order for load in loads]
+    per_request, per_block = _weights([load.batch for load in loads], [load.kv_level for load in loads], kv_weight)
     return [
         (load.room == 0, per_request * load.batch + per_block * load.kv_level, load.batch, -load.room) for load in loads
     ]
+
+
+def _weights(batches: Sequence[int], levels: Sequence[int], kv_weight: float) -> tuple[float, float]:
+    """What a request counts, and a block: both in units of their mean, so that neither counts more for being counted in
+    larger numbers."""
+    return (1 - kv_weight) / max(1, sum(batches)), kv_weight / max(1, sum(levels))
+
+
+def _first(loads: Sequence[RankLoad], kv_weight: float | None) -> int:
+    """The rank that a request should use first."""
+    if isinstance(loads, RankedLoads):
+        return loads.first(kv_weight)
+    keys = _order_keys(loads, kv_weight)
+    return keys.index(min(keys))
 
 
 def place(
@@ -218,12 +279,12 @@ def place(
     if policy == "round_robin":
         order = [(turn + i) % len(loads) for i in range(len(loads))]
     else:
-        keys = _order_keys(loads, kv_weight)
         if degree == 1 and home is None and preferred is None:
             # The first rank, found without sorting them, mostly does.
-            first = keys.index(min(keys))
+            first = _first(loads, kv_weight)
             if loads[first].room >= need + headroom_blocks:
                 return ShardMap(block_size, (Run(first, 0, need),))
+        keys = _order_keys(loads, kv_weight)
         order = sorted(range(len(loads)), key=keys.__getitem__)
     room = [load.room for load in loads]
     fits_one = need + headroom_blocks <= max(load.total_blocks for load in loads)

@@ -14,7 +14,7 @@ A request that was preempted is due at once, and so is one that is more importan
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .place import RankLoad, cdiv
 
@@ -120,7 +120,7 @@ def most_starts(ranks: int, ends: float) -> int:
 def as_overtaken(load: RankLoad, block_size: int) -> RankLoad:
     """A rank's load as requests find it that overtake others."""
     growth = min(cdiv(GROWTH_TOKENS, block_size) * load.batch, load.total_blocks // GROWTH_PART, load.free_blocks)
-    return replace(load, free_blocks=load.free_blocks - growth, used_blocks=load.used_blocks + growth)
+    return load.with_less(growth)
 
 
 def ranks_for(want: Want, room: Sequence[int], totals: Sequence[int], closed: Collection[int]) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from ..placement import Prefix, RankLoad, ShardMap
 from ..placement.queue import ENDS_OVER, LOOKS, MOST_STARTS, WINDOW, Blocked, most_starts, ranks_for
+from .placer import NOWHERE
 from .rank.adapters import adapter_of
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from .state import SchedulerState
 
 logger = init_logger("vllm.nanocp.scheduler")
-
-NOWHERE = Prefix()
 
 # An adapter, and the home of requests that have one.
 _Slot = tuple[int, int | None]
@@ -41,8 +40,8 @@ class _Room:
         loads: the ranks'.
     """
 
-    def __init__(self, loads: list[RankLoad]) -> None:
-        self.loads = loads
+    def __init__(self, loads: Sequence[RankLoad]) -> None:
+        self.loads = list(loads)
         self.totals = [load.total_blocks for load in loads]
         self.most = max(self.totals)
         self._free = [load.free_blocks for load in loads]

@@ -19,7 +19,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from ..placement.cost import CostModel, StepLoad
 from ..placement.moves import Candidate, MoveConfig, drifted, plan_moves, spill_target
-from ..placement.place import RankLoad
+from ..placement.place import RankedLoads, RankLoad
 from ..plan import Arrival, Batch
 from .rank.adapters import adapter_of
 from .sharded_request import ShardedRequest, can_shard
@@ -108,11 +108,10 @@ class Mover:
         self._last_update = 0.0
         self.last_work = [StepLoad(0, 0)] * scheduler.config.ranks
         self.num_moves = self.num_spills = 0
-        # Loads, and of which numbers of the ranks; what is ahead, and at which state of the sharded requests.
+        # Loads, and ranks whose numbers have changed since; what is ahead, and at which state of the sharded requests.
         count = scheduler.config.ranks
-        self._loads = [RankLoad(0, 0, 0, 0)] * count
-        self._loads_of: list[RankView | None] = [None] * count
-        self._loads_at = [0] * count
+        self._loads = RankedLoads([RankLoad(0, 0, 0, 0)] * count)
+        self.changed = set(range(count))
         self._visits = Visits.of([], count, -1)
         self._ahead: list[Ahead] | None = None
         self._ahead_at = 0
@@ -181,7 +180,7 @@ class Mover:
 
     # -- loads -------------------------------------------------------------------------------------------------
 
-    def loads(self) -> list[RankLoad]:
+    def loads(self) -> RankedLoads:
         """What placement knows of each rank, requests on their way and those with their home still ahead included.
 
         Kept, and taken anew for ranks whose numbers have changed: a burst asks once for each of its requests.
@@ -189,22 +188,18 @@ class Mover:
         members = self.scheduler.members
         if self._ahead is None or self._ahead_at != members.changes:
             self._ahead, self._ahead_at = self._look_ahead(), members.changes
-            self._loads_of = [None] * len(self._ahead)
-        for rank, (scheduler, known, at) in enumerate(
-            zip(self.scheduler.ranks, self._loads_of, self._loads_at, strict=True)
-        ):
-            view = scheduler.view
-            if known is not view or at != view.changes:
-                self._loads_of[rank], self._loads_at[rank] = view, view.changes
-                self._loads[rank] = self._load(view, self._ahead[rank])
-        return self._loads[:]
+            self.changed.update(range(len(self._ahead)))
+        if self.changed:
+            for rank in self.changed:
+                self._loads.put(rank, self._load(self.scheduler.ranks[rank].view, self._ahead[rank]))
+            self.changed.clear()
+        return self._loads
 
     def _load(self, view: RankView, ahead: Ahead) -> RankLoad:
-        load = view.load(ahead.homes)
+        read = (view.tokens + ahead.read) // self.scheduler.block_size if self.moves else None
+        load = view.load(ahead.homes, read)
         for adapter in ahead.adapters:
             load = load.with_adapter(adapter)
-        if self.moves:
-            load = replace(load, read_blocks=(view.tokens + ahead.read) // self.scheduler.block_size)
         return load
 
     def _look_ahead(self) -> list[Ahead]:

@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from ..config import NanoCPConfig
-from ..placement import Prefix, RankLoad, Run, ShardMap, Want, cdiv, place, place_after_prefix, queue_at
+from ..placement import Prefix, RankedLoads, RankLoad, Run, ShardMap, Want, cdiv, place, place_after_prefix, queue_at
 from ..placement.moves import with_reserve
 from ..placement.place import start_degree
 from ..placement.prefix import light
@@ -24,6 +24,7 @@ from .sharded_request import can_shard
 
 # How much KV counts against the batch where homes move (``benchmarks/balance_simulation.py``).
 KV_WEIGHT = 0.8
+NOWHERE = Prefix()
 
 
 def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | None) -> int:
@@ -43,7 +44,7 @@ def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | 
 
 
 class _Derived:
-    """What is derived from the ranks' loads, one by one; kept as long as a load is the same object.
+    """What is derived from the ranks' loads, one by one, and kept.
 
     Args:
         derive: from a load.
@@ -51,16 +52,20 @@ class _Derived:
 
     def __init__(self, derive: Callable[[RankLoad], RankLoad]) -> None:
         self._derive = derive
-        self._loads: list[RankLoad] = []
-        self._derived: list[RankLoad] = []
+        self._loads: RankedLoads | None = None
+        self._derived = RankedLoads([])
+        # Ranks whose load has changed since.
+        self._changed: set[int] = set()
 
-    def of(self, loads: Sequence[RankLoad]) -> list[RankLoad]:
-        if not self._loads:
-            self._loads, self._derived = list(loads), list(map(self._derive, loads))
-        for rank, load in enumerate(loads):
-            if load is not self._loads[rank]:
-                self._loads[rank], self._derived[rank] = load, self._derive(load)
-        return self._derived[:]
+    def of(self, loads: RankedLoads) -> RankedLoads:
+        if self._loads is not loads:
+            self._loads, self._derived = loads, RankedLoads(map(self._derive, loads))
+            self._changed = set()
+            loads.followers.append(self._changed)
+        for rank in self._changed:
+            self._derived.put(rank, self._derive(loads[rank]))
+        self._changed.clear()
+        return self._derived
 
 
 class Placer:
@@ -83,7 +88,7 @@ class Placer:
         block_size: int,
         max_model_len: int,
         find_prefixes: bool,
-        loads: Callable[[], list[RankLoad]],
+        loads: Callable[[], RankedLoads],
         stripe_blocks: int | None,
     ) -> None:
         self.ranks = ranks
@@ -101,8 +106,8 @@ class Placer:
         self._overtaken = _Derived(lambda load: as_overtaken(load, block_size))
         # Ranks may hold more than their blocks have tokens.
         self._uncounted = any(rank.most_tokens > rank.num_blocks * block_size for rank in ranks)
-        # What each rank has cached, if they are elsewhere.
-        self._cached_hashes = [rank.cached_hashes for rank in ranks if isinstance(rank, RemoteRank)]
+        # Where blocks are cached, if the ranks are elsewhere.
+        self._where = next((rank.where for rank in ranks if isinstance(rank, RemoteRank)), None)
         # Whether requests go where their prefix is.
         self.follows_prefixes = find_prefixes and config.placement != "round_robin"
 
@@ -127,16 +132,15 @@ class Placer:
             may_wait: whether it may be sent to a rank to wait for room there.
             overtakes: whether requests before it found no room.
         """
-        loads, adapter = self._loads(), adapter_of(request)
+        ranked, adapter = self._loads(), adapter_of(request)
         # Each takes free blocks away, down to none, so that their order does not matter.
         if self._reserved is not None:
-            loads = self._reserved.of(loads)
+            ranked = self._reserved.of(ranked)
         if overtakes:
-            loads = self._overtaken.of(loads)
-        if adapter is not None:
-            loads = [load.for_adapter(adapter) for load in loads]
-        for rank in closed:
-            loads[rank] = loads[rank].closed()
+            ranked = self._overtaken.of(ranked)
+        loads: Sequence[RankLoad] = ranked
+        if adapter is not None or closed:
+            loads = [load.closed() if rank in closed else load.for_adapter(adapter) for rank, load in enumerate(ranked)]
         weight = self._kv_weight
         policy = self.config.placement
         preferred = self._preferred(request) if home is None else None
@@ -194,7 +198,7 @@ class Placer:
         )
 
     def _queue_at(
-        self, request: Request, home: int | None, loads: list[RankLoad], idle: Sequence[bool]
+        self, request: Request, home: int | None, loads: Sequence[RankLoad], idle: Sequence[bool]
     ) -> ShardMap | None:
         """A rank at which a request that found no room may wait for it."""
         if request.num_tokens > self.config.segment_size and self.config.degree_limit > 1 and can_shard(request):
@@ -226,25 +230,19 @@ class Placer:
             return []
         return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
 
-    def _may_be_cached(self, block_hash: BlockHash) -> bool:
-        """Whether to ask the ranks: of those elsewhere it is known here, and mostly none has the block."""
-        if not self._cached_hashes:
-            return True
-        for hashes in self._cached_hashes:  # noqa: SIM110 (half as fast)
-            if block_hash in hashes:
-                return True
-        return False
+    def find_prefix(self, hashes: Sequence[BlockHash]) -> Prefix:
+        """Where a request's first blocks are cached, on as few ranks as that takes; nowhere, if it should not go there.
 
-    def find_prefix(self, request: Request) -> Prefix:
-        """Where the request's first blocks are cached, on as few ranks as that takes; nowhere, if it should not go
-        there."""
-        if not self.follows_prefixes:
-            return Prefix()
-        hashes = self.lookup_hashes(request)
+        Args:
+            hashes: of the blocks, from ``lookup_hashes``.
+        """
+        # Of ranks elsewhere it is known here, and mostly none has the first block.
+        if not self.follows_prefixes or not hashes or (self._where is not None and hashes[0] not in self._where):
+            return NOWHERE
         runs: list[Run] = []
         held: list[int] = []
         at = 0
-        while at < len(hashes) and self._may_be_cached(hashes[at]):
+        while at < len(hashes) and (self._where is None or hashes[at] in self._where):
             found = [rank.cached_run(hashes, at) for rank in self.ranks]
             longest = max(length for length, _ in found)
             if not longest:
@@ -256,5 +254,5 @@ class Placer:
             at += longest
         prefix = Prefix(tuple(runs), tuple(held))
         if runs and self._moves is not None and not light(prefix, self._loads(), self.block_size):
-            return Prefix()
+            return NOWHERE
         return prefix

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from vllm.v1.metrics.stats import SchedulerStats
 
 from ..metrics.collector import RankState
 from ..metrics.transport import attach
+from ..placement.cost import Coefficients
 from .rank.stats import PlainStats, merge_scheduler_stats
 
 if TYPE_CHECKING:
     from .state import SchedulerState
+
+_COEFFICIENTS = [field.name for field in fields(Coefficients)]
 
 
 def rank_states(scheduler: SchedulerState) -> list[RankState]:
@@ -36,6 +39,7 @@ def engine_stats(scheduler: SchedulerState, parts: Sequence[SchedulerStats | Pla
     """
     stats = merge_scheduler_stats(parts, len(scheduler.unplaced))
     stats.num_running_reqs += len(scheduler.mover.leaving)
-    coefficients = asdict(scheduler.mover.model.coefficients()) if scheduler.mover.moves else None
+    learnt = scheduler.mover.model.coefficients() if scheduler.mover.moves else None
+    coefficients = None if learnt is None else {name: getattr(learnt, name) for name in _COEFFICIENTS}
     attach(stats, scheduler.collector.snapshot(rank_states(scheduler), coefficients))
     return stats

@@ -90,10 +90,6 @@ class NanoCPScheduler(RanksTogether):
         self.ranks = make_ranks(spec, structured_output_manager, mm_registry)
         # Whether they schedule at the same time, in processes of their own.
         self.apart = bool(self.config.scheduler_processes)
-        for number, rank in enumerate(self.ranks):
-            rank.on_preempt = partial(self._on_preempt, number)
-            rank.on_free = self._on_free
-            rank.on_turn = self._on_turn
         interval = vllm_config.scheduler_config.prefill_schedule_interval
         self.cadence = PrefillCadence(interval) if interval > 1 else None
         self.collector = Collector()
@@ -103,6 +99,11 @@ class NanoCPScheduler(RanksTogether):
             moves=self.config.move_config is not None,
             generators=not vllm_config.use_v2_model_runner,  # V2 samples by seed and position
         )
+        for number, rank in enumerate(self.ranks):
+            rank.on_preempt = partial(self._on_preempt, number)
+            rank.on_free = self._on_free
+            rank.on_turn = self._on_turn
+            rank.on_change = partial(self.mover.changed.add, number)
         max_model_len = vllm_config.model_config.max_model_len
         self.placer = Placer(
             self.ranks,
@@ -338,6 +339,9 @@ class NanoCPScheduler(RanksTogether):
                 self.members.advance({index: parts[index]})
         if crowded:
             self.begin_schedule(others, throttle_prefills)
+        if self.apart:
+            for index in reversed(others):
+                self.ranks[index].wait()
         for index in others:
             if self._preempted and not self.apart:
                 self.mover.spill(index)
@@ -367,6 +371,9 @@ class NanoCPScheduler(RanksTogether):
         self.outlets.begin_step()
         for rank, part, output in zip(self.ranks, scheduler_output.parts, model_runner_output, strict=True):
             rank.begin_update(part, output)
+        if self.apart:
+            for rank in reversed(self.ranks):
+                rank.wait()
         # Of requests that end now, too.
         outlet_of = dict(self.members.outlet_of)
         for answered, client, its in [rank.end_update() for rank in self.ranks]:
@@ -380,6 +387,7 @@ class NanoCPScheduler(RanksTogether):
                     if outputs.finished_requests:
                         so_far.finished_requests = (so_far.finished_requests or set()) | outputs.finished_requests
         self.failures.add_to(merged, self.outlets)
+        self.outlets.send_foreign()
         if self.cadence is not None and not self.get_num_unfinished_requests():
             self.cadence.rest()
         if stats:

@@ -123,10 +123,13 @@ class SharedPrefixes:
         Returns:
             Where its first blocks are cached, or will be when its turn has come; None if it is set aside now.
         """
-        return self._follow(request, self.placer.lookup_hashes(request), self.placer.find_prefix(request))
+        hashes = self.placer.lookup_hashes(request)
+        return self._follow(request, hashes, self.placer.find_prefix(hashes))
 
     def claim(self, request: Request, shard_map: ShardMap, prefix: Prefix) -> bool:
         """Whether a request, so placed, would take the room that those who come before it, and are set aside, need."""
+        if not self._followed:
+            return False
         taken = sum(
             follower.own_blocks
             for leader in set(self._followed.values())

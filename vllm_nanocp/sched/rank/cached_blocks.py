@@ -76,21 +76,41 @@ class CacheRecorder:
         return Changes(anew, cached, evicted)
 
 
-class CachedBlocks:
-    """The hashes that a rank elsewhere has."""
+# Hashes, and on which ranks each is cached: bit ``rank`` of the number. Of all ranks in one place, for of most hashes
+# it is only asked whether any rank has it.
+Whereabouts = dict["BlockHash", int]
 
-    def __init__(self) -> None:
-        self.hashes: set[BlockHash] = set()
+
+class CachedBlocks:
+    """The hashes that a rank elsewhere has.
+
+    Args:
+        where: of all ranks.
+        rank: which one.
+    """
+
+    def __init__(self, where: Whereabouts, rank: int) -> None:
+        self._where, self._bit = where, 1 << rank
 
     def follow(self, changes: Changes) -> None:
+        where, bit = self._where, self._bit
         if changes.anew:
-            self.hashes.clear()
-        self.hashes.update(changes.cached)
-        self.hashes.difference_update(changes.evicted)
+            self._remove([block_hash for block_hash, ranks in where.items() if ranks & bit])
+        for block_hash in changes.cached:
+            known = where.get(block_hash)
+            where[block_hash] = bit if known is None else known | bit
+        self._remove(changes.evicted)
+
+    def _remove(self, evicted: Sequence[BlockHash]) -> None:
+        where, bit = self._where, self._bit
+        for block_hash in evicted:
+            others = where.pop(block_hash, 0) & ~bit
+            if others:
+                where[block_hash] = others
 
     def run(self, hashes: Sequence[BlockHash], first: int) -> int:
         """How many from ``first`` on, one after another, are there."""
-        known, end = self.hashes, first
-        while end < len(hashes) and hashes[end] in known:
+        where, bit, end = self._where, self._bit, first
+        while end < len(hashes) and where.get(hashes[end], 0) & bit:
             end += 1
         return end - first

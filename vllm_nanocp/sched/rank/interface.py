@@ -88,12 +88,18 @@ class Part:
         )
 
 
+def do_nothing() -> None:
+    """Where nobody has asked to be called."""
+
+
 class Rank(Protocol):
     """See the module. The doors' own docstrings are those of ``RankDoors``."""
 
     on_preempt: Callable[[str], None]
     on_free: Callable[[str], None]
     on_turn: Callable[[str, bool], None]
+    # The numbers in ``view`` are others now, or may be.
+    on_change: Callable[[], object]
     # Requests that the model runner meets with this step's output, and that have made tokens elsewhere: those.
     introduced: dict[str, list[int]]
     # The longest request that can ever have room here.
@@ -108,7 +114,8 @@ class Rank(Protocol):
 
     def refresh(self) -> None: ...
 
-    # A step. What begins on all ranks runs at once if they are elsewhere.
+    # A step. What begins on all ranks runs at once if they are elsewhere. To wait before it is ended is optional.
+    def wait(self) -> None: ...
     def begin_schedule(self, throttle_prefills: bool) -> None: ...
     def end_schedule(self) -> Part: ...
     def begin_update(self, part: Part, output: Any) -> None: ...

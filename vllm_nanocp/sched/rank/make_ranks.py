@@ -10,6 +10,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from ... import config as nanocp_config
 from . import rank_process
+from .cached_blocks import Whereabouts
 from .interface import Rank
 from .rank_spec import RankSpec
 from .remote_rank import RemoteRank
@@ -32,4 +33,5 @@ def make_ranks(spec: RankSpec, manager: StructuredOutputManager, mm_registry: An
     channels = rank_process.open_channels(specs)
     # Grammars are compiled where they are used.
     manager.grammar_init = lambda request: None  # type: ignore[method-assign]
-    return [RemoteRank(one.rank, channel, one.block_size) for one, channel in zip(specs, channels, strict=True)]
+    where: Whereabouts = {}
+    return [RemoteRank(one.rank, channel, one.block_size, where) for one, channel in zip(specs, channels, strict=True)]

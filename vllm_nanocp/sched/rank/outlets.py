@@ -114,6 +114,8 @@ class EngineOutlets:
         self._paths: list[str] | None = None
         self._version: Any = None
         self.connected = False
+        # What is to go to each outlet, by client.
+        self._foreign: dict[int, dict[int, list[EngineCoreOutput]]] = {}
 
     def note_paths(self, engine: Any, paths: Sequence[str]) -> None:
         """Called by the engine's output thread, once."""
@@ -136,7 +138,7 @@ class EngineOutlets:
     def forward(
         self, outputs: dict[int, EngineCoreOutputs], outlet_of: Mapping[str, int]
     ) -> dict[int, EngineCoreOutputs]:
-        """Hand what is foreign to its outlet.
+        """Take out what is foreign; ``send_foreign`` hands it to its outlets.
 
         Args:
             outputs: of one rank, by client: all, or if ranks send it themselves what it has kept back.
@@ -147,15 +149,20 @@ class EngineOutlets:
         """
         if not self.connected:
             return outputs
-        foreign: dict[int, dict[int, list[EngineCoreOutput]]] = {}
         for client, some in outputs.items():
             for output in some.outputs:
                 if output.request_id in outlet_of:
-                    foreign.setdefault(outlet_of[output.request_id], {}).setdefault(client, []).append(output)
+                    its = self._foreign.setdefault(outlet_of[output.request_id], {})
+                    its.setdefault(client, []).append(output)
             some.outputs = [output for output in some.outputs if output.request_id not in outlet_of]
-        for outlet, its in foreign.items():
-            self._ranks[outlet].forward(its)
         return {client: some for client, some in outputs.items() if some.outputs}
+
+    def send_foreign(self) -> None:
+        """Once all of a step is there, so that an outlet gets one message."""
+        if self._foreign:
+            foreign, self._foreign = self._foreign, {}
+            for outlet, its in foreign.items():
+                self._ranks[outlet].forward(its)
 
     def send_aborts(self, requests: Sequence[Request]) -> list[Request]:
         """Have those that the engine has aborted, and that have been on a rank, end by their outlets.
@@ -172,6 +179,7 @@ class EngineOutlets:
                 ending = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ABORT)
                 endings.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(ending)
         self.forward(endings, outlets)
+        self.send_foreign()
         return [request for request in requests if request.request_id not in outlets]
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes that run the ranks' schedulers.
 
-They are children of the engine's process, each at the end of a pipe. They end when the engine closes it, or soon after
-the engine's process has ended, however it did (``orphans.py``). One that dies ends the engine. They are started before
-the workers load the model, so that what they import is there when they are needed.
+They are children of the engine's process, each at the end of two pipes, one each way (a socket serves both, but takes
+half as long again for a message). They end when the engine closes these, or soon after the engine's process has ended,
+however it did (``orphans.py``). One that dies ends the engine. They are started before the workers load the model, so
+that what they import is there when they are needed.
 """
 
 from __future__ import annotations
@@ -55,10 +56,14 @@ signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from vllm_nanocp.sched.rank import orphans
-orphans.watch(int(sys.argv[3]))
+orphans.watch(int(sys.argv[4]))
 from vllm_nanocp.sched.rank import rank_process
-rank_process.run(int(sys.argv[2]))
+rank_process.run(int(sys.argv[2]), int(sys.argv[3]))
 """
+
+
+# What is read from, and what is written to.
+Ends = tuple[Connection, Connection]
 
 
 class Process(Protocol):
@@ -75,25 +80,26 @@ class Process(Protocol):
 
 
 class Pipe:
-    """The engine's end of a pipe to a process. A ``Channel``."""
+    """The engine's ends of the pipes to a process. A ``Channel``."""
 
-    def __init__(self, process: Process, end: Connection) -> None:
+    def __init__(self, process: Process, ends: Ends) -> None:
         self.process = process
         self.name = "a rank's scheduler process"
         self.closed = False
-        self._end = end
-        self._buffer = bytearray(1 << 16)
+        self._ends = ends
+        self._reads, self._writes = (end.fileno() for end in ends)
+        self._buffer = memoryview(bytearray(1 << 16))
 
     def send(self, message: bytes) -> None:
         """As ``Connection.send_bytes`` does, in one call of the system however long the message is."""
         try:
             if len(message) > _LONGEST:
-                self._end.send_bytes(message)
+                self._ends[1].send_bytes(message)
                 return
             frame = _LENGTH.pack(len(message)) + message
-            sent = os.write(self._end.fileno(), frame)
+            sent = os.write(self._writes, frame)
             while sent < len(frame):
-                sent += os.write(self._end.fileno(), frame[sent:])
+                sent += os.write(self._writes, frame[sent:])
         except OSError as error:
             raise self._gone() from error
 
@@ -112,15 +118,15 @@ class Pipe:
                 (length,) = _LONG.unpack_from(self._buffer, start)
                 start += _LONG.size
             if start + length > len(self._buffer):
-                self._buffer = self._buffer[:have] + bytes(start + length - have)
+                self._buffer = memoryview(bytearray(self._buffer[:have]) + bytes(start + length - have))
             while have < start + length:
                 have += self._read(have)
         except (EOFError, OSError) as error:
             raise self._gone() from error
-        return memoryview(self._buffer)[start : start + length]
+        return self._buffer[start : start + length]
 
     def _read(self, at: int) -> int:
-        count = os.readv(self._end.fileno(), [memoryview(self._buffer)[at:]])
+        count = os.readv(self._reads, [self._buffer[at:]])
         if not count:
             raise EOFError
         return count
@@ -134,12 +140,24 @@ class Pipe:
         """Let the process end; ``reap`` waits for it."""
         self.closed = True
         with contextlib.suppress(OSError):  # a process that was forked meanwhile may hold this end, too
-            self._end.send_bytes(b"")
-        self._end.close()
+            self._ends[1].send_bytes(b"")
+        self._reads = self._writes = -1  # the numbers may be others' soon
+        _close(self._ends)
 
 
-# Processes with this end of their pipes, until they have ended; guarded by the lock.
-_started: list[tuple[Process, Connection]] = []
+def make_pipes() -> tuple[Ends, Ends]:
+    """Two pipes: one side's ends of them, and the other's."""
+    (mine, their_out), (theirs, my_out) = make_pipe(duplex=False), make_pipe(duplex=False)
+    return (mine, my_out), (theirs, their_out)
+
+
+def _close(ends: Ends) -> None:
+    for end in ends:
+        end.close()
+
+
+# Processes with these ends of their pipes, until they have ended; guarded by the lock.
+_started: list[tuple[Process, Ends]] = []
 _lock = threading.Lock()
 # Started, and not in use yet.
 _ready: list[Pipe] = []
@@ -147,15 +165,15 @@ _ready: list[Pipe] = []
 _on_death: weakref.WeakMethod[Callable[[], None]] | None = None
 
 
-def start(theirs: Connection) -> Process:
-    """Start a process at the other end of a pipe."""
-    end = theirs.fileno()
+def start(theirs: Ends) -> Process:
+    """Start a process at the other ends of pipes."""
+    handles = [end.fileno() for end in theirs]
     path = json.dumps([folder for folder in sys.path if isinstance(folder, str)])
-    command = [sys.executable, "-c", _CODE, path, str(end), str(os.getpid())]
+    command = [sys.executable, "-c", _CODE, path, *map(str, handles), str(os.getpid())]
     # It inherits what this thread blocks, until it ignores it.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
-        return subprocess.Popen(command, pass_fds=[end], stdin=subprocess.DEVNULL)
+        return subprocess.Popen(command, pass_fds=handles, stdin=subprocess.DEVNULL)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
@@ -171,11 +189,11 @@ def launch(count: int, on_death: Callable[[], None] | None = None) -> None:
     _on_death = None if on_death is None else weakref.WeakMethod(on_death)
     _discard(count)
     while len(_ready) < count:
-        mine, theirs = make_pipe()
+        mine, theirs = make_pipes()
         try:
             pipe = Pipe(start(theirs), mine)
         finally:
-            theirs.close()
+            _close(theirs)
         with _lock:
             _started.append((pipe.process, mine))
         # Who forgets it instead of closing it has failed to start: let go of the process, too.
@@ -196,9 +214,9 @@ def _discard(keep: int) -> None:
             pipe.close()
 
 
-def _let_go(end: Connection) -> None:
-    if not end.closed:
-        end.close()
+def _let_go(ends: Ends) -> None:
+    if not ends[0].closed:
+        _close(ends)
         threading.Thread(target=reap, daemon=True, name="RankProcesses").start()
 
 
@@ -239,10 +257,10 @@ def _make_schedulers(pipes: Sequence[Pipe], specs: Sequence[RankSpec]) -> None:
 
 
 def reap() -> None:
-    """Wait for all whose pipe is closed, together and not for long."""
+    """Wait for all whose pipes are closed, together and not for long."""
     deadline = time.monotonic() + _GRACE_S
     with _lock:
-        ending = [one for one in _started if one[1].closed]
+        ending = [one for one in _started if one[1][0].closed]
         _started[:] = [one for one in _started if one not in ending]
     for process, _ in ending:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -283,22 +301,23 @@ def wait_for_an_end(processes: Sequence[Process]) -> None:
             os.close(handle)
 
 
-def run(handle: int) -> None:
+def run(reads: int, writes: int) -> None:
     """The process: make a scheduler, then obey until the pipe is closed.
 
     Args:
-        handle: of its end of the pipe.
+        reads: handle of its end of the pipe from the engine.
+        writes: of that to the engine.
     """
     from vllm.utils.system_utils import decorate_logs, set_process_title
 
-    end = Connection(handle)
+    ends = Connection(reads, writable=False), Connection(writes, readable=False)
     set_process_title("RankScheduler")
     decorate_logs("RankScheduler")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        _serve(end)
+        _serve(*ends)
 
 
-def _serve(end: Connection) -> None:
+def _serve(questions: Connection, answers: Connection) -> None:
     """A scheduler's life, prepared as vLLM's own processes are: plugins, environment, logs, title."""
     from vllm.envs import enable_envs_cache
     from vllm.logger import configure_logging_if_needed
@@ -307,7 +326,7 @@ def _serve(end: Connection) -> None:
     from vllm.utils.system_utils import decorate_logs, set_process_title
 
     load_general_plugins()
-    message = end.recv_bytes()
+    message = questions.recv_bytes()
     if not message:
         return
     try:
@@ -324,12 +343,14 @@ def _serve(end: Connection) -> None:
         maybe_attach_gc_debug_callback()
         enable_envs_cache()
     except Exception as error:
-        end.send_bytes(pickle.dumps(repr(error)))
+        answers.send_bytes(pickle.dumps(repr(error)))
         return
-    end.send_bytes(pickle.dumps(None))
+    answers.send_bytes(pickle.dumps(None))
     try:
-        while message := end.recv_bytes():
-            end.send_bytes(server.obey(message))
+        while message := questions.recv_bytes():
+            answer = server.obey(message)
+            if answer is not None:
+                answers.send_bytes(answer)
             server.after()
     finally:
         server.close()

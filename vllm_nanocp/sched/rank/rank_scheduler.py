@@ -220,6 +220,7 @@ class RankDoors(ViewDoors, ChunkDoors):
         if self._view is not None:
             held = len(self.held_blocks.get(request_id, ()))
             self._view.note_entered(request, held, to_share, self._manager.block_size)
+            self.on_change()
 
     def add_chunk(self, chunk: Request) -> None:
         """The next chunk of a session that is here, or the end of its input."""
@@ -356,6 +357,9 @@ class RankDoors(ViewDoors, ChunkDoors):
 
     def unwatch(self, request_id: str) -> None:
         """The copy is not looked at any more."""
+
+    def wait(self) -> None:
+        """Nothing runs by itself."""
 
     # -- a step, in two halves, as ranks elsewhere do it ---------------------------------------------------------
 

@@ -19,7 +19,7 @@ from .grammars import RankGrammars, end_by_grammar, grammar_begins
 from .interface import Part
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .stats import take_stats
-from .wire import Answer, News, RequestState, Scheduled, SessionState, state_of, unpack
+from .wire import UNANSWERED, Answer, News, RequestState, Scheduled, SessionState, state_of, unpack
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
@@ -72,16 +72,16 @@ class RankServer:
         self.do_unwatch(request_id)
         self._gone.append(request_id)
 
-    def obey(self, message: bytes) -> bytes:
+    def obey(self, message: bytes) -> bytes | None:
         """Do what a message says.
 
         Args:
             message: pickled; a list of (command, arguments).
 
         Returns:
-            The answer, pickled, with the last command's result.
+            The answer, pickled, with the last command's result; None if there is to be none.
         """
-        result = None
+        result, name = None, ""
         try:
             for name, args in pickle.loads(message):
                 own = getattr(self, f"do_{name}", None)
@@ -89,6 +89,8 @@ class RankServer:
         except Exception as error:
             news = News(error=f"{error!r}\n{traceback.format_exc()}")
             return Answer(None, self.scheduler.view.pack(), {}, tuple(news)).encode()
+        if name == UNANSWERED:
+            return None
         return Answer(result, self.scheduler.view.pack(), self._states(), self._news()).encode()
 
     def after(self) -> None:

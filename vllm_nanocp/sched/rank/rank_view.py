@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,6 @@ class RankView:
         kv_usage: part of the cache in use.
         adapters: those of requests that run there or are about to.
         max_adapters: how many may be active; None: as many as one likes.
-        changes: how often the numbers have been changed since they were taken.
     """
 
     total_blocks: int
@@ -72,7 +71,6 @@ class RankView:
     kv_usage: float
     adapters: frozenset[int]
     max_adapters: int | None
-    changes: int = field(default=0, compare=False)
 
     @property
     def spare_blocks(self) -> int:
@@ -85,11 +83,12 @@ class RankView:
         values: tuple[Any, ...] = _values(self)
         return values
 
-    def load(self, ahead: int = 0) -> RankLoad:
+    def load(self, ahead: int = 0, read_blocks: int | None = None) -> RankLoad:
         """What placement needs to know. Requests that wait without blocks count as if they had them.
 
         Args:
             ahead: sharded requests that will have their home here.
+            read_blocks: see ``RankLoad``.
         """
         batch = self.running + self.waiting + ahead + self.coming
         watermark = self.watermark if self.running else 0
@@ -99,6 +98,7 @@ class RankView:
             used_blocks=self.total_blocks - free,
             batch=batch,
             slots=self.slots + self.coming - batch - self.idle_sessions,
+            read_blocks=read_blocks,
             adapters=self.adapters,
             max_adapters=self.max_adapters,
             backlog=2 * max(0, self.prompt_tokens) // self.budget,
@@ -114,7 +114,6 @@ class RankView:
             block_size: tokens a block holds.
         """
         tokens, adapter = request.num_tokens, adapter_of(request)
-        self.changes += 1
         self.waiting += 1
         self.queued += 1
         self.unfinished += 1

@@ -19,13 +19,13 @@ from ...errors import NanoCPError
 from ...placement import cdiv
 from ...plan import Batch
 from ...step_messages import PackedOutput
-from .cached_blocks import CachedBlocks, Changes
+from .cached_blocks import CachedBlocks, Changes, Whereabouts
 from .grammars import note_grammar_begins
-from .interface import Decoding, Part
+from .interface import Decoding, Part, do_nothing
 from .rank_view import RankView
 from .sessions import keep_chunk
 from .stats import Updated
-from .wire import Answer, News, Scheduled, SessionState, apply, pack
+from .wire import UNANSWERED, News, Scheduled, SessionState, apply, pack
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
@@ -54,6 +54,7 @@ class RemoteRank:
         number: the rank's.
         channel: to the server.
         block_size: tokens a block holds.
+        where: the same for all ranks; kept up to date for this one here.
     """
 
     on_preempt: Callable[[str], None]
@@ -62,7 +63,8 @@ class RemoteRank:
     view: RankView
     most_tokens: int
 
-    def __init__(self, number: int, channel: Channel, block_size: int) -> None:
+    def __init__(self, number: int, channel: Channel, block_size: int, where: Whereabouts) -> None:
+        self.on_change: Callable[[], object] = do_nothing
         self.number = number
         self.channel = channel
         self.block_size = block_size
@@ -75,12 +77,13 @@ class RemoteRank:
         # Copies of the sessions here.
         self._sessions: dict[str, Request] = {}
         self._outgrown: list[str] = []
-        self._cached = CachedBlocks()
-        # Hashes of all blocks that are cached there.
-        self.cached_hashes = self._cached.hashes
+        # Where blocks are cached, on all ranks.
+        self.where = where
+        self._cached = CachedBlocks(where, number)
         self._none_hash: BlockHash | None = None
-        # What an answer is to come to.
+        # What an answer is to come to; and the answer, if it has come.
         self._asked = ""
+        self._frame: bytes | memoryview | None = None
         facts = self._call("facts")
         self.num_blocks, self.max_num_scheduled_tokens, self.most_tokens, self._kv_event_config = facts
 
@@ -102,8 +105,17 @@ class RemoteRank:
         self.channel.send(pickle.dumps(self._commands, -1))
         self._commands = []
 
+    def wait(self) -> None:
+        """Until the answer is there.
+
+        Who waits for the rank that was asked last, and then for the others, sleeps once, and not once a rank; and what
+        is then done for one after another is done from warm caches.
+        """
+        self._frame = self.channel.receive()
+
     def _hear(self) -> Any:
-        answer = Answer.decode(self.channel.receive())
+        frame, self._frame = self._frame, None
+        answer = pickle.loads(self.channel.receive() if frame is None else frame)
         asked = self._asked
         try:
             self._asked = ""
@@ -114,6 +126,7 @@ class RemoteRank:
 
     def _take(self, result: Any, view: Any, states: dict[str, Any], news: Any) -> Any:
         self.view = RankView(*view)
+        self.on_change()
         for request_id, state in states.items():
             watched = self._watched.get(request_id)
             if watched is not None:
@@ -198,6 +211,7 @@ class RemoteRank:
             self.view.free_blocks -= needed
             held = needed
         self.view.note_entered(request, held, to_share, self.block_size)
+        self.on_change()
 
     def _tell_none_hash(self) -> None:
         """vLLM chooses it when the schedulers are there already, and may draw it."""
@@ -297,9 +311,9 @@ class RemoteRank:
 
     def park(self, member_id: str, first_block: int) -> None:
         self._tell("park", member_id, first_block)
-        self.view.changes += 1
         self.view.running -= 1
         self.view.unfinished -= 1
+        self.on_change()
         self._forget(member_id)
 
     def withdraw(self, member_id: str) -> list[Any]:
@@ -323,10 +337,10 @@ class RemoteRank:
 
     def expect_no_more(self, request_id: str) -> None:
         self._tell("expect_no_more", request_id)
-        self.view.changes += 1
         self.view.coming -= 1
         self.view.free_blocks += 1
         self.view.slots += 1
+        self.on_change()
 
     def hand_over(self, request_id: str, keeper_id: str, first_block: int) -> None:
         begins = self._call("hand_over", request_id, keeper_id, first_block)
@@ -352,8 +366,10 @@ class RemoteRank:
         self._tell("set_weight_version", version)
 
     def forward(self, outputs: dict[int, list[EngineCoreOutput]]) -> None:
-        """Send what another rank has made for requests whose outlet is here. At once: there may be no next step."""
-        self._call("forward", outputs)
+        """Send what other ranks have made for requests whose outlet is here. At once: there may be no next step. But
+        nobody waits until it is done."""
+        self._ask(UNANSWERED, outputs)
+        self._asked = ""
 
     # -- what EngineCore asks ----------------------------------------------------------------------------------
 

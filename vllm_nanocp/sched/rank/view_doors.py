@@ -6,13 +6,14 @@ Touches vLLM 0.32's ``Scheduler``, ``KVCacheManager``, its coordinator and block
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import Request
 
 from .adapters import AdapterDoors
+from .interface import do_nothing
 from .rank_view import RankView
 from .sessions import SessionDoors, is_idle
 
@@ -24,6 +25,8 @@ class ViewDoors(SessionDoors, AdapterDoors):
     """Mixed into vLLM's scheduler: what is known of it between two steps."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # The numbers are others now, or may be.
+        self.on_change: Callable[[], object] = do_nothing
         super().__init__(*args, **kwargs)
         # Blocks that requests which wait here without any will share with others, by id.
         self.to_share: dict[str, int] = {}
@@ -39,6 +42,7 @@ class ViewDoors(SessionDoors, AdapterDoors):
     def refresh(self) -> None:
         """Take the numbers anew when they are asked for next."""
         self._view = None
+        self.on_change()
 
     def take_view(self) -> RankView:
         """The numbers, taken anew. Walks over this rank's requests, each once."""

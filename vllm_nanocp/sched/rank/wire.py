@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What goes between the scheduler over all ranks and the processes of the ranks' schedulers.
 
-A message to a rank is a list of commands, in order; the last one may ask for an answer. An answer carries, beside the
-result, what the rank has to say by itself. What goes in each step goes as plain tuples, which are decoded several times
-faster than objects. Touches vLLM 0.32's ``Request``, ``StructuredOutputRequest``.
+A message to a rank is a list of commands, in order; the last one is answered, unless it is ``UNANSWERED``. An answer
+carries, beside the result, what the rank has to say by itself. What goes in each step goes as plain tuples, which are
+decoded several times faster than objects. Touches vLLM 0.32's ``Request``, ``StructuredOutputRequest``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from .grammars import grammar_begins, note_grammar_begins
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
 
+# A command that nobody waits for. If something goes wrong with it, that is an answer to the next one.
+UNANSWERED = "forward"
 # Of a request, what is made anew at the other end.
 _REMADE = (
     "_block_hasher",

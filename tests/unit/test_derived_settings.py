@@ -262,7 +262,7 @@ def test_each_setting(tiny_model: str, setting: refusals.Setting) -> None:
 
 def test_flags_are_vllms(tiny_model: str) -> None:
     """And their defaults are not refused."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     for flag in FLAGS:

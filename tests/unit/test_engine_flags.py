@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import vllm_nanocp.plugin

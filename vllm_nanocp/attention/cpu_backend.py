@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -18,6 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from .. import compat
 from ..errors import refuse
 from .context import context
 from .cpu_partial import as_stored, attend_causal, attend_shard, gather_shard
@@ -26,6 +26,8 @@ from .families import CACHE_DTYPES
 from .family import attend
 from .merge import Partial
 from .supported import grouped_query_problem
+
+is_quantized_kv_cache = compat.quantized_kv_cache()
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -28,6 +28,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from .. import compat
 from ..errors import NanoCPConfigError
 from ..exchange.routes import Batch, Route
 from . import flash_pieces
@@ -42,6 +43,7 @@ from .flash_tables import ShardedRows, exact_tables, gather_tables, most_memory
 from .partial_rows import RowLayout, merge_rows, pack_pieces, warm_up
 from .supported import grouped_query_problem
 
+is_quantized_kv_cache = compat.quantized_kv_cache()
 _layers = itertools.count()
 
 

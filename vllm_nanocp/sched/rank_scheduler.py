@@ -49,6 +49,8 @@ class RankDoors(SessionDoors, AdapterDoors, ChunkDoors):
         # Blocks that requests which wait here without any will share with others, by id.
         self.to_share: dict[str, int] = {}
         self._view: RankView | None = None
+        # With one rank vLLM 0.33 would hold prompts back itself, beside ``PrefillCadence``.
+        self.local_prefill_interval = 1
 
     @property
     def view(self) -> RankView:

@@ -21,7 +21,11 @@ BY_HAND: dict[str, dict[str, str]] = {
         "vllm.v1.engine.EngineCoreRequest": "prompt_embeds prompt_token_ids sampling_params",
         "vllm.v1.engine.input_processor.InputProcessor": "vllm_config",
     },
-    "cli.py": {"vllm.entrypoints.cli.serve.ServeSubcommand": "validate", _ARGS: "additional_config data_parallel_size"},
+    "cli.py": {_ARGS: "additional_config data_parallel_size"},
+    "capacity.py": {
+        "vllm.v1.core.kv_cache_utils": "_auto_fit_max_model_len _check_enough_kv_cache_memory",  # 0.32
+        "vllm.v1.core.kv_cache_planning": "_auto_fit_max_model_len _check_enough_kv_cache_memory",  # 0.33
+    },
     "config.py": {_CONFIG: "additional_config"},
     "engine_config.py": {
         _ARGS: "additional_config distributed_executor_backend scheduler_cls worker_cls",
@@ -63,7 +67,6 @@ BY_HAND: dict[str, dict[str, str]] = {
         _CONFIG: "additional_config compute_hash parallel_config",
         _PARALLEL: "compute_hash data_parallel_size data_parallel_size_local tensor_parallel_size",
         "vllm.v1.engine.async_llm.AsyncLLM": "vllm_config",
-        "vllm.entrypoints.openai.api_server": "init_app_state",
     },
     "metrics/install.py": {"vllm.v1.metrics.loggers.StatLoggerManager": "engine_indexes stat_loggers"},
     "grammars.py": {"vllm.v1.structured_output.StructuredOutputManager": "_get_constraint_bounds"},

@@ -84,7 +84,8 @@ def touched(tree: Tree, uses: ours.Uses | None = None) -> dict[str, Touched]:
         for kind, files in kinds.items():
             for file in files:
                 found, whole = _cut(tree, name)
-                add(found, kind if whole else "reads", file)
+                is_value = (there := tree.find(found)) is not None and there.kind == "value"
+                add(found, "reads" if not whole else "sets" if kind == "replaces" and is_value else kind, file)
     for suffix, owner, name in declared():
         file = file_of(suffix, uses.attributes)
         for kind in uses.attributes[file].get(name, ()):

@@ -106,8 +106,14 @@ class _File:
         if isinstance(node, ast.Attribute):
             inner = self.resolve(node.value)
             return inner if inner is None or node.attr in _SAME else f"{inner}.{node.attr}"
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "inspect.unwrap":
-            return self.resolve(node.args[0])
+        if isinstance(node, ast.Call) and node.args:
+            function, first = ast.unparse(node.func), node.args[0]
+            if function == "inspect.unwrap":
+                return self.resolve(first)
+            if function in ("sys.modules.get", "importlib.import_module") and isinstance(first, ast.Constant):
+                return str(first.value)
+            if function == "getattr" and isinstance(node.args[1], ast.Constant) and (owner := self.resolve(first)):
+                return f"{owner}.{node.args[1].value}"
         return None
 
     def _bind(self, node: ast.stmt, scope: dict[str, str]) -> None:
@@ -122,9 +128,9 @@ class _File:
                 scope[alias.asname or alias.name] = ".".join([*source, alias.name])
         elif isinstance(node, ast.ClassDef):
             scope.setdefault(node.name, f"{self.module}.{node.name}")
-        elif isinstance(node, ast.Assign) and len(node.targets) == 1:
-            target, value = node.targets[0], node.value
-            pairs = [(target, value)]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            target, value = node.targets[0] if isinstance(node, ast.Assign) else node.target, node.value
+            pairs: list[tuple[ast.expr, ast.expr]] = [(target, value)]
             if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
                 pairs = list(zip(target.elts, value.elts, strict=True))
             for left, right in pairs:

@@ -397,7 +397,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("version", ["0.33.0", "0.25.1"])
+@pytest.mark.parametrize("version", ["0.34.0", "0.25.1"])
 def test_another_vllm(version: str, windowed_model: str) -> None:
     done = run([sys.executable, "-c", _AS_VERSION, version, "serve", windowed_model, *NANOCP])
     output = done.stdout + done.stderr

@@ -27,11 +27,15 @@ class Touched:
 
     Attributes:
         kinds: of ``ours.KINDS``, in that order.
-        files: of this package, sorted.
+        by_file: of this package, sorted, with the first of the kinds that a file does.
     """
 
     kinds: tuple[str, ...]
-    files: tuple[str, ...]
+    by_file: dict[str, str]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(self.by_file)
 
 
 @dataclass(frozen=True)
@@ -142,9 +146,10 @@ def _ancestors(name: str, uses: ours.Uses) -> set[str]:
 
 
 def _as_touched(kinds: Mapping[str, set[str]]) -> Touched:
-    files = sorted({file for each in kinds.values() for file in each})
     some = [kind for kind in ours.KINDS if kind in kinds]
-    return Touched(tuple(some if some == ["reads"] else [kind for kind in some if kind != "reads"]), tuple(files))
+    first = {file: kind for kind in reversed(some) for file in kinds[kind]}
+    said = some if some == ["reads"] else [kind for kind in some if kind != "reads"]
+    return Touched(tuple(said), dict(sorted(first.items())))
 
 
 def look(tree: Tree, name: str, kinds: tuple[str, ...]) -> str | None:

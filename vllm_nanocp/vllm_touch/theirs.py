@@ -330,6 +330,10 @@ def _own_members(cls: ast.ClassDef) -> dict[str, ast.AST]:
         and isinstance(node.value, ast.Name)
         and node.value.id == method.args.args[0].arg
     }
+    for node in ast.walk(cls):  # setattr(self, "name", ...), replace_parameter(self, "name", ...)
+        if isinstance(node, ast.Call) and len(node.args) > 2 and _dotted(node.args[0]) == "self":
+            if isinstance(node.args[1], ast.Constant) and isinstance(node.args[1].value, str):
+                own[node.args[1].value] = cls
     for node in _statements(cls.body):
         own.update(dict.fromkeys(_defined(node), node))
     return own

@@ -205,7 +205,8 @@ ENGINE = (
     Group(VLLM, "keeps the ranks' schedulers in the engine's process; refused with `scheduler_processes` set to `true`",
           "enable_logging_iteration_details"),
     Group(VLLM, "sleep and weights go through vLLM's calls to all workers",
-          "enable_sleep_mode sleep_mode_backend sleep_mode_offload_cudagraph sleep_preserve_parameter_names weight_transfer_config"),
+          "enable_sleep_mode sleep_mode_backend sleep_mode_offload_cudagraph sleep_preserve_parameter_names "
+          "weight_transfer_config"),
     Group(VLLM, "writes what a process is doing that has made no step for a while; the engine and each worker have one",
           "watchdog_config"),
     Group(VLLM, "for the ranks' agreement on batch sizes, where they still ask each other (LoRA with the V2 runner)",

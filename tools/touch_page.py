@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from vllm_nanocp.vllm_touch import manifest, ours
@@ -21,8 +22,8 @@ _HEAD = """# What is touched in vLLM
 
 <!-- Written by tools/touch_page.py: change the sources that it reads. -->
 
-{names} names of {modules} modules of vLLM {version}, as `python -m vllm_nanocp.vllm_touch --list` prints them, with the names of the other
-versions that are supported. For what follows from them see [the design](design.md#what-is-touched-in-vllm).
+{names} names of {modules} modules of vLLM {version}, as `python -m vllm_nanocp.vllm_touch --list` prints them, with the
+names of the other versions that are supported. For what follows see [the design](design.md#what-is-touched-in-vllm).
 
 | | | what is recorded of it, and compared |
 |---|---|---|
@@ -59,11 +60,8 @@ def page(tree: Tree, names: dict[str, manifest.Touched], uses: ours.Uses) -> str
     kinds = [one.kinds[0] for one in names.values()]
     counts = {kind: kinds.count(kind) for kind in ours.KINDS}
     modules = {_module(tree, name) for name in names}
-    text = [
-        _HEAD.format(
-            names=len(names), modules=len(modules), version=tree.version, other=counts["sets"] + counts["reads"], **counts
-        )
-    ]
+    counts["other"] = counts["sets"] + counts["reads"]
+    text = [_HEAD.format(names=len(names), modules=len(modules), version=tree.version, **counts)]
     for file in sorted({file for one in names.values() for file in one.files}):
         rows: dict[str, dict[str, list[str]]] = {}
         for name, one in names.items():
@@ -72,11 +70,13 @@ def page(tree: Tree, names: dict[str, manifest.Touched], uses: ours.Uses) -> str
                 rows.setdefault(module, {}).setdefault(one.by_file[file], []).append(name.removeprefix(f"{module}."))
         text.append(f"\n### `{file}`\n\n| of | |\n|---|---|\n")
         for module, by_kind in sorted(rows.items()):
-            said = "; ".join(
-                f"{kind} {', '.join(f'`{name}`' for name in sorted(by_kind[kind]))}" for kind in ours.KINDS if kind in by_kind
-            )
-            text.append(f"| `{module}` | {said} |\n")
+            said = [f"{kind} {_listed(by_kind[kind])}" for kind in ours.KINDS if kind in by_kind]
+            text.append(f"| `{module}` | {'; '.join(said)} |\n")
     return "".join(text) + _patches(uses)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
 def _module(tree: Tree, name: str) -> str:
@@ -92,12 +92,12 @@ def _patches(uses: ours.Uses) -> str:
     for file, name, known in uses.guards:
         rows.setdefault(file, {}).setdefault(name, set()).update(known)
     text = [
-        "\n## Guards of the patches\n\nA patch is applied only where these functions are as it was written for: the first 16 digits of the "
-        "SHA-256 of their source.\n\n| patch | function | source |\n|---|---|---|\n"
+        "\n## Guards of the patches\n\nA patch is applied only where these functions are as it was written for: the first "
+        "16 digits of the SHA-256 of their source.\n\n| patch | function | source |\n|---|---|---|\n"
     ]
     for file, functions in sorted(rows.items()):
         for name, known in sorted(functions.items()):
-            text.append(f"| `{Path(file).stem}` | `{name}` | {', '.join(f'`{digest}`' for digest in sorted(known))} |\n")
+            text.append(f"| `{Path(file).stem}` | `{name}` | {_listed(known)} |\n")
     return "".join(text)
 
 

@@ -91,7 +91,7 @@ def main() -> None:
                     owners.setdefault(owner, set()).add(member.name)
     rows = []
     for file, owners in sorted(found.items()):
-        lines = [f"  {json.dumps(owner)}: {json.dumps(' '.join(sorted(names)))}" for owner, names in sorted(owners.items())]
+        lines = [f'  "{owner}": "{" ".join(sorted(names))}"' for owner, names in sorted(owners.items())]
         if lines:
             rows.append(f"{json.dumps(file)}: {{\n" + ",\n".join(lines) + "\n}")
     INSTANCES.write_text("{\n" + ",\n".join(rows) + "\n}\n")

@@ -210,5 +210,6 @@ def test_the_command(tmp_path: Path) -> None:
     )
     assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()
-    assert any(line.startswith("vllm.v1.core.sched.scheduler.Scheduler ") and line.endswith("missing") for line in lines)
+    (line,) = [line for line in lines if line.startswith("vllm.v1.core.sched.scheduler.Scheduler ")]
+    assert line.endswith("missing")
     assert "vLLM 9.9.9" in done.stderr and "Traceback" not in done.stderr

@@ -207,8 +207,12 @@ class World:
     def check_requests(self) -> None:
         """The scheduler has what has come and has not ended, wherever that is: vLLM's engine asks (from 0.33 on)."""
         for name, ask in self.asks.items():
-            if self.scheduler.has_request(name) != (ask.comes <= self.now and name not in self.ended):
-                raise WorldError(f"{name} came at {ask.comes} of {self.now}; ended: {name in self.ended}")
+            if (held := self.held(name, ask)) is not None and self.scheduler.has_request(name) != held:
+                raise WorldError(f"{name} came at {ask.comes} of {self.now}; held: {not held} instead of {held}")
+
+    def held(self, name: str, ask: Ask) -> bool | None:
+        """Whether a request must be in the scheduler; None: it may be."""
+        return ask.comes <= self.now and name not in self.ended
 
     def check_each_load(self) -> None:
         """Whenever loads are asked for, for each placement of a step too, those kept are what one would find then."""

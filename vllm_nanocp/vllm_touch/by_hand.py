@@ -94,7 +94,9 @@ BY_HAND: dict[str, dict[str, str]] = {
         _LATENT: "attn_backend impl kv_cache_dtype",
         "vllm.v1.attention.backend.AttentionBackend": "get_impl_cls",
     },
-    "symmetric.py": {"vllm.platforms.cuda.NvmlCudaPlatform": "is_fully_connected visible_device_id_to_physical_device_id"},
+    "symmetric.py": {
+        "vllm.platforms.cuda.NvmlCudaPlatform": "is_fully_connected visible_device_id_to_physical_device_id",
+    },
     "graphs.py": {
         _CONFIG: "compilation_config lora_config model_config scheduler_config",
         _MODEL: "is_encoder_decoder",

@@ -249,7 +249,8 @@ def _undefined(tree: Tree, uses: ours.Uses) -> list[Break]:
             continue
         line = {name, *_ancestors(name, uses)}
         here = {method for each in line if each in uses.classes for method in uses.classes[each].methods}
-        bases = [base for each in line if each.startswith("vllm.") and (base := tree.find(each)) and base.kind == "class"]
+        bases = [base for each in line if each.startswith("vllm.") and (base := tree.find(each)) is not None]
+        bases = [base for base in bases if base.kind == "class"]
         wanted = {method for base in bases for method in tree.abstract(base)}
         # One of several bases may define what another wants.
         for method in sorted(wanted - here):

@@ -119,7 +119,8 @@ class _File:
     def _bind(self, node: ast.stmt, scope: dict[str, str]) -> None:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                scope[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+                root = alias.name.split(".")[0]
+                scope[alias.asname or root] = alias.name if alias.asname else root
         elif isinstance(node, ast.ImportFrom):
             source = ([*self.package[: len(self.package) - node.level + 1]] if node.level else []) + (
                 [node.module] if node.module else []

@@ -61,7 +61,8 @@ class Tree:
     def version(self) -> str:
         """Without what builds add (``+cpu``); "" where the source does not say."""
         self.module("vllm._version")
-        found = re.search(r"^(?:__version__ = )?version = '([^'+]+)", self._texts.get("vllm._version", ""), re.MULTILINE)
+        text = self._texts.get("vllm._version", "")
+        found = re.search(r"^(?:__version__ = )?version = '([^'+]+)", text, re.MULTILINE)
         return found[1] if found else ""
 
     # -- modules -------------------------------------------------------------------------------------------------
@@ -175,7 +176,8 @@ class Tree:
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
                 for key, value in zip(node.value.keys, node.value.values, strict=True):
                     if isinstance(key, ast.Constant) and key.value == name and isinstance(value, ast.Constant):
-                        return self.find(f"{module}{value.value}".replace(":", ".")) if ":" in str(value.value) else None
+                        relative = str(value.value)
+                        return self.find(f"{module}{relative}".replace(":", ".")) if ":" in relative else None
         return None
 
     def _local(self, module: str, dotted: str) -> Found | None:
@@ -252,7 +254,8 @@ class Tree:
         fields: dict[str, str] = {}
         for cls in reversed(self.bases(found)):
             assert isinstance(cls.node, ast.ClassDef)
-            if not _RECORDS & ({(_dotted(base) or "").split(".")[-1] for base in cls.node.bases} | _decorators(cls.node)):
+            bases = {(_dotted(base) or "").split(".")[-1] for base in cls.node.bases}
+            if not _RECORDS & (bases | _decorators(cls.node)):
                 continue
             for node in cls.node.body:
                 if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
@@ -332,8 +335,9 @@ def _own_members(cls: ast.ClassDef) -> dict[str, ast.AST]:
     }
     for node in ast.walk(cls):  # setattr(self, "name", ...), replace_parameter(self, "name", ...)
         if isinstance(node, ast.Call) and len(node.args) > 2 and _dotted(node.args[0]) == "self":
-            if isinstance(node.args[1], ast.Constant) and isinstance(node.args[1].value, str):
-                own[node.args[1].value] = cls
+            name = node.args[1]
+            if isinstance(name, ast.Constant):
+                own[str(name.value)] = cls
     for node in _statements(cls.body):
         own.update(dict.fromkeys(_defined(node), node))
     return own

@@ -92,8 +92,8 @@ def _patches(uses: ours.Uses) -> str:
     for file, name, known in uses.guards:
         rows.setdefault(file, {}).setdefault(name, set()).update(known)
     text = [
-        "\n## Guards of the patches\n\nA patch is applied only where these functions are as it was written for: the first "
-        "16 digits of the SHA-256 of their source.\n\n| patch | function | source |\n|---|---|---|\n"
+        "\n## Guards of the patches\n\nA patch is applied only where these functions are as it was written for: the "
+        "first 16 digits of the SHA-256 of their source.\n\n| patch | function | source |\n|---|---|---|\n"
     ]
     for file, functions in sorted(rows.items()):
         for name, known in sorted(functions.items()):

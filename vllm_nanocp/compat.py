@@ -40,15 +40,6 @@ def unsupported_reason(vllm_version: str) -> str | None:
     )
 
 
-def quantized_kv_cache() -> Callable[[str], bool]:
-    """vLLM's ``is_quantized_kv_cache``: of ``torch_utils`` in 0.32. Can go with 0.32."""
-    try:
-        from vllm.v1.kv_cache_interface import is_quantized_kv_cache
-    except ImportError:
-        from vllm.utils.torch_utils import is_quantized_kv_cache
-    return is_quantized_kv_cache
-
-
 def kv_cache_planning() -> tuple[Any, Callable[..., int]]:
     """The module that checks at start whether the KV cache is large enough, and its function for the bytes of a block:
     of ``kv_cache_utils`` in 0.32. Can go with 0.32.
@@ -58,7 +49,7 @@ def kv_cache_planning() -> tuple[Any, Callable[..., int]]:
         builder of configurations.
     """
     try:
-        from vllm.v1.core import kv_cache_planning
+        from vllm.v1.core import kv_cache_planning  # type: ignore[attr-defined]
     except ImportError:
         from vllm.v1.core import kv_cache_utils
 

@@ -16,8 +16,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from .. import compat
 from ..errors import refuse
 from .context import context
 from .cpu_partial import as_stored, attend_causal, attend_shard, gather_shard
@@ -26,8 +26,6 @@ from .families import CACHE_DTYPES
 from .family import attend
 from .merge import Partial
 from .supported import grouped_query_problem
-
-is_quantized_kv_cache = compat.quantized_kv_cache()
 
 
 @dataclass

@@ -27,8 +27,8 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from .. import compat
 from ..errors import NanoCPConfigError
 from ..exchange.routes import Batch, Route
 from . import flash_pieces
@@ -43,7 +43,6 @@ from .flash_tables import ShardedRows, exact_tables, gather_tables, most_memory
 from .partial_rows import RowLayout, merge_rows, pack_pieces, warm_up
 from .supported import grouped_query_problem
 
-is_quantized_kv_cache = compat.quantized_kv_cache()
 _layers = itertools.count()
 
 

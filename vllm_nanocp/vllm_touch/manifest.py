@@ -98,9 +98,9 @@ def touched(tree: Tree, uses: ours.Uses | None = None) -> dict[str, Touched]:
     for name, cls in uses.classes.items():
         for base in _bases(name, uses):
             for method in cls.methods:
-                owner = tree.definer(base, method) if base.startswith("vllm.") else None
-                if owner is not None and _is_function(tree, f"{owner}.{method}"):
-                    add(f"{owner}.{method}", "overrides", cls.file)
+                definer = tree.definer(base, method) if base.startswith("vllm.") else None
+                if definer is not None and _is_function(tree, f"{definer}.{method}"):
+                    add(f"{definer}.{method}", "overrides", cls.file)
     for file, name, _ in uses.guards:
         add(name, "reads", file)
     return {name: _as_touched(kinds) for name, kinds in sorted(names.items())}
@@ -163,7 +163,7 @@ def look(tree: Tree, name: str, kinds: tuple[str, ...]) -> str | None:
     if found.kind == "class":
         abstract = sorted(tree.abstract(found)) if "subclasses" in kinds else []
         called = tree.signature(found) if {"calls", "subclasses"} & set(kinds) else ""
-        return " ".join(filter(None, [called, abstract and f"abstract: {', '.join(abstract)}"]))
+        return " ".join(filter(None, [called, f"abstract: {', '.join(abstract)}" if abstract else ""]))
     return ""
 
 

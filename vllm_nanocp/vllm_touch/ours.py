@@ -111,9 +111,9 @@ class _File:
             if function == "inspect.unwrap":
                 return self.resolve(first)
             if function in ("sys.modules.get", "importlib.import_module") and isinstance(first, ast.Constant):
-                return str(first.value)
+                return first.value if isinstance(first.value, str) else None
             if function == "getattr" and isinstance(node.args[1], ast.Constant) and (owner := self.resolve(first)):
-                return f"{owner}.{node.args[1].value}"
+                return f"{owner}.{node.args[1].value!s}"
         return None
 
     def _bind(self, node: ast.stmt, scope: dict[str, str]) -> None:
@@ -162,7 +162,7 @@ class _File:
                 outer += [*node.decorator_list, *([node.returns] if node.returns else [])]
             for each in outer:
                 self._use(each, called)
-            body = [ast.Expr(node.body)] if isinstance(node, ast.Lambda) else node.body
+            body: list[ast.stmt] = [ast.Expr(node.body)] if isinstance(node, ast.Lambda) else node.body
             self._block(body, called, {arg.arg for arg in every if arg})
             return
         if isinstance(node, ast.ClassDef):

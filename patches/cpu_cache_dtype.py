@@ -8,7 +8,7 @@ and values overlap, and blocks in the second half of the cache are written behin
 memory of the process is overwritten. (In a 16-bit model the other 16-bit type is the same width; its numbers are kept
 in the model's type, which is right.)
 
-Versions: 0.32.0.
+Versions: 0.32.0, 0.33.0.
 
 Repair: keys and values are rounded to the cache's type before they are written, and attention is computed in that type
 and its result widened (vllm/v1/attention/backends/cpu_attn.py).

@@ -10,7 +10,7 @@ segmentation fault. An id of -1 writes before the first counter, so mapping the 
 do. The quantized CPU experts ignore the map as well, while telling the kernel selection that they
 support any parallel configuration.
 
-Versions: 0.32.0.
+Versions: 0.32.0, 0.33.0.
 
 Repair: the unquantized experts compute only the (token, expert) pairs whose expert is local. The
 pairs become rows of a top-1 problem for the same kernel, and their weighted results are summed per

@@ -7,7 +7,7 @@ neither of the two collectives which that manager calls: `all_gatherv` and `redu
 inherited from `DeviceCommunicatorBase`, where they raise a bare `NotImplementedError`. Any
 `--data-parallel-size` above 1 with a MoE model dies in its first forward pass.
 
-Versions: 0.32.0. Earlier ones have the same gap; later ones are served as long as the base
+Versions: 0.32.0, 0.33.0. Earlier ones have the same gap; later ones are served as long as the base
 class's signatures stay.
 
 Repair: both collectives over the group's gloo backend.

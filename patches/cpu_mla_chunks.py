@@ -8,7 +8,7 @@ same, but nothing in it needs this: prompts attend to what the cache holds of th
 as on GPUs, of which vLLM has the CPU parts (`gather_mla_context_cache_cpu`,
 `CPUSDPAMLAPrefillBackend.run_prefill_context_chunk`).
 
-Versions: 0.32.0.
+Versions: 0.32.0, 0.33.0.
 
 Repair: configurations of this package (`additional_config` has "nanocp") keep the three settings that they had when the
 platform was asked. Others in the same process are as upstream makes them, and so are models with sparse latent
@@ -31,7 +31,7 @@ from vllm_nanocp.patches._guard import Outcome, require_source
 
 _MODULE = "cpu_mla_chunks"
 _MARK = "_nanocp_patch"
-_KNOWN_CHECK: set[str] = {"65ae4960bdf28214"}  # 0.32.0
+_KNOWN_CHECK: set[str] = {"65ae4960bdf28214", "9f8dd07ab1101536"}  # 0.32.0; 0.33.0 (block sizes are chosen elsewhere)
 _KEY = "nanocp"
 logger = logging.getLogger(f"vllm.{_MODULE}")
 

@@ -13,7 +13,7 @@ with `enforce_eager` (which uses this kernel; `torch.compile` does not) its toke
 Rows that are not evenly apart ([batch, tokens, size] slices) and positions or rows whose elements are not adjacent are
 misread likewise. The other rotary embeddings of that folder compute in PyTorch on CPU and are right.
 
-Versions: 0.32.0.
+Versions: 0.32.0, 0.33.0.
 
 Repair: the kernel gets [tokens, heads * head_size], a view where one exists (then it is in place, as before), else a
 copy, and adjacent positions. Results have the shapes that were given.

@@ -9,7 +9,7 @@ warm-up; 0.32.0 fails at start:
 `torch._dynamo.exc.UserError: ... Could not guard on data-dependent expression ...`.
 Only `--enforce-eager` helps.
 
-Versions: 0.32.0.
+Versions: 0.32.0, 0.33.0.
 
 Repair: layers that exchange tokens with other ranks use the operator that GPUs use,
 `torch.ops.vllm.moe_forward` (or `moe_forward_shared`). Other layers are traced as before.

@@ -7,7 +7,7 @@ Wrong upstream: `CpuPlatform` (vllm/platforms/cpu.py) names no `ray_device_key`,
 it up among Ray's accelerators, where CPUs are not; and they start without the environment that decides, before Python
 runs, on OpenMP and memory allocation. Worker processes of the multiprocess executor inherit it.
 
-Versions: 0.32.0.
+Versions: 0.32.0, 0.33.0.
 
 Repair: a worker is one "CPU" of the placement group. An actor asks for nothing beyond its bundle, has no accelerators,
 and starts with the driver's `LD_PRELOAD` and `OMP_NUM_THREADS`.

@@ -8,7 +8,7 @@ rewinds the generator's offset. CPU generators have none:
 `RuntimeError: CPU Generator does not use offset`, in the worker, and the engine dies. One request with
 `seed` and a prompt longer than `--max-num-batched-tokens` is enough.
 
-Versions: 0.32.0.
+Versions: 0.32.0, 0.33.0.
 
 Repair: the CPU runner keeps the generator's state from before sampling for such rows, puts it back
 after, and hides those generators from the bookkeeping.

@@ -6,7 +6,7 @@ under a name, `...-cpushm_0` in /dev/shm, that is removed when the worker ends b
 by the engine when they take too long, or because one has failed. Nobody else removes the name, and the memory, 4 MiB a
 worker and tensor-parallel group, stays with it until the machine is started again.
 
-Versions: 0.32.0.
+Versions: 0.32.0, 0.33.0.
 
 Repair: once all workers of the group have mapped it, the one that made it removes its name. The memory goes with the
 last process that has it mapped.

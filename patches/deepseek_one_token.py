@@ -8,7 +8,7 @@ whether it has as many rows as there are positions. One token is one row either 
 the others with their padding, and the tokens are wrong. Compiled code assumes two tokens or more and always gathers,
 which is right.
 
-Versions: 0.32.0.
+Versions: 0.32.0, 0.33.0.
 
 Repair: a layer's result for one token is gathered at once, so that it is whole as the next layer takes it to be.
 

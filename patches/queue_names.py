@@ -8,7 +8,7 @@ itself. If that is killed, Python's resource tracker removes it, a process that 
 tracker is killed, too, as with the session or the process group. Then the name stays, and the memory with it, until the
 machine is started again.
 
-Versions: 0.32.0.
+Versions: 0.32.0, 0.33.0.
 
 Repair: `wait_until_ready` of the process that made a queue removes the names before it returns. The memory goes with
 the last process that has it mapped. Nobody opens it later than that: a reader on this machine subscribes after it has

@@ -6,7 +6,7 @@ readers through shared memory, but not of those through a socket: `dequeue` poll
 which is five minutes for a step. So when an actor of `RayExecutorV2` on another node dies, its monitor shuts down
 queues and executor at once, while the engine waits on for that actor's answer and its clients with it.
 
-Versions: 0.32.0.
+Versions: 0.32.0, 0.33.0.
 
 Repair: a reader through a socket looks once a second whether its queue has been shut down, and then raises
 `RuntimeError: cancelled`, as readers through shared memory do.

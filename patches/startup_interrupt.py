@@ -7,7 +7,7 @@ or Ctrl-C comes before it serves. It is lost: the server goes on to start as if 
 not yet been told what it is to know, both wait for each other until the engine is given up, after
 VLLM_ENGINE_READY_TIMEOUT_S, ten minutes.
 
-Versions: 0.32.0.
+Versions: 0.32.0, 0.33.0.
 
 Repair: the exception goes on once the socket is closed, so the client ends the engines and the server itself.
 

@@ -47,6 +47,22 @@ class Group:
         return self.fields.split()
 
 
+# Those that older versions of vLLM lack: by the first version that has them. Its rows of the page say so.
+SINCE = {
+    "0.33": "monokernel sleep_mode_backend watchdog_config reasoning_effort_map",
+}
+
+
+def known_in(version: str, groups: tuple[Group, ...]) -> list[str]:
+    """The arguments that are classified and that a version of vLLM has."""
+    newer = {name for since, names in SINCE.items() if _number(version) < _number(since) for name in names.split()}
+    return [name for group in groups for name in group.names if name not in newer]
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+
+
 # For each argument that is refused (also if only some of its values are): a value that is, and what the line has.
 REFUSED_VALUES: dict[str, tuple[list[str], str]] = {
     "pipeline_parallel_size": (["2"], "every layer"),
@@ -142,7 +158,7 @@ ENGINE = (
           "enable_batch_sharded_sampling offload_backend cpu_offload_gb cpu_offload_params offload_group_size "
           "offload_num_in_group offload_prefetch_step offload_params kv_cache_memory_bytes worker_extension_cls "
           "profiler_config enable_layerwise_nvtx_tracing jit_monitor_mode jit_monitor_verbose engram_config "
-          "distributed_timeout_seconds cpu_distributed_timeout_seconds enable_cumem_allocator "
+          "monokernel distributed_timeout_seconds cpu_distributed_timeout_seconds enable_cumem_allocator "
           "enable_nccl_comm_suspend device_ids enable_shm_tensor_arena"),
     Group(VLLM, "sampling is at a request's home, with vLLM's sampler; what it keeps of a request goes by the "
           "request's tokens, which go along when it moves",
@@ -189,7 +205,10 @@ ENGINE = (
     Group(VLLM, "keeps the ranks' schedulers in the engine's process; refused with `scheduler_processes` set to `true`",
           "enable_logging_iteration_details"),
     Group(VLLM, "sleep and weights go through vLLM's calls to all workers",
-          "enable_sleep_mode sleep_mode_offload_cudagraph sleep_preserve_parameter_names weight_transfer_config"),
+          "enable_sleep_mode sleep_mode_backend sleep_mode_offload_cudagraph sleep_preserve_parameter_names "
+          "weight_transfer_config"),
+    Group(VLLM, "writes what a process is doing that has made no step for a while; the engine and each worker have one",
+          "watchdog_config"),
     Group(VLLM, "for the ranks' agreement on batch sizes, where they still ask each other (LoRA with the V2 runner)",
           "disable_nccl_for_dp_synchronization"),
     Group(NOTHING, "there is one engine to log of", "aggregate_engine_logging"),
@@ -227,7 +246,7 @@ FRONT_END = (
           "tool_strict_level tool_server max_log_len enable_prompt_tokens_details enable_per_request_metrics "
           "enable_server_load_tracking enable_force_include_usage sse_keep_alive_interval "
           "enable_tokenizer_info_endpoint enable_log_outputs enable_log_deltas cohere_is_reasoning_model cohere_format "
-          "anthropic_disabled_thinking_effort log_error_stack enable_scale_out fingerprint_value "
+          "anthropic_disabled_thinking_effort reasoning_effort_map log_error_stack enable_scale_out fingerprint_value "
           "enable_flash_late_interaction"),
     Group(WORKS, "`full` names the ranks, as in stock", "fingerprint_mode",
           "unit/test_world_size.py::test_a_configuration_tells_of_all_ranks"),
@@ -236,12 +255,12 @@ FRONT_END = (
           "dp_supervisor_probe_failure_threshold"),
 )  # fmt: skip
 
-_HEAD = """# Engine arguments of vLLM 0.32
+_HEAD = """# Engine arguments of vLLM 0.32 and 0.33
 
 <!-- Written by tools/engine_flags.py: change it there. -->
 
 What each argument of vLLM's engine does with `--nanocp`. A test compares this list with vLLM's, so none is missing.
-Where a name begins with `_`, it is no flag.
+Where a name begins with `_`, it is no flag. Where a version is behind a name, older ones lack it.
 
 | | |
 |---|---|
@@ -249,7 +268,8 @@ Where a name begins with `_`, it is no flag.
 
 
 def _flag(name: str) -> str:
-    return f"`{name}`" if name.startswith("_") else "`--" + name.replace("_", "-") + "`"
+    since = "".join(f" ({version})" for version, names in SINCE.items() if name in names.split())
+    return (f"`{name}`" if name.startswith("_") else "`--" + name.replace("_", "-") + "`") + since
 
 
 def _refusal(name: str) -> str:

@@ -39,7 +39,7 @@ def assert_one_line(text: str, *parts: str) -> None:
 
 def parse_serve(flags: list[str]) -> Any:
     """Parse as ``vllm serve`` does."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     return make_arg_parser(FlexibleArgumentParser()).parse_args(["some-model", *flags])
@@ -397,12 +397,12 @@ main()
 """
 
 
-@pytest.mark.parametrize("version", ["0.33.0", "0.25.1"])
+@pytest.mark.parametrize("version", ["0.34.0", "0.25.1"])
 def test_another_vllm(version: str, windowed_model: str) -> None:
     done = run([sys.executable, "-c", _AS_VERSION, version, "serve", windowed_model, *NANOCP])
     output = done.stdout + done.stderr
     assert done.returncode == 2, output
-    assert_one_line(output, f"vLLM {version} is not supported", "supported: 0.32.0", "without --nanocp")
+    assert_one_line(output, f"vLLM {version} is not supported", "supported: 0.32.0, 0.33.0", "without --nanocp")
     assert "Traceback" not in output
 
 
@@ -412,7 +412,7 @@ import json, sys
 import vllm, vllm.version
 if sys.argv[2]:
     vllm.__version__ = vllm.version.__version__ = sys.argv[2]
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = make_arg_parser(FlexibleArgumentParser())
@@ -422,7 +422,10 @@ config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
 
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.core import kv_cache_utils
+try:
+    from vllm.v1.core import kv_cache_planning
+except ImportError:  # 0.32
+    from vllm.v1.core import kv_cache_utils as kv_cache_planning
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.input_processor import InputProcessor
@@ -443,7 +446,7 @@ print("RESULT", json.dumps({
         [function.__module__, function.__qualname__, function.__code__.co_filename.rsplit("site-packages")[-1]]
         for function in (
             InputProcessor.process_inputs, EngineCore.__init__, Scheduler.schedule, GPUModelRunner.execute_model,
-            kv_cache_utils._check_enough_kv_cache_memory, kv_cache_utils._auto_fit_max_model_len,
+            kv_cache_planning._check_enough_kv_cache_memory, kv_cache_planning._auto_fit_max_model_len,
         )
     ],
     "methods": [sorted(vars(some)) for some in (InputProcessor, EngineCore, Scheduler, CpuCommunicator)],
@@ -465,7 +468,7 @@ def stock_without_plugin(windowed_model: str) -> dict[str, Any]:
     return what_is_changed(windowed_model, "", "nanocp_metadata_alias")
 
 
-@pytest.mark.parametrize("version", ["", "0.33.0"])
+@pytest.mark.parametrize("version", ["", "0.34.0"])
 def test_without_the_flag_nothing_is_changed(
     version: str, windowed_model: str, stock_without_plugin: dict[str, Any]
 ) -> None:

@@ -121,8 +121,8 @@ def test_the_key_guards_what_it_guards_in_vllm(guarded: tuple[Server, Path]) -> 
 
 def test_the_plugin_adds_no_routes() -> None:
     """So there is nothing of its own that would have to be guarded."""
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from vllm_nanocp import plugin

@@ -175,7 +175,7 @@ batches = st.one_of(
 def stock_answer(manager: Any, worlds: list[Batch], rank: int) -> Any:
     """vLLM's functions, with an all-reduce that knows what the others would put in."""
 
-    def contributions(tensor: torch.Tensor, group: Any) -> None:
+    def contributions(tensor: torch.Tensor, group: Any = None) -> None:
         for other, batch in enumerate(worlds):
             if other == rank:
                 continue
@@ -187,8 +187,11 @@ def stock_answer(manager: Any, worlds: list[Batch], rank: int) -> Any:
             tensor[2][other], tensor[3][other], tensor[5][other] = uniform or 0, -1, batch.num_reqs
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dp_utils, "get_dp_group", lambda: SimpleNamespace(cpu_group=None))
-        patch.setattr(dp_utils.dist, "all_reduce", contributions)
+        patch.setattr(
+            dp_utils, "get_dp_group", lambda: SimpleNamespace(cpu_group=None, cpu_all_reduce_=contributions)
+        )
+        if hasattr(dp_utils, "dist"):  # 0.32
+            patch.setattr(dp_utils.dist, "all_reduce", contributions)
         mine = worlds[rank]
         return dp_utils.dispatch_cg_and_sync_dp(
             manager, mine.num_reqs, mine.num_tokens, 1 if mine.decode else None, len(worlds), rank

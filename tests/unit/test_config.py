@@ -183,19 +183,19 @@ def test_a_parsed_configuration_survives_json(raw: dict[str, Any]) -> None:
     assert parse(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1", "0.32.0.post1", "0.32.0rc1"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1", "0.32.0.post1", "0.32.0rc1", "0.33.0", "0.33.1"])
 def test_supported_versions(version: str) -> None:
     assert unsupported_reason(version) is None
 
 
 @pytest.mark.parametrize(
-    "version", ["0.33.0", "0.33.0+cpu", "0.25.1", "0.31.9", "1.32.0", "0.320.0", "1", "0", "dev", "", "v0.32.0"]
+    "version", ["0.34.0", "0.34.0+cpu", "0.25.1", "0.31.9", "1.32.0", "0.320.0", "1", "0", "dev", "", "v0.32.0"]
 )
 def test_unsupported_versions(version: str) -> None:
     reason = unsupported_reason(version)
     assert reason is not None and "\n" not in reason
-    assert reason.startswith(f"nanocp: vLLM {version} is not supported (supported: 0.32.0)")
-    assert "install vllm==0.32.0" in reason and "without --nanocp" in reason
+    assert reason.startswith(f"nanocp: vLLM {version} is not supported (supported: 0.32.0, 0.33.0)")
+    assert "install vllm==0.33.0" in reason and "without --nanocp" in reason
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_ranks_share_all_cores_whatever_the_number_of_api_servers(monkeypatch: p
     monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
     monkeypatch.setattr("vllm.utils.cpu_resource_utils.get_allowed_cpu_list", lambda: cores)
-    monkeypatch.setattr("vllm.utils.cpu_resource_utils.get_visible_memory_node", lambda: [0])
+    monkeypatch.setattr("vllm.utils.cpu_resource_utils.get_visible_memory_node", lambda *_: [0])
     bound: list[int] = []
 
     def start(executor: NanoCPMultiprocExecutor) -> None:
@@ -33,7 +33,12 @@ def test_ranks_share_all_cores_whatever_the_number_of_api_servers(monkeypatch: p
 
     monkeypatch.setattr(MultiprocExecutor, "_init_executor", start)
     for api_servers in (1, RANKS, 4):
-        parallel = SimpleNamespace(_api_process_count=api_servers, local_world_size=RANKS, data_parallel_rank_local=0)
+        parallel = SimpleNamespace(
+            _api_process_count=api_servers,
+            local_world_size=RANKS,
+            data_parallel_rank_local=0,
+            assigned_physical_gpu_ids=None,
+        )
         executor = NanoCPMultiprocExecutor.__new__(NanoCPMultiprocExecutor)
         executor.parallel_config = parallel  # type: ignore[assignment]
         executor.vllm_config = SimpleNamespace(parallel_config=parallel, kv_transfer_config=None)  # type: ignore[assignment]

@@ -87,6 +87,9 @@ class OutletWorld(SessionWorld):
                 self.left.add(name)
                 self.counts["aborts"] += 1
 
+    def held(self, name: str, ask: Any) -> bool | None:
+        return False if ask.comes > self.now else None  # clients learn of an ending later
+
     def deliver(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for item in outputs.items():
             self.engine.output_queue.put_nowait(item)

@@ -116,6 +116,9 @@ def steps_of_stock(config: Any, interval: int, ranks: dict[str, int]) -> Steps:
     sizes = shape()
     config = sizes.config(with_interval(config, interval), False)
     kv_cache_config = sizes.scheduler(config, False).kv_cache_config
+    # Where vLLM's engines do not keep the cadence together, its schedulers do from 0.33 on, each for itself.
+    config.parallel_config = copy(config.parallel_config)
+    config.parallel_config.data_parallel_size = RANKS
     stock = [StockRank(config, kv_cache_config) for _ in range(RANKS)]
     engine = SimpleNamespace(prefill_schedule_interval=interval, step_counter=0)
     steps: Steps = []

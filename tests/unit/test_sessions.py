@@ -123,6 +123,11 @@ class SessionWorld(World):
         super().abort(now)
         self.left |= self.ended - before
 
+    def held(self, name: str, ask: Ask) -> bool | None:
+        if isinstance(ask, SessionAsk) and name not in self.left and self.finishes[name] >= ask.served:
+            return None  # until its input ends, or it is told that it has no room
+        return super().held(name, ask)
+
     def check_nothing_left(self) -> None:
         super().check_nothing_left()
         self.counts["gave way"] += sum(map(rank_insides.give_ups, self.scheduler.ranks))

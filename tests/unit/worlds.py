@@ -141,6 +141,7 @@ class World:
     def step(self) -> None:
         """As ``EngineCore.step`` and ``step_with_batch_queue`` do."""
         self.clock += self.rng.uniform(0.004, 0.01)
+        self.check_requests()
         if self.scheduler.has_requests():
             self.check_loads()
             output = self.scheduler.schedule()
@@ -204,6 +205,16 @@ class World:
             self.scheduler.set_pause_state(self.rng.choice([PauseState.PAUSED_ALL, PauseState.PAUSED_NEW]))
             return self.now + self.rng.randint(1, 30)
         return until
+
+    def check_requests(self) -> None:
+        """The scheduler has what has come and has not ended, wherever that is: vLLM's engine asks (from 0.33 on)."""
+        for name, ask in self.asks.items():
+            if (held := self.held(name, ask)) is not None and self.scheduler.has_request(name) != held:
+                raise WorldError(f"{name} came at {ask.comes} of {self.now}; held: {not held} instead of {held}")
+
+    def held(self, name: str, ask: Ask) -> bool | None:
+        """Whether a request must be in the scheduler; None: it may be."""
+        return ask.comes <= self.now and name not in self.ended
 
     def check_each_load(self) -> None:
         """Whenever loads are asked for, for each placement of a step too, those kept are what one would find then."""

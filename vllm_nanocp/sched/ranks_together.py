@@ -28,6 +28,7 @@ class RanksTogether(SchedulerInterface):
     """Of vLLM's scheduler interface, what only sums up or passes on. ``NanoCPScheduler`` has the attributes."""
 
     ranks: list[Rank]
+    requests: dict[str, Request]
     unplaced: dict[str, Request]
     members: Members
     mover: Moves
@@ -57,6 +58,10 @@ class RanksTogether(SchedulerInterface):
         self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
     ) -> None:
         raise NotImplementedError("nanocp: speculative decoding is not supported")
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether a request, or an open session, is here: queued for all ranks, at one, sharded or on its way."""
+        return request_id in self.requests
 
     def get_num_unfinished_requests(self) -> int:
         waiting = len(self.unplaced) if self._pause_state == PauseState.UNPAUSED else 0

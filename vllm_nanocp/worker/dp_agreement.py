@@ -2,7 +2,7 @@
 """What the ranks would ask each other before a step, from the step plan that all of them have.
 
 Stock vLLM agrees on batch sizes and graphs with one all-reduce a step: ``vllm/v1/worker/gpu/dp_utils.py`` (V2) and
-``vllm/v1/worker/dp_utils.py`` (V1) of 0.32. One scheduler knows all batches, so each rank computes what the others
+``vllm/v1/worker/dp_utils.py`` (V1). One scheduler knows all batches, so each rank computes what the others
 would have answered. ``tests/unit/test_agreement.py`` holds this against vLLM's own functions.
 """
 
@@ -15,6 +15,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 
+from .. import compat
 from ..plan import Batch
 from .sharded_graphs import ShardedCapture, ShardedDescriptor
 
@@ -48,7 +49,8 @@ def agree(
         tokens = torch.tensor([batch.num_tokens for batch in batches], dtype=torch.int32)
         return desc, DPSyncState(tokens, uniform, eager=True, num_reqs=max(b.num_reqs for b in batches))
     tokens = torch.full((len(batches),), desc.num_tokens, dtype=torch.int32)
-    padded = desc.num_reqs if desc.cg_mode == CUDAGraphMode.FULL else None
+    full = desc.cg_mode == CUDAGraphMode.FULL and compat.agreed_requests_are_padded()
+    padded = desc.num_reqs if full else None
     most_reqs = padded or max(batch.num_reqs for batch in batches)
     return desc, DPSyncState(tokens, uniform, eager=False, num_reqs=most_reqs)
 

@@ -13,13 +13,13 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
-from vllm.v1.executor.ray_utils import available_resources_per_node
 
 from ... import config as nanocp_config
 from ... import patches

@@ -42,6 +42,8 @@ class RankDoors(ViewDoors, ChunkDoors):
         self._strangers: set[str] = set()
         # Those that it meets with this step's output: their tokens so far, by id.
         self.introduced: dict[str, list[int]] = {}
+        # With one rank vLLM 0.33 would hold prompts back itself, beside ``PrefillCadence``.
+        self.local_prefill_interval = 1
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.refresh()

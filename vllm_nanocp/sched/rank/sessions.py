@@ -3,8 +3,8 @@
 
 vLLM's scheduler queues chunks at the request itself and goes on with the next one where the last ended. Three things
 are missing for several ranks: a session may wait for a rank when a chunk comes, its last tokens may come when it has
-just been preempted (vLLM then drops its prompt and never schedules it again), and it may outgrow its rank. Touches
-vLLM 0.32's ``Scheduler``.
+just been preempted (vLLM 0.32 then drops its prompt and never schedules it again; 0.33 queues it at its rank, where no
+room is kept for it), and it may outgrow its rank. Touches vLLM's ``Scheduler``.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def keep_chunk(session: Request, chunk: Request) -> None:
 class SessionDoors(_Base):
     """Mixed into vLLM's scheduler: sessions in every state that several ranks bring about."""
 
-    # A session of this id has made its tokens after a preemption, and is idle, or has its next chunk. vLLM has taken it
-    # out of the rank's queues.
+    # A session of this id has made its tokens after a preemption, and is idle, or has its next chunk. It is in none of
+    # the rank's queues.
     on_turn: Callable[[str, bool], None]
     # The longest request that can ever have room here.
     most_tokens: int
@@ -106,6 +106,7 @@ class SessionDoors(_Base):
         outputs = super().update_from_output(*args, **kwargs)
         for session in self._preempted_turns:
             if session.request_id in self.requests:
+                self.take_from_queues(session.request_id)  # where 0.33 has put it; 0.32 has lost it
                 self.on_turn(session.request_id, is_idle(session))
         self._preempted_turns.clear()
         return outputs
@@ -161,3 +162,7 @@ class SessionDoors(_Base):
 
     def refresh(self) -> None:
         """What was known of this rank has changed."""
+
+    def take_from_queues(self, request_id: str) -> None:
+        """Out of the waiting queues; ``RankDoors`` knows them."""
+        raise NotImplementedError

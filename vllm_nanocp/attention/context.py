@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +14,6 @@ from ..exchange import Exchange
 
 if TYPE_CHECKING:
     from ..exchange.routes import Routes
-    from .fixed_tables import CapturedTables
 
 
 @dataclass
@@ -126,7 +125,7 @@ class AttentionContext:
     exchange: set once the process groups exist.
     capacities: of the graphs and tables of fixed size, ascending; see ``worker.graphs.capacities``.
     routes: of the routed exchange, by capacity; empty without it.
-    tables: of fixed size, by capacity.
+    tables: of fixed size, by capacity; which ones, the family says.
     step: None in a step without sharded rows, which then is stock vLLM.
     reserve: called by each layer while vLLM measures how much memory a step needs, for its dummy step visits no shard;
         takes up what one would that does.
@@ -135,7 +134,7 @@ class AttentionContext:
     exchange: Exchange | None = None
     capacities: tuple[int, ...] = ()
     routes: dict[int, Routes] = field(default_factory=dict)
-    tables: dict[int, CapturedTables] = field(default_factory=dict)
+    tables: dict[int, Any] = field(default_factory=dict)
     step: ShardedStep | None = None
     reserve: Callable[[], None] | None = None
 

@@ -13,6 +13,7 @@ CACHE_DTYPES: dict[tuple[bool, bool], tuple[str, ...]] = {
     (False, False): ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
     (False, True): ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
     (True, False): ("auto",),
+    (True, True): ("auto",),
 }
 
 
@@ -25,6 +26,10 @@ def family_of(vllm_config: Any) -> Family:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
+        if vllm_config.model_config.use_mla:
+            from .flash_mla_backend import LatentOnHopper
+
+            return LatentOnHopper(vllm_config)
         from .flash_backend import GroupedQueryOnHopper
 
         return GroupedQueryOnHopper(vllm_config)

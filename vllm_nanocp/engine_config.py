@@ -93,6 +93,12 @@ def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
         )
     if cuda:
         refuse_latent_on_gpus(instead)
+        if vllm_config.compilation_config.pass_config.fuse_attn_quant:  # vLLM's default for quantised models
+            refuse(
+                "latent attention whose output is quantised (fuse_attn_quant) with max_degree above 1",
+                "partial results are merged before they may be rounded so",
+                "add -cc.pass_config.fuse_attn_quant=false",
+            )
         return
     if torch.cpu._is_amx_tile_supported() and vllm_config.attention_config.backend != AttentionBackendEnum.CPU_MLA:
         refuse(

@@ -4,15 +4,39 @@ tables of a step's own size and with the fixed ones of captured graphs. On GPUs:
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.v1.attention.backends import fa_utils
 
-from tests.unit.flash_latent_steps import run_modes
-from tests.unit.latent_steps import latent_shape
+from tests.unit.flash_latent_steps import (
+    FlashAttnMLAImpl,
+    NanoCPFlashAttnMLABackend,
+    bare_family,
+    make_layer,
+    make_prefill,
+    run_modes,
+    sizes_of,
+)
+from tests.unit.latent_steps import CPU, LatentShape, bare_layer, latent_shape
 from tests.unit.processes import run_ranks
+
+from vllm.v1.attention.backends.mla import flashattn_mla  # isort: skip  # importable once there is a reference
+from vllm_nanocp.attention import flash_latent, flash_mla
+from vllm_nanocp.attention.context import context
+from vllm_nanocp.attention.flash_latent import Absorbed, Latents, Piece, Projected, attend
+from vllm_nanocp.attention.flash_pieces import ShardLaunch
+from vllm_nanocp.attention.latent_fixed import FixedLatentTables, pieces_of
+from vllm_nanocp.attention.latent_sizes import LatentSizes
+from vllm_nanocp.attention.latent_tables import PROJECTED, most_memory, projected_at_once
+from vllm_nanocp.attention.partial_rows import RowLayout
+from vllm_nanocp.attention.supported import check_layers
+from vllm_nanocp.errors import NanoCPConfigError
 
 SHAPES = [
     latent_shape(4, 32, 32, dtype=torch.bfloat16),
@@ -71,3 +95,206 @@ def test_other_numbers_of_ranks(ranks: int) -> None:
     results = run_ranks(ranks, run_modes, modes, seconds=200)
     for mode in modes:
         assert check(results, mode)["sharded decode"] >= 3
+
+
+# -- The parts ------------------------------------------------------------------------------------------------------
+
+
+def held_here(shape: LatentShape, tokens: int) -> tuple[Latents, torch.Tensor]:
+    """A cache whose last blocks hold some latents, in reverse order, and else NaN; and these latents."""
+    layer, blocks = make_layer(shape, CPU), -(-tokens // 16)
+    latents = torch.randn(tokens, shape.rank + shape.rotated, generator=torch.Generator().manual_seed(tokens))
+    latents = latents.to(shape.dtype)
+    cache = torch.full(shape.cache_size(blocks + 3), float("nan"), dtype=shape.dtype)
+    for at in range(tokens):
+        cache[blocks + 2 - at // 16, at % 16] = latents[at]
+    project = lambda x: layer.kv_b_proj(x)[0]  # noqa: E731
+    return Latents(cache, layer.W_UK_T, layer.W_UV, project, shape.scale, sizes_of(shape)), latents
+
+
+def queries_of(shape: LatentShape, count: int) -> torch.Tensor:
+    made = torch.randn(count, shape.num_heads, shape.head_size, generator=torch.Generator().manual_seed(count))
+    return made.to(shape.dtype)
+
+
+def over(shape: LatentShape, queries: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In float64, every query over all: outputs and log-sum-exps."""
+    keys, values = shape.projected(latents[:, None])
+    scores = torch.einsum("qhd,khd->qhk", queries.double(), keys) * shape.scale
+    return torch.einsum("qhk,khd->qhd", scores.softmax(-1), values), scores.logsumexp(-1)
+
+
+def rows_for(shape: LatentShape, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = RowLayout(shape.num_heads, shape.value_size)
+    rows = layout.empty(count, CPU).fill_(float("nan"))
+    return layout.outputs(rows), layout.lses(rows)
+
+
+def test_rows_without_keys_weigh_nothing() -> None:
+    """Whatever the kernel says of them: it leaves NaN and, by the row, -inf, inf or a number."""
+    shape = SHAPES[0]
+    held, latents = held_here(shape, 40)
+    lengths = torch.tensor([0, 0, 0, 33, 0, 0], dtype=torch.int32)
+    launch = ShardLaunch(
+        num_queries=6,
+        query_starts=torch.arange(7, dtype=torch.int32),
+        lengths=lengths,
+        block_table=torch.tensor([5, 4, 3], dtype=torch.int32).expand(6, 3),
+        max_queries=1,
+        max_length=48,
+        causal=False,
+        max_pieces=1,
+    )
+    queries, (outputs, lses) = queries_of(shape, 6), rows_for(shape, 6)
+    attend(queries, held, Absorbed(slice(0, 6), launch, lengths == 0), outputs, lses)
+    expected, lse = over(shape, queries[3:4], latents[:33])
+    torch.testing.assert_close(outputs[3:4].double(), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lses[3:4].double(), lse, rtol=1e-2, atol=1e-2)
+    assert (lses[[0, 1, 2, 4, 5]] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("together", [3, 1024])
+def test_projected_in_pieces(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that begins within a block among them; the result is merged some queries at a time."""
+    monkeypatch.setattr(flash_latent, "TOGETHER", together)
+    shape, count = SHAPES[0], 10
+    held, latents = held_here(shape, 75)
+    blocks = torch.tensor([7, 6, 5, 4, 3], dtype=torch.int32)
+    spans = [(0, 32), (32, 21), (53, 22)]
+    pieces = [
+        Piece(blocks[a // 16 :][: -(-(a % 16 + n) // 16)], a % 16, n, torch.tensor([0, n], dtype=torch.int32), False)
+        for a, n in spans
+    ]
+    queries, (outputs, lses) = queries_of(shape, count + 2), rows_for(shape, count + 2)
+    work = Projected(slice(1, count + 1), torch.tensor([0, count], dtype=torch.int32), pieces)
+    attend(queries, held, work, outputs, lses)
+    expected, lse = over(shape, queries[1:-1], latents)
+    torch.testing.assert_close(outputs[1:-1].double(), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lses[1:-1].double(), lse, rtol=1e-2, atol=1e-2)
+    assert outputs[[0, -1]].isnan().all(), "those of others are left alone"
+
+
+def test_what_is_projected() -> None:
+    """By multiplications for a key and head; a query's own keys begin where what it has seen before ends."""
+    sizes = LatentSizes(16, 128, 64, 512, 128)
+    assert sizes.absorbs(170) and not sizes.absorbs(171)
+    per_token = 16 * sizes.projected_size * 2
+    at_once = projected_at_once(sizes, 16, torch.bfloat16)
+    assert at_once % 16 == 0 and at_once * per_token <= PROJECTED < (at_once + 16) * per_token
+    assert projected_at_once(LatentSizes(10**6, 128, 64, 512, 128), 16, torch.bfloat16) == 16
+
+
+def test_pieces_of_a_fixed_launch_fit() -> None:
+    """A launch over places has float32 results for each piece, which stay within 1 GiB."""
+    for heads in (16, 128):
+        sizes = LatentSizes(heads, 128, 64, 512, 128)
+        for places in (2, 80, 320, 1280):
+            pieces = pieces_of(places, sizes)
+            assert 1 <= pieces <= 32 and (pieces == 1 or pieces * places * heads * 512 * 4 <= 1 << 30)
+    assert pieces_of(80, LatentSizes(128, 128, 64, 512, 128)) == 32
+
+
+def test_memory_grows_with_what_visits() -> None:
+    sizes = LatentSizes(128, 128, 64, 512, 128)
+    four, two = (most_memory(n, 8192, 65536, sizes, torch.bfloat16) for n in (4, 2))
+    row = 128 * 192 * 2 + 4 * RowLayout(128, 128).size
+    assert four - two == 4 * 8192 * row
+    assert most_memory(4, 8192, 1 << 20, sizes, torch.bfloat16) > four, "what vLLM projects at a time counts, too"
+
+
+def test_fixed_tables_begin_at_multiples_of_16_bytes() -> None:
+    tables = FixedLatentTables(5, 3, 7, 40, sizes_of(SHAPES[0]), 16, torch.bfloat16, CPU)
+    parts = list(tables._at)
+    assert all(part.data_ptr() % 16 == 0 for part in parts)
+    spans = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in parts)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+def test_a_step_that_only_measures_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's dummy step has no metadata; a layer takes up what a sharded step would."""
+    taken: list[str] = []
+    monkeypatch.setattr(context, "reserve", lambda: taken.append("reserved"))
+    layer = bare_layer(SHAPES[0], NanoCPFlashAttnMLABackend, FlashAttnMLAImpl)
+    layer.forward_impl = lambda *_, **__: taken.append("stock")
+    bare_family(SHAPES[0]).attach({"l": layer})
+    layer.forward_impl(None, None, None, None, None, output=torch.zeros(1), q_dcp_replicated=None)
+    assert taken == ["reserved", "stock"]
+
+
+Results = tuple[torch.Tensor, torch.Tensor]
+
+
+def other_base(out: torch.Tensor, lse: torch.Tensor) -> Results:
+    return out, lse * 1.4426950408889634
+
+
+def other_order(out: torch.Tensor, lse: torch.Tensor) -> Results:
+    return out, lse.T.contiguous()
+
+
+def narrow(out: torch.Tensor, lse: torch.Tensor) -> Results:
+    return out, lse.to(out.dtype)
+
+
+def other_outputs(out: torch.Tensor, lse: torch.Tensor) -> Results:
+    return out * 1.1, lse
+
+
+def refuses(out: torch.Tensor, lse: torch.Tensor) -> Results:
+    raise RuntimeError("_vllm_fa3_C::fwd() expected at most 36 arguments\nDeclaration: fwd(Tensor q, Tensor k")
+
+
+SIZES = LatentSizes(4, 128, 64, 512, 128)
+
+
+def test_a_flash_attention_that_keeps_its_promises() -> None:
+    flash_mla.self_check(SIZES, torch.bfloat16, CPU)
+    flash_mla.self_check(SIZES, torch.float16, CPU)
+
+
+@pytest.mark.parametrize("change", [other_base, other_order, narrow, other_outputs, refuses])
+def test_another_flash_attention_is_refused_in_one_line(
+    change: Callable[[torch.Tensor, torch.Tensor], Results], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = fa_utils.flash_attn_varlen_func
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", lambda **args: change(*attend(**args)))
+    with pytest.raises(NanoCPConfigError) as caught:
+        flash_mla.self_check(SIZES, torch.bfloat16, CPU)
+    line = str(caught.value)
+    assert "\n" not in line and line.startswith("nanocp: this FlashAttention does not return")
+    assert '"max_degree": 1' in line and len(line) < 500
+
+
+def judge(layer: Any, shape: LatentShape = SHAPES[2]) -> None:
+    check_layers({"l": layer}, bare_family(shape))
+
+
+def test_layers_that_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an implementation as vLLM's own ``__init__`` builds it on a Hopper GPU."""
+    shape = SHAPES[2]
+    monkeypatch.setattr(flashattn_mla, "flash_attn_supports_mla", lambda: True)
+    layer = bare_layer(shape, NanoCPFlashAttnMLABackend, FlashAttnMLAImpl)
+    layer.prefill_backend = make_prefill(shape)
+    sizes = dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, qk_head_dim=192, v_head_dim=128)
+    with set_current_vllm_config(VllmConfig()):
+        layer.impl = FlashAttnMLAImpl(
+            16, 576, 0.1, 1, None, None, "auto", None, "decoder", None, q_lora_rank=None, kv_b_proj=None, indexer=None,
+            **sizes,
+        )  # fmt: skip
+    judge(layer)
+    for name, value, said in (
+        ("prefill_backend", None, "prompts attend by NoneType"),
+        ("use_sparse", True, "sparse latent attention"),
+        ("sliding_window", 128, "sliding-window attention"),
+        ("num_heads", 8, "differ in size"),
+        ("attn_backend", flashattn_mla.FlashAttnMLABackend, "the attention backend"),
+        ("kv_cache_dtype", "fp8", "a KV cache of fp8"),
+    ):
+        was = getattr(layer, name)
+        setattr(layer, name, value)
+        with pytest.raises(NanoCPConfigError, match=said):
+            judge(layer)
+        setattr(layer, name, was)
+    layer.prefill_backend.vllm_flash_attn_version = 4
+    with pytest.raises(NanoCPConfigError, match="FlashAttention 4"):
+        judge(layer)

@@ -129,7 +129,7 @@ def forward_sharded(
     if rows is None:
         scales = dict(output_scale=output_scale, output_block_scale=output_block_scale)
         return stock(q, k_c_normed, k_pe, kv_cache, attn_metadata, output=output, **scales, **kwargs)
-    assert output_scale is None and output_block_scale is None, "the pass that makes these is off"
+    assert output_scale is None and output_block_scale is None, "the pass that makes these is refused"
     assert context.exchange is not None
     held = Latents(
         kv_cache,
@@ -177,7 +177,7 @@ class _Layer:
         if rows.plain_tokens is None:
             self.stock(*self.batch, self.held.cache, rows.plain, output=self.output)
             return
-        some = self.output.new_empty((len(rows.plain_tokens), self.output.shape[1]))
+        some = self.output.new_empty((len(rows.plain_tokens), *self.output.shape[1:]))
         batch = (x.index_select(0, rows.plain_tokens) for x in self.batch)
         self.stock(*batch, self.held.cache, rows.plain, output=some)
         self.output.index_copy_(0, rows.plain_tokens, some)
@@ -204,7 +204,7 @@ class _Layer:
         rows = self.rows
         if rows.pick is not None:
             assert rows.tokens is not None
-            output = self.output.unflatten(1, (self.layout.num_heads, self.layout.head_size))
+            output = self.output.view(-1, self.layout.num_heads, self.layout.head_size)
             merge_rows(rows.partials, self.layout, rows.pick, rows.tokens, output)
 
     def _attend(self, queries: torch.Tensor, works: list[Work], into: torch.Tensor) -> None:
@@ -226,8 +226,6 @@ class LatentOnHopper:
         self.sizes = _sizes_of(model.get_num_attention_heads(parallel), get_mla_dims(model))
         self.layout = RowLayout(self.sizes.num_heads, self.sizes.value_size)
         self.query_bytes = self.sizes.num_heads * self.sizes.query_size * self.dtype.itemsize
-        # It has attention write narrower numbers than a merge can be made of; vLLM turns it on for quantised models.
-        vllm_config.compilation_config.pass_config.fuse_attn_quant = False
 
     def register(self) -> None:
         register_backend(AttentionBackendEnum.FLASH_ATTN_MLA, f"{__name__}.{NanoCPFlashAttnMLABackend.__name__}")

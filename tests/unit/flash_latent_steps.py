@@ -4,11 +4,13 @@ FlashAttention's place, under vLLM's own code as well, so that all around the ke
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
 import itertools
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -189,6 +191,68 @@ def stock_attention(
 _shapes: set[LatentShape] = set()
 
 
+BLOCKS = 40  # of a row's table in the scenarios
+
+
+class GraphForward:
+    """Runs a layer from a graph, captured when it is first called, with an empty step's tables. On CPU the same calls
+    are made again instead, with what was there at capture."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[Any, tuple[Callable[[], None], list[torch.Tensor]]] = {}
+
+    def __call__(self, impl: Any, layer: Any, *args: Any) -> None:
+        *inputs, metadata, output = args
+        rows = getattr(metadata, "sharded", None)
+        if rows is None:
+            forward(impl, layer, *args)
+            return
+        # One builder, so the same tables, for each shape.
+        key = rows.send.data_ptr(), tuple(inputs[0].shape), id(layer)
+        batch = [rows.plain.decode.query_start_loc, rows.plain.decode.block_table]
+        if key not in self.graphs:
+            static = [torch.zeros_like(x) for x in (*inputs, output, *batch)]
+            self.graphs[key] = self._capture(layer, static, metadata), static
+        replay, static = self.graphs[key]
+        for buffer, value in zip(static, (*inputs, output, *batch), strict=True):
+            buffer.copy_(value)
+        replay()
+        output.copy_(static[4])
+
+    def _capture(self, layer: Any, static: list[torch.Tensor], metadata: Any) -> Callable[[], None]:
+        """Nothing of the step at hand may be baked in: its tables are put away while the graph is captured. The
+        engine's own batch buffers are persistent, the test's are not."""
+        rows = metadata.sharded
+        tables = [rows.fixed.launch.lengths, rows.fixed.empty, rows.tokens, rows.pick, rows.send]
+        held = [x.clone() for x in tables]
+        for x, value in zip(tables, (0, True, -1, -1, 0), strict=True):
+            x.fill_(value)
+        longest = BLOCKS * static[3].shape[1]
+        decode = dataclasses.replace(
+            rows.plain.decode, query_start_loc=static[5], block_table=static[6], max_seq_len=longest
+        )
+        fixed = dataclasses.replace(rows, plain=dataclasses.replace(rows.plain, decode=decode))
+        captured = dataclasses.replace(metadata, sharded=fixed)
+        run = functools.partial(forward, None, layer, *static[:4], captured, static[4])
+        replay = _graph_of(run) if static[0].is_cuda else run
+        for x, was in zip(tables, held, strict=True):
+            x.copy_(was)
+        return replay
+
+
+def _graph_of(run: Callable[[], None]) -> Callable[[], None]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def kernel_of(
     device: str = "cpu",
     capacity: int = 0,
@@ -196,6 +260,7 @@ def kernel_of(
     threshold: int = 1,
     few: int = 8,
     stock: bool = False,
+    graph: bool = False,
 ) -> Kernel:
     """The backend on a device.
 
@@ -206,6 +271,7 @@ def kernel_of(
         threshold: rows of so many queries are decodes to vLLM.
         few: rows of so many queries are absorbed: the lengths of these tests are small.
         stock: next to vLLM's own attention.
+        graph: replayed.
     """
     where = torch.device(device)
     LatentSizes.absorbs = lambda _, rows: rows <= few  # type: ignore[method-assign, misc]
@@ -227,10 +293,11 @@ def kernel_of(
         lambda shape: make_layer(shape, where),  # type: ignore[arg-type]
         write,
         where,
-        forward,
+        GraphForward() if graph else forward,
         capacity,
         pad if capacity else 0,
         stock=functools.partial(stock_attention, where) if stock else None,
+        replays=graph and where.type == "cuda",
     )
 
 

@@ -76,6 +76,7 @@ def test_whole_steps_over_three_ranks() -> None:
         "projected": (dict(stock=True), specs(range(11))),
         "absorbed": (dict(threshold=512, few=1000), specs(range(100, 106))),
         "fixed": (dict(capacity=12, stock=True), specs(range(200, 211))),
+        "graph": (dict(capacity=12, graph=True), specs(range(500, 506))),
         "128 heads": (dict(), [(WIDE, seed, True) for seed in (301,)]),
     }
     results = run_ranks(3, run_modes, modes, seconds=200)
@@ -85,13 +86,17 @@ def test_whole_steps_over_three_ranks() -> None:
         if mode == "128 heads":
             continue
         decodes = ("plain decode", "sharded decode", "guests", "idle with guests")
-        chunks = ("plain prefill", "sharded prefill") if mode != "fixed" else ()
+        chunks = ("plain prefill", "sharded prefill") if mode not in ("fixed", "graph") else ()
         assert all(counts.get(kind, 0) >= 3 for kind in (*decodes, *chunks)), counts
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_other_numbers_of_ranks(ranks: int) -> None:
-    modes: dict[str, Any] = {"exact": ({}, specs(range(400, 404))), "fixed": (dict(capacity=12), specs(range(4)))}
+    """One visits itself, as a home that holds an earlier run does: how a single GPU runs all of it."""
+    modes: dict[str, Any] = {
+        "exact": ({}, specs(range(400, 404))),
+        "graph": (dict(capacity=12, graph=True), specs(range(4))),
+    }
     results = run_ranks(ranks, run_modes, modes, seconds=200)
     for mode in modes:
         assert check(results, mode)["sharded decode"] >= 3

@@ -90,4 +90,4 @@ def fullest_step(rank: int, size: int, shape: LatentShape, tokens: int) -> tuple
         torch.cuda.synchronize()
         peak = max(peak, torch.cuda.max_memory_allocated() - before)
         del metadata
-    return peak, most_memory(size, tokens, 0, bare_family(shape).sizes, shape.dtype)
+    return peak, most_memory(size, tokens, bare_family(shape).sizes, shape.dtype)

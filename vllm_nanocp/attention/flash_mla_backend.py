@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder, get_mla_dims
+from vllm.model_executor.layers.attention.mla_attention import get_mla_dims
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mla.flashattn_mla import (
     FlashAttnMLABackend,
@@ -33,10 +33,10 @@ from .family import attend
 from .flash_latent import Latents, Work
 from .flash_latent import attend as attend_work
 from .flash_tables import gather_tables
-from .latent_fixed import FixedLatentTables
+from .latent_fixed import FixedLatentTables, empty_block_table
 from .latent_fixed import warm_up as warm_up_fixed
 from .latent_sizes import LatentSizes
-from .latent_tables import LatentRows, exact_tables, most_memory
+from .latent_tables import LatentRows, exact_tables, most_memory, projected_at_once
 from .partial_rows import RowLayout, merge_rows
 from .supported import latent_problem
 
@@ -71,10 +71,20 @@ class NanoCPFlashAttnMLAMetadataBuilder(FlashAttnMLAMetadataBuilder):
             rows.plain = metadata = stock(0, common, fast_build)
         else:
             rows, plain = exact_tables(step, common, self._sizes, self.page_size, self._dtype)
-            metadata = stock(0, common if plain is None else plain, fast_build)
+            metadata = self._stock_beside_shards(common if plain is None else plain, fast_build)
             rows.plain = None if plain is None else metadata
         values = {f.name: getattr(metadata, f.name) for f in fields(FlashAttnMLAMetadata)}
         return ShardedFlashMLAMetadata(**values, sharded=rows)
+
+    def _stock_beside_shards(self, common: CommonAttentionMetadata, fast_build: bool) -> Any:
+        """vLLM's own metadata, by which it projects less of a prompt's context at a time than usual (up to 65,536
+        tokens): memory is full of what visits."""
+        usual = self.chunked_prefill_workspace_size
+        self.chunked_prefill_workspace_size = min(usual, projected_at_once(self._sizes, self.page_size, self._dtype))
+        try:
+            return super().build(0, common, fast_build)
+        finally:
+            self.chunked_prefill_workspace_size = usual
 
     @property
     def _sizes(self) -> LatentSizes:
@@ -91,10 +101,11 @@ class NanoCPFlashAttnMLAMetadataBuilder(FlashAttnMLAMetadataBuilder):
         made: dict[int, Any] = self.__dict__.setdefault("nanocp_tables", dict(context.tables))
         if step.capacity not in made:
             most = self.vllm_config.scheduler_config.max_num_seqs
-            blocks = -(-self.model_config.max_model_len // self.page_size)
+            tokens = self.model_config.max_model_len
+            table = empty_block_table(step.capacity, step.num_ranks, tokens, self.page_size, self.device)
             made[step.capacity] = FixedLatentTables(
-                step.capacity, step.num_ranks, most, blocks, self._sizes, self.page_size, self._dtype, self.device
-            )  # fmt: skip
+                step.capacity, step.num_ranks, most, table, self._sizes, self.page_size, self._dtype
+            )
         return made[step.capacity]
 
 
@@ -218,6 +229,7 @@ class LatentOnHopper:
 
     cache_dtypes = CACHE_DTYPES[True, True]
     unrouted = "its kernel attends for grouped queries, not for latents"
+    _block_table: torch.Tensor | None = None
 
     def __init__(self, vllm_config: Any) -> None:
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -261,12 +273,13 @@ class LatentOnHopper:
 
     def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device) -> Any:
         block_size = self.config.cache_config.block_size
-        blocks = -(-self.config.model_config.max_model_len // block_size)
-        return FixedLatentTables(capacity, num_ranks, max_reqs, blocks, self.sizes, block_size, self.dtype, device)
+        if self._block_table is None:
+            most, tokens = max(context.capacities, default=capacity), self.config.model_config.max_model_len
+            self._block_table = empty_block_table(most, num_ranks, tokens, block_size, device)
+        return FixedLatentTables(capacity, num_ranks, max_reqs, self._block_table, self.sizes, block_size, self.dtype)
 
     def most_memory(self, num_ranks: int, max_tokens: int) -> int:
-        context_tokens = MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size(self.config)
-        return most_memory(num_ranks, max_tokens, context_tokens, self.sizes, self.dtype)
+        return most_memory(num_ranks, max_tokens, self.sizes, self.dtype)
 
     def warm_up(self, layer: Any) -> None:
         device, layout, many = layer.kv_cache.device, self.layout, 1024

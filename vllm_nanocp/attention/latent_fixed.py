@@ -39,6 +39,22 @@ def _copy_kernel(rows_ptr, table_ptr, table_stride, BLOCK: tl.constexpr):  # typ
     tl.store(table_ptr + place * table_stride + at, blocks, mask=at < count)
 
 
+def empty_block_table(
+    capacity: int, num_ranks: int, max_tokens: int, block_size: int, device: torch.device
+) -> torch.Tensor:
+    """For tables of at most this capacity.
+
+    Args:
+        capacity: the largest.
+        num_ranks: N.
+        max_tokens: of a request.
+        block_size: tokens a block holds.
+        device: where it is.
+    """
+    size = places_of(capacity, num_ranks), -(-max_tokens // block_size)
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
 class _Parts(NamedTuple):
     """What changes from step to step, as parts of one piece of memory, or how many numbers each has.
 
@@ -86,11 +102,11 @@ class FixedLatentTables:
         capacity: queries a pair of ranks exchanges at most, and rows of a rank that visit.
         num_ranks: N.
         max_reqs: most rows of a batch.
-        most_blocks: of a request.
+        block_table: int32 [at least as many places, most blocks of a request], for this step's ids; tables of several
+            capacities may share one, for a step uses one of them.
         sizes: of the layers.
         block_size: tokens a block holds.
         dtype: of queries and cache.
-        device: of all tables.
     """
 
     def __init__(
@@ -98,12 +114,12 @@ class FixedLatentTables:
         capacity: int,
         num_ranks: int,
         max_reqs: int,
-        most_blocks: int,
+        block_table: torch.Tensor,
         sizes: LatentSizes,
         block_size: int,
         dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
+        device = block_table.device
         places, layout = places_of(capacity, num_ranks), RowLayout(sizes.num_heads, sizes.value_size)
         self.capacity, self.num_ranks, self.max_reqs = capacity, num_ranks, max_reqs
         self._layers = (sizes, block_size, dtype)
@@ -115,9 +131,9 @@ class FixedLatentTables:
             num_queries=places,
             query_starts=torch.arange(places + 1, dtype=torch.int32, device=device),
             lengths=torch.zeros(places, dtype=torch.int32, device=device),
-            block_table=torch.zeros((places, most_blocks), dtype=torch.int32, device=device),
+            block_table=block_table[:places],
             max_queries=1,
-            max_length=most_blocks * block_size,
+            max_length=block_table.shape[1] * block_size,
             causal=False,
             max_pieces=pieces_of(places, sizes),
         )

@@ -134,14 +134,14 @@ def projected_at_once(sizes: LatentSizes, block_size: int, dtype: torch.dtype) -
     return max(1, room // block_size) * block_size
 
 
-def most_memory(num_ranks: int, max_tokens: int, context: int, sizes: LatentSizes, dtype: torch.dtype) -> int:
+def most_memory(num_ranks: int, max_tokens: int, sizes: LatentSizes, dtype: torch.dtype) -> int:
     """Bytes that a layer takes in the fullest step: all tokens of every rank visit all ranks, for a home may hold
-    earlier runs too; and what vLLM takes for its own rows meanwhile.
+    earlier runs too. Rows that do not visit take less, and vLLM projects no more of their context at a time than is
+    projected here.
 
     Args:
         num_ranks: N.
         max_tokens: most tokens of a rank's batch.
-        context: latents that vLLM projects at a time.
         sizes: of the layers.
         dtype: of queries and cache.
     """
@@ -158,8 +158,7 @@ def most_memory(num_ranks: int, max_tokens: int, context: int, sizes: LatentSize
     tokens = max(max_tokens, PROJECTED // (heads * sizes.projected_size * bytes_))
     projected = heads * bytes_ * (tokens * sizes.projected_size + max_tokens * sizes.value_size)
     projected += tokens * (sizes.rank + sizes.rotated) * bytes_ + 16 * max_tokens * heads
-    stock = context * heads * sizes.projected_size * bytes_
-    return rows + max(absorbed, projected, stock)
+    return rows + max(absorbed, projected)
 
 
 def exact_tables(

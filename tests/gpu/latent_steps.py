@@ -73,7 +73,7 @@ def fullest_step(rank: int, size: int, shape: LatentShape, tokens: int) -> tuple
         seq_lens_cpu_upper_bound=starts[1:],
     )
     counts = [tokens] * size
-    step = ShardedStep(rank, send_counts=counts, recv_counts=list(counts))
+    step = ShardedStep(rank, send_counts=counts, recv_counts=list(counts), most_rows=(2 * size + 1) * tokens)
     step.own = [OwnRow(lambda: 0, tokens, 0, 0, [(r, 0) for r in range(size)])]
     held = torch.arange(blocks, dtype=torch.int32, device=device)
     step.guests = [Guest(home, 0, tokens, str(home), held, tokens) for home in range(size)]

@@ -342,6 +342,7 @@ class Kernel:
         routes: makes the routed exchange of a capacity for a shape, the same call on all ranks: (shape, number of
             ranks, rank); None: the collective one.
         exchange: of a group, the collective one.
+        groups: of heads, each with an exchange of its own.
     """
 
     builder: Callable[[Shape], Any]
@@ -357,6 +358,7 @@ class Kernel:
     replays: bool = False
     routes: Callable[[Shape, int, int], Routes] | None = None
     exchange: Callable[[Any], CollectiveExchange] = CollectiveExchange
+    groups: int = 1
 
 
 CPU_KERNEL = Kernel(
@@ -476,7 +478,7 @@ class RankSimulation:
             context.step = context.exchange = None
             context.routes = {}
         if not kernel.replays and kernel.routes is None:
-            assert self.exchange.calls - calls == (2 * LAYERS if plan.rows else 0)
+            assert self.exchange.calls - calls == (2 * LAYERS * kernel.groups if plan.rows else 0)
         guests = sum(h.rank == self.rank for row in plan.rows for h in row.holders)
         self.counts["guests"] += guests
         self.counts["idle with guests"] += bool(guests) and not self.rows

@@ -261,6 +261,7 @@ def kernel_of(
     few: int = 8,
     stock: bool = False,
     graph: bool = False,
+    groups: int = 1,
 ) -> Kernel:
     """The backend on a device.
 
@@ -272,12 +273,16 @@ def kernel_of(
         few: rows of so many queries are absorbed: the lengths of these tests are small.
         stock: next to vLLM's own attention.
         graph: replayed.
+        groups: of heads that go together.
     """
     where = torch.device(device)
     LatentSizes.absorbs = lambda _, rows: rows <= few  # type: ignore[method-assign, misc]
     flash_tables.queries_at_once = lambda *_: 7  # type: ignore[assignment]
     latent_tables.queries_at_once = flash_tables.queries_at_once
     latent_tables.PROJECTED = 1  # a block at a time
+    latent_tables.heads_together = lambda _, sizes, __: dataclasses.replace(  # type: ignore[assignment]
+        sizes, num_heads=sizes.num_heads // groups
+    )
     if where.type != "cuda":
         flash_mla_backend.merge_rows = flash_steps.reference_merge
 
@@ -298,6 +303,7 @@ def kernel_of(
         pad if capacity else 0,
         stock=functools.partial(stock_attention, where) if stock else None,
         replays=graph and where.type == "cuda",
+        groups=groups,
     )
 
 

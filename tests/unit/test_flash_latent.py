@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ from vllm_nanocp.attention.flash_latent import Absorbed, Latents, Piece, Project
 from vllm_nanocp.attention.flash_pieces import ShardLaunch
 from vllm_nanocp.attention.latent_fixed import FixedLatentTables, empty_block_table, pieces_of
 from vllm_nanocp.attention.latent_sizes import LatentSizes
-from vllm_nanocp.attention.latent_tables import PROJECTED, most_memory, projected_at_once
+from vllm_nanocp.attention.latent_tables import PROJECTED, heads_together, most_memory, projected_at_once
 from vllm_nanocp.attention.partial_rows import RowLayout
 from vllm_nanocp.attention.supported import check_layers
 from vllm_nanocp.errors import NanoCPConfigError
@@ -74,33 +75,34 @@ def check(results: list[Any], mode: str) -> dict[str, float]:
 def test_whole_steps_over_three_ranks() -> None:
     modes: dict[str, Any] = {
         # Rows of one query are decodes to vLLM, those of more than 8 are projected; as vLLM has it, and absorbed.
-        "projected": (dict(stock=True), specs(range(11))),
-        "absorbed": (dict(threshold=512, few=1000), specs(range(100, 106))),
-        "fixed": (dict(capacity=12, stock=True), specs(range(200, 211))),
-        "graph": (dict(capacity=12, graph=True), specs(range(500, 506))),
+        "projected": (dict(stock=True), specs(range(9))),
+        "absorbed": (dict(threshold=512, few=1000), specs(range(100, 104))),
+        "fixed": (dict(capacity=12, stock=True), specs(range(200, 207))),
+        "graph": (dict(capacity=12, graph=True), specs(range(500, 505))),
+        "groups": (dict(groups=4), [(SHAPES[seed % 2 * 2], seed, True) for seed in range(600, 604)]),
         "128 heads": (dict(), [(WIDE, seed, True) for seed in (301,)]),
     }
     results = run_ranks(3, run_modes, modes, seconds=200)
     for mode in modes:
         counts = check(results, mode)
         print(mode, counts)
-        if mode == "128 heads":
+        if mode in ("groups", "128 heads"):
             continue
         decodes = ("plain decode", "sharded decode", "guests", "idle with guests")
         chunks = ("plain prefill", "sharded prefill") if mode not in ("fixed", "graph") else ()
-        assert all(counts.get(kind, 0) >= 3 for kind in (*decodes, *chunks)), counts
+        assert all(counts.get(kind, 0) >= 2 for kind in (*decodes, *chunks)), counts
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_other_numbers_of_ranks(ranks: int) -> None:
     """One visits itself, as a home that holds an earlier run does: how a single GPU runs all of it."""
     modes: dict[str, Any] = {
-        "exact": ({}, specs(range(400, 404))),
-        "graph": (dict(capacity=12, graph=True), specs(range(4))),
+        "exact": ({}, specs(range(400, 403))),
+        "graph": (dict(capacity=12, graph=True), specs(range(3))),
     }
     results = run_ranks(ranks, run_modes, modes, seconds=200)
     for mode in modes:
-        assert check(results, mode)["sharded decode"] >= 3
+        assert check(results, mode)["sharded decode"] >= 2
 
 
 # -- The parts ------------------------------------------------------------------------------------------------------
@@ -114,8 +116,7 @@ def held_here(shape: LatentShape, tokens: int) -> tuple[Latents, torch.Tensor]:
     cache = torch.full(shape.cache_size(blocks + 3), float("nan"), dtype=shape.dtype)
     for at in range(tokens):
         cache[blocks + 2 - at // 16, at % 16] = latents[at]
-    project = lambda x: layer.kv_b_proj(x)[0]  # noqa: E731
-    return Latents(cache, layer.W_UK_T, layer.W_UV, project, shape.scale, sizes_of(shape)), latents
+    return Latents(cache, layer.W_UK_T, layer.W_UV, shape.scale, sizes_of(shape)), latents
 
 
 def queries_of(shape: LatentShape, count: int) -> torch.Tensor:
@@ -200,12 +201,19 @@ def test_pieces_of_a_fixed_launch_fit() -> None:
     assert pieces_of(80, LatentSizes(128, 128, 64, 512, 128)) == 32
 
 
-def test_memory_grows_with_what_visits() -> None:
+def test_heads_go_in_groups_where_much_travels() -> None:
+    """As many on all ranks, by what the busiest has; and memory is set aside for that much only."""
     sizes = LatentSizes(128, 128, 64, 512, 128)
-    four, two = (most_memory(n, 8192, sizes, torch.bfloat16) for n in (4, 2))
     row = 128 * 192 * 2 + 4 * RowLayout(128, 128).size
-    assert four - two == 4 * 8192 * row
-    assert four < 1.2 * 9 * 8192 * row, "most of it is what travels"
+    most = 9 * 8192  # of four ranks, all tokens of a chunk visit all
+    assert [heads_together(n, sizes, torch.bfloat16).num_heads for n in (1, most // 4, most // 2, most)] == [
+        128, 128, 64, 32,
+    ]  # fmt: skip
+    assert heads_together(10**9, sizes, torch.bfloat16).num_heads == 16
+    assert heads_together(10**9, replace(sizes, num_heads=20), torch.bfloat16).num_heads == 20
+    assert 5 << 29 <= most_memory(4, 8192, sizes, torch.bfloat16) < (5 << 29) + 1.3e9 < most * row / 2
+    small = replace(sizes, num_heads=16)
+    assert most_memory(4, 8192, small, torch.bfloat16) > most * row / 8
 
 
 def test_fixed_tables_begin_at_multiples_of_16_bytes() -> None:

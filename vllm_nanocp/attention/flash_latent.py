@@ -4,7 +4,6 @@ with FlashAttention. What it returns is 16 bits wide; it is projected into float
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,15 +24,13 @@ class Latents:
         cache: [num_blocks, block_size, rank + rotated].
         w_uk: [num_heads, unrotated, rank].
         w_uv: [num_heads, rank, value_size].
-        project: latents [tokens, rank] to unrotated keys and values, [tokens, num_heads * (unrotated + value_size)].
         scale: of the scores.
-        sizes: of the layer.
+        sizes: of the layer, or of a group of its heads.
     """
 
     cache: torch.Tensor
     w_uk: torch.Tensor
     w_uv: torch.Tensor
-    project: Callable[[torch.Tensor], torch.Tensor]
     scale: float
     sizes: LatentSizes
 
@@ -135,12 +132,13 @@ def _over_piece(
     """16-bit results over projected latents, as vLLM attends to a prompt's context."""
     sizes = held.sizes
     latents = held.cache.index_select(0, piece.blocks).flatten(0, 1)[piece.skip : piece.skip + piece.length]
-    both = held.project(latents[:, : sizes.rank]).view(piece.length, sizes.num_heads, -1)
-    keys = both.new_empty((piece.length, sizes.num_heads, sizes.query_size))
-    keys[..., : sizes.unrotated] = both[..., : sizes.unrotated]
-    keys[..., sizes.unrotated :] = latents[:, None, sizes.rank :]
+    inner = latents[:, : sizes.rank].expand(sizes.num_heads, -1, -1)
+    keys = latents.new_empty((sizes.num_heads, piece.length, sizes.query_size))
+    keys[..., : sizes.unrotated] = torch.bmm(inner, held.w_uk.transpose(1, 2))
+    keys[..., sizes.unrotated :] = latents[:, sizes.rank :]
+    values = torch.bmm(inner, held.w_uv)
     return attend_projected(
-        queries, keys, both[..., sizes.unrotated :], (starts, piece.starts), held.scale, piece.causal
+        queries, keys.transpose(0, 1), values.transpose(0, 1), (starts, piece.starts), held.scale, piece.causal
     )
 
 

@@ -97,8 +97,8 @@ def attend_projected(
     """Queries of one row over projected keys.
 
     Args:
-        queries, keys: [tokens, num_heads, query size].
-        values: [tokens, num_heads, value_size], the last numbers contiguous.
+        queries, keys: [tokens, num_heads, query size], a head's numbers contiguous.
+        values: [tokens, num_heads, value_size], likewise.
         starts: int32 [2], 0 and how many there are, of queries and of keys.
         scale: of the scores.
         causal: whether the queries are the last tokens of the keys.
@@ -175,12 +175,11 @@ def _check_latents(sizes: LatentSizes, dtype: torch.dtype, device: torch.device)
 
 def _check_projected(sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> None:
     random = torch.Generator(device).manual_seed(1)
-    widths = (sizes.query_size, sizes.query_size, sizes.unrotated + sizes.value_size)
-    query, keys, both = (
-        torch.randn((n, sizes.num_heads, width), dtype=dtype, device=device, generator=random)
+    widths = (sizes.query_size, sizes.query_size, sizes.value_size)
+    query, keys, values = (  # as they are made: one head after another
+        torch.randn((sizes.num_heads, n, width), dtype=dtype, device=device, generator=random).transpose(0, 1)
         for n, width in zip((40, 90, 90), widths, strict=True)
     )
-    values = both[..., sizes.unrotated :]
     starts = torch.tensor([0, 40, 0, 90], dtype=torch.int32, device=device)
     scale = sizes.query_size**-0.5
     for causal in (False, True):

@@ -142,61 +142,77 @@ def forward_sharded(
         return stock(q, k_c_normed, k_pe, kv_cache, attn_metadata, output=output, **scales, **kwargs)
     assert output_scale is None and output_block_scale is None, "the pass that makes these is refused"
     assert context.exchange is not None
-    held = Latents(
-        kv_cache,
-        layer.W_UK_T,
-        layer.W_UV,
-        lambda latents: layer.kv_b_proj(latents)[0],
-        layer.scale,
-        _sizes_of(layer.num_heads, layer),
-    )
-    attend(_Layer(rows, held, partial(stock, **kwargs), (q, k_c_normed, k_pe), output), context.exchange)
+    plain = partial(_plain, rows, partial(stock, **kwargs), (q, k_c_normed, k_pe), kv_cache, output)
+    results, together = output.view(-1, layer.num_heads, layer.v_head_dim), rows.sizes.num_heads
+    for first in range(0, layer.num_heads, together):
+        heads = slice(first, first + together)
+        held = Latents(kv_cache, layer.W_UK_T[heads], layer.W_UV[heads], layer.scale, rows.sizes)
+        one = _Layer(rows, held, q[:, heads], results[:, heads], None if first else plain)
+        attend(one, context.exchange)
     return output
 
 
+def _plain(
+    rows: LatentRows,
+    stock: Callable[..., torch.Tensor],
+    batch: tuple[torch.Tensor, ...],
+    cache: torch.Tensor,
+    output: torch.Tensor,
+) -> None:
+    """vLLM's attention of the rows that visit nobody, all heads.
+
+    Args:
+        rows: the step's tables.
+        stock: vLLM's method.
+        batch: queries, latents and rotated keys of the batch.
+        cache: of the layer.
+        output: [tokens, num_heads * value_size].
+    """
+    if rows.plain is None:
+        return
+    if rows.plain_tokens is None:
+        stock(*batch, cache, rows.plain, output=output)
+        return
+    some = output.new_empty((len(rows.plain_tokens), *output.shape[1:]))
+    stock(*(x.index_select(0, rows.plain_tokens) for x in batch), cache, rows.plain, output=some)
+    output.index_copy_(0, rows.plain_tokens, some)
+
+
 class _Layer:
-    """One layer of a sharded step; see ``ShardedLayer``.
+    """Some heads of one layer of a sharded step; see ``ShardedLayer``.
 
     Args:
         rows: the step's tables.
         held: what is attended to.
-        stock: vLLM's method.
-        batch: queries, latents and rotated keys of the batch.
-        output: [tokens, num_heads * value_size].
+        query: [tokens, num_heads, query size].
+        output: [tokens, num_heads, value_size].
+        plain_rows: does the rows that visit nobody; None: that is done.
     """
 
     def __init__(
         self,
         rows: LatentRows,
         held: Latents,
-        stock: Callable[..., torch.Tensor],
-        batch: tuple[torch.Tensor, ...],
+        query: torch.Tensor,
         output: torch.Tensor,
+        plain_rows: Callable[[], None] | None,
     ) -> None:
-        self.rows, self.held, self.stock, self.batch, self.output = rows, held, stock, batch, output
+        self.rows, self.held, self.query, self.output, self.plain_rows = rows, held, query, output, plain_rows
         self.layout = RowLayout(held.sizes.num_heads, held.sizes.value_size)
         self.send_counts, self.recv_counts = rows.send_counts, rows.recv_counts
         self.partials, self._mine = rows.partials[: rows.exchanged], rows.partials[rows.exchanged :]
 
     def queries(self) -> torch.Tensor:
-        return self.batch[0].index_select(0, self.rows.send[: self.rows.exchanged])
+        return self.query.index_select(0, self.rows.send[: self.rows.exchanged])
 
     def plain(self) -> None:
-        rows = self.rows
-        if rows.plain is None:
-            return
-        if rows.plain_tokens is None:
-            self.stock(*self.batch, self.held.cache, rows.plain, output=self.output)
-            return
-        some = self.output.new_empty((len(rows.plain_tokens), *self.output.shape[1:]))
-        batch = (x.index_select(0, rows.plain_tokens) for x in self.batch)
-        self.stock(*batch, self.held.cache, rows.plain, output=some)
-        self.output.index_copy_(0, rows.plain_tokens, some)
+        if self.plain_rows is not None:
+            self.plain_rows()
 
     def own(self) -> None:
         if self.rows.own:
             assert self.rows.tokens is not None
-            self._attend(self.batch[0].index_select(0, self.rows.tokens), self.rows.own, self._mine)
+            self._attend(self.query.index_select(0, self.rows.tokens), self.rows.own, self._mine)
 
     def serve(self, visiting: torch.Tensor) -> torch.Tensor:
         rows, device = self.rows, self.output.device
@@ -205,7 +221,7 @@ class _Layer:
             self._attend(visiting, rows.guests, answers)
             return answers
         # At fixed places, guests and this rank's own rows attend in one launch.
-        visiting = torch.cat([visiting, self.batch[0].index_select(0, rows.send[rows.exchanged :])])
+        visiting = torch.cat([visiting, self.query.index_select(0, rows.send[rows.exchanged :])])
         answers = self.layout.empty(len(visiting), device)
         self._attend(visiting, [rows.fixed], answers)
         self._mine.copy_(answers[rows.exchanged :])
@@ -215,8 +231,7 @@ class _Layer:
         rows = self.rows
         if rows.pick is not None:
             assert rows.tokens is not None
-            output = self.output.view(-1, self.layout.num_heads, self.layout.head_size)
-            merge_rows(rows.partials, self.layout, rows.pick, rows.tokens, output)
+            merge_rows(rows.partials, self.layout, rows.pick, rows.tokens, self.output)
 
     def _attend(self, queries: torch.Tensor, works: list[Work], into: torch.Tensor) -> None:
         outputs, lses = self.layout.outputs(into), self.layout.lses(into)

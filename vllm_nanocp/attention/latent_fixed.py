@@ -165,6 +165,7 @@ class FixedLatentTables:
         self._seq_lens[:n] = common.seq_lens[:n]
         self._seq_lens.index_fill_(0, at.visiting, 0)
         return LatentRows(
+            sizes=self._layers[0],
             send=at.send,
             exchanged=self.capacity * self.num_ranks,
             send_counts=None,

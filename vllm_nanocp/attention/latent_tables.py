@@ -5,7 +5,7 @@ the guests attend to, what is merged into what. ``latent_fixed.py`` has those th
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from .partial_rows import RowLayout
 
 # Bytes of projected keys and values at a time.
 PROJECTED = 1 << 28
+# Bytes of queries and partial results of all heads at a time, and the fewest heads that go by themselves.
+_ROWS, _FEWEST_HEADS = 5 << 29, 16
 
 
 @dataclass
@@ -31,6 +33,7 @@ class LatentRows:
     """A sharded step of this rank.
 
     Attributes:
+        sizes: of the heads that go together. Where these are not all, the same is done for each group of them.
         send: int64, indices in the batch of the queries to dispatch, in the exchange's order; behind these, with
             ``fixed``, of the queries that attend to what is held here of their own.
         exchanged: how many of these are dispatched.
@@ -46,6 +49,7 @@ class LatentRows:
         plain_tokens: int64, where their queries are; None: vLLM's metadata is of the whole batch.
     """
 
+    sizes: LatentSizes
     send: torch.Tensor
     exchanged: int
     send_counts: Counts
@@ -128,6 +132,29 @@ class _Tables:
         return Projected(slice(at, at + row.queries), starts[0], pieces)
 
 
+def _row_bytes(sizes: LatentSizes, dtype: torch.dtype) -> int:
+    """Of a query and its partial result."""
+    layout = RowLayout(sizes.num_heads, sizes.value_size)
+    return sizes.num_heads * sizes.query_size * dtype.itemsize + 4 * layout.size
+
+
+def heads_together(most_rows: int, sizes: LatentSizes, dtype: torch.dtype) -> LatentSizes:
+    """Of a group of heads, so few that what travels at a time has room. Each group is an exchange of its own, and reads
+    the latents again.
+
+    Args:
+        most_rows: see ``ShardedStep``; so all ranks have as many groups.
+        sizes: of a layer.
+        dtype: of queries.
+    """
+    while most_rows * _row_bytes(sizes, dtype) > _ROWS:
+        half, rest = divmod(sizes.num_heads, 2)
+        if rest or half < _FEWEST_HEADS:
+            break
+        sizes = replace(sizes, num_heads=half)
+    return sizes
+
+
 def projected_at_once(sizes: LatentSizes, block_size: int, dtype: torch.dtype) -> int:
     """How many latents are projected at a time: whole blocks."""
     room = PROJECTED // (sizes.num_heads * sizes.projected_size * dtype.itemsize)
@@ -146,10 +173,12 @@ def most_memory(num_ranks: int, max_tokens: int, sizes: LatentSizes, dtype: torc
         dtype: of queries and cache.
     """
     heads, bytes_ = sizes.num_heads, dtype.itemsize
-    row = heads * sizes.query_size * bytes_ + 4 * RowLayout(heads, sizes.value_size).size
     # A copy of each query that is sent, also to its own rank, and its partial result; each that comes, and its answer;
     # and those over what is held here of the last run.
-    rows = (2 * num_ranks + 1) * max_tokens * row
+    count = (2 * num_ranks + 1) * max_tokens
+    rows = count * _row_bytes(heads_together(count, sizes, dtype), dtype)
+    # A step with fewer may have all heads at once.
+    rows = max(rows, min(_ROWS, count * _row_bytes(sizes, dtype)))
     few = min(max_tokens, queries_at_once(heads, sizes.rank))
     pieces = pieces_that_fit(few, heads, sizes.rank, 1)
     # Absorbed queries, results in pieces and merged, and their values.
@@ -177,6 +206,7 @@ def exact_tables(
         The tables, without ``plain``; and the metadata of which to build that, None when all rows visit.
     """
     device = common.seq_lens.device
+    sizes = heads_together(step.most_rows, sizes, dtype)
     tables = _Tables(sizes, block_size, dtype, device)
     starts = common.query_start_loc_cpu.tolist()
     rows = [own.batch_row() for own in step.own]
@@ -200,6 +230,7 @@ def exact_tables(
     guests = [_Seen(g.num_queries, g.length, g.blocks.data_ptr(), g.blocks) for g in step.guests]
     layout = RowLayout(sizes.num_heads, sizes.value_size)
     made = LatentRows(
+        sizes=sizes,
         send=async_tensor_h2d(send, device),
         exchanged=step.num_sent,
         send_counts=step.send_counts,

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tests.tiny_models import make_mixtral
+from vllm_nanocp import engine_config
 from vllm_nanocp.config import NanoCPConfig
 from vllm_nanocp.entry.engine_config import CPU_WORKER, EXECUTORS, SCHEDULER, check_flags, check_graphs, check_model
 from vllm_nanocp.errors import NanoCPConfigError
@@ -284,6 +285,26 @@ def test_latent_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         check_model(config, NanoCPConfig(ranks=2))
     assert_one_line(str(caught.value), "on GPUs", '"max_degree": 1')
     check_model(config, NanoCPConfig(ranks=2, max_degree=1))
+
+
+def test_latent_attention_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One place refuses all of it; behind that, narrower outputs than a merge can be made of, and other caches."""
+    from vllm.platforms import current_platform
+
+    config = fake_config(LATENT, use_mla=True)
+    passes = SimpleNamespace(fuse_attn_quant=True)
+    config.compilation_config = SimpleNamespace(pass_config=passes)
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(engine_config, "refuse_latent_on_gpus", lambda _: None)
+    with pytest.raises(NanoCPConfigError) as caught:
+        check_model(config, NanoCPConfig(ranks=2))
+    assert_one_line(str(caught.value), "fuse_attn_quant", "-cc.pass_config.fuse_attn_quant=false")
+    passes.fuse_attn_quant = False
+    check_model(config, NanoCPConfig(ranks=2))
+    config.cache_config.cache_dtype = "fp8"
+    with pytest.raises(NanoCPConfigError) as caught:
+        check_model(config, NanoCPConfig(ranks=2))
+    assert_one_line(str(caught.value), "--kv-cache-dtype fp8")
 
 
 def test_caches_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

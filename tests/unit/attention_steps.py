@@ -177,7 +177,7 @@ def make_scenario(
     scenario = Scenario(shape, seed, num_ranks, num_blocks)
     # Block 0 is vLLM's null block, which stands for blocks held elsewhere.
     free = [dice.sample(range(1, num_blocks), num_blocks - 1) for _ in range(num_ranks)]
-    idle = dice.randrange(num_ranks) if sharded and seed % 3 == 0 else None
+    idle = dice.randrange(num_ranks) if sharded and seed % 3 == 0 and num_ranks > 1 else None
 
     def add(ranks: list[int], whole_blocks: list[int], last_tokens: int) -> int:
         """A request with whole shards and, at the last rank, ``last_tokens`` tokens."""
@@ -205,8 +205,8 @@ def make_scenario(
         home = dice.choice(homes)
         # Any degree; now and then several shards at one rank, or one at the home besides its own.
         others = [r for r in range(num_ranks) if r != home]
-        holders = dice.sample(others, dice.randint(1, len(others)))
-        if dice.random() < 0.3:
+        holders = dice.sample(others, dice.randint(1, len(others))) if others else []
+        if dice.random() < 0.3 or not others:
             holders.append(home if decode_only else dice.randrange(num_ranks))
         whole = [dice.randint(1, 4) for _ in holders]
         held = dice.choice([1, dice.randint(1, 3 * size), size, 2 * size])
@@ -338,6 +338,8 @@ class Kernel:
         replays: whether ``forward`` replays a graph.
         routes: makes the routed exchange of a capacity for a shape, the same call on all ranks: (shape, number of
             ranks, rank); None: the collective one.
+        exchange: of a group, the collective one.
+        groups: of heads, each with an exchange of its own.
     """
 
     builder: Callable[[Shape], Any]
@@ -352,6 +354,8 @@ class Kernel:
     stock: Callable[..., torch.Tensor] | None = None
     replays: bool = False
     routes: Callable[[Shape, int, int], Routes] | None = None
+    exchange: Callable[[Any], CollectiveExchange] = CollectiveExchange
+    groups: int = 1
 
 
 CPU_KERNEL = Kernel(
@@ -471,7 +475,7 @@ class RankSimulation:
             context.step = context.exchange = None
             context.routes = {}
         if not kernel.replays and kernel.routes is None:
-            assert self.exchange.calls - calls == (2 * LAYERS if plan.rows else 0)
+            assert self.exchange.calls - calls == (2 * LAYERS * kernel.groups if plan.rows else 0)
         guests = sum(h.rank == self.rank for row in plan.rows for h in row.holders)
         self.counts["guests"] += guests
         self.counts["idle with guests"] += bool(guests) and not self.rows
@@ -534,7 +538,8 @@ def run_scenarios(
     kernel: Callable[[], Kernel] = lambda: CPU_KERNEL,
 ) -> dict[str, tuple[dict[str, int], list[tuple[int, float]]]]:
     """For each group of (shape, seed, sharded): counts, and (seed, largest error) of each scenario at this rank."""
-    exchange, used = CollectiveExchange(dist.group.WORLD), kernel()
+    used = kernel()
+    exchange = used.exchange(dist.group.WORLD)
     results: dict[str, tuple[dict[str, int], list[tuple[int, float]]]] = {}
     for name, specs in groups.items():
         counts: Counter[str] = Counter()

@@ -19,6 +19,7 @@ from tests.unit.attention_steps import Kernel, Shape, full_attention
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.mla.cpu_backend import LatentOnCPU, NanoCPCPUMLABackend, NanoCPCPUMLAMetadataBuilder
 
+CPU = torch.device("cpu")
 WORKSPACE = 256  # tokens of a chunk of context in vLLM's own path
 
 
@@ -74,10 +75,17 @@ def make_builder(shape: LatentShape) -> NanoCPCPUMLAMetadataBuilder:
     prefill = object.__new__(CPUSDPAMLAPrefillBackend)
     prefill.__dict__.update(scale=shape.scale, num_heads=shape.num_heads)
     builder = object.__new__(NanoCPCPUMLAMetadataBuilder)
-    values: dict[str, Any] = {
-        "metadata_cls": MLACommonMetadata,
-        "model_config": SimpleNamespace(dtype=shape.dtype, get_head_size=lambda: shape.rank + shape.rotated),
-        "device": torch.device("cpu"),
+    builder.__dict__.update(builder_values(shape, prefill, CPU), metadata_cls=MLACommonMetadata)
+    return builder
+
+
+def builder_values(shape: LatentShape, prefill: Any, device: torch.device) -> dict[str, Any]:
+    """Attributes of any metadata builder of latent attention."""
+    return {
+        "model_config": SimpleNamespace(
+            dtype=shape.dtype, max_model_len=640, get_head_size=lambda: shape.rank + shape.rotated
+        ),
+        "device": device,
         "use_pcp": False,
         "non_causal_multi_token_decode": False,
         "num_heads": shape.num_heads,
@@ -90,11 +98,11 @@ def make_builder(shape: LatentShape) -> NanoCPCPUMLAMetadataBuilder:
         "dcp_manager": None,
         "page_size": shape.block_size,
         "chunked_prefill_workspace_size": WORKSPACE,
-        "chunked_prefill_workspace": torch.empty(WORKSPACE, shape.rank + shape.rotated, dtype=shape.dtype),
+        "chunked_prefill_workspace": torch.empty(
+            WORKSPACE, shape.rank + shape.rotated, dtype=shape.dtype, device=device
+        ),
         "_prefill_backend": prefill,
     }
-    builder.__dict__.update(values)
-    return builder
 
 
 class _Projection:
@@ -107,12 +115,12 @@ class _Projection:
         return latents @ self.both, None
 
 
-def make_layer(shape: LatentShape) -> Any:
-    """vLLM's layer, taken over as a worker does it, without the engine's configuration."""
-    w_uk, w_uv = shape.projections
+def bare_layer(shape: LatentShape, backend: type[Any], impl_type: type[Any], device: torch.device = CPU) -> Any:
+    """vLLM's layer on a backend, without the engine's configuration."""
+    w_uk, w_uv = (w.to(device) for w in shape.projections)
     both = torch.cat([w_uk.transpose(1, 2), w_uv], dim=-1).transpose(0, 1).flatten(1)
 
-    impl = object.__new__(CPUMLAImpl)
+    impl = object.__new__(impl_type)
     sizes = {
         "num_heads": shape.num_heads,
         "scale": shape.scale,
@@ -122,13 +130,14 @@ def make_layer(shape: LatentShape) -> Any:
         "qk_rope_head_dim": shape.rotated,
         "qk_head_dim": shape.head_size,
         "v_head_dim": shape.value_size,
+        "kv_b_proj": _Projection(both),
     }
     impl.__dict__.update(
         sizes,
         head_size=shape.rank + shape.rotated,
         q_lora_rank=None,
-        kv_b_proj=_Projection(both),
         dcp_world_size=1,
+        dcp_rank=0,
         q_pad_num_heads=None,
         supports_quant_query_input=False,
         _use_flashinfer_concat_mla_k=False,
@@ -141,7 +150,7 @@ def make_layer(shape: LatentShape) -> Any:
     torch.nn.Module.__init__(layer)
     layer.__dict__.update(
         sizes,
-        attn_backend=NanoCPCPUMLABackend,
+        attn_backend=backend,
         impl=impl,
         W_UK_T=w_uk,
         W_UV=w_uv,
@@ -156,13 +165,22 @@ def make_layer(shape: LatentShape) -> Any:
         is_aiter_triton_fp4_bmm_enabled=False,
         is_aiter_triton_fp8_bmm_enabled=False,
         is_amx_bmm_enabled=False,
-        _k_scale=torch.ones(()),
+        _k_scale=torch.ones((), device=device),
     )
+    return layer
+
+
+def make_layer(shape: LatentShape) -> Any:
+    """vLLM's layer, taken over as a worker does it."""
+    layer = bare_layer(shape, NanoCPCPUMLABackend, CPUMLAImpl)
     LatentOnCPU().attach({"l": layer})
     return layer
 
 
 def write(impl: Any, layer: Any, keys: torch.Tensor, values: torch.Tensor, cache: torch.Tensor, slots: Any) -> None:
+    if not cache.is_cuda and not isinstance(layer.impl, CPUMLAImpl):  # an operation of GPUs only
+        cache[slots // cache.shape[1], slots % cache.shape[1]] = keys[:, 0]
+        return
     latents, rotated = keys[:, 0, :-64], keys[..., -64:]
     layer.impl.do_kv_cache_update(latents, rotated, cache, slots, "auto", layer._k_scale)
 
@@ -193,32 +211,40 @@ def stock_attention(
     shape: LatentShape, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int, scale: float
 ) -> torch.Tensor:
     """vLLM's own, of the last queries of one request, as a decode or as a prompt's chunk behind what is cached."""
-    layer, count, length = _layer_of(shape), len(queries), len(keys)
+    return one_request(shape, make_builder(shape), _layer_of(shape), queries, keys, first)
+
+
+def one_request(
+    shape: LatentShape, builder: Any, layer: Any, queries: torch.Tensor, keys: torch.Tensor, first: int
+) -> torch.Tensor:
+    """A layer's attention of the last queries of one request, unsharded, where its weights are."""
+    count, length, device = len(queries), len(keys), layer.W_UV.device
     blocks = -(-length // shape.block_size)
-    cache = torch.zeros(shape.cache_size(blocks), dtype=shape.dtype)
-    write(None, layer, keys, values, cache, torch.arange(length))
+    cache = torch.zeros(shape.cache_size(blocks), dtype=shape.dtype, device=device)
+    queries, keys = queries.to(device), keys.to(device)
+    write(None, layer, keys, keys, cache, torch.arange(length, device=device))
     starts = torch.tensor([0, count], dtype=torch.int32)
     lengths = torch.tensor([length], dtype=torch.int32)
     common = CommonAttentionMetadata(
-        query_start_loc=starts,
+        query_start_loc=starts.to(device),
         query_start_loc_cpu=starts,
-        seq_lens=lengths,
+        seq_lens=lengths.to(device),
         num_reqs=1,
         num_actual_tokens=count,
         max_query_len=count,
         max_seq_len=length,
-        block_table_tensor=torch.arange(blocks, dtype=torch.int32)[None],
-        slot_mapping=torch.arange(first, length),
+        block_table_tensor=torch.arange(blocks, dtype=torch.int32, device=device)[None],
+        slot_mapping=torch.arange(first, length, device=device),
         seq_lens_cpu_upper_bound=lengths,
     )
     step, context.step = context.step, None
     try:
-        metadata = make_builder(shape).build(0, common)
+        metadata = builder.build(0, common)
     finally:
         context.step = step
-    output = torch.empty((count, shape.num_heads, shape.value_size), dtype=shape.dtype)
-    forward(None, layer, queries, keys[first:], values, cache, metadata, output)
-    return output
+    output = torch.empty((count, shape.num_heads, shape.value_size), dtype=shape.dtype, device=device)
+    forward(None, layer, queries, keys[first:], keys[first:], cache, metadata, output)
+    return output.cpu()
 
 
 def cpu_kernel(shape: LatentShape | None = None) -> Kernel:

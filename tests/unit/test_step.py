@@ -76,6 +76,14 @@ def test_what_a_rank_sends_another_expects(world: World) -> None:
 
 
 @given(worlds())
+def test_all_ranks_know_how_much_the_busiest_has(world: World) -> None:
+    """By which they decide, without a word, how much goes at a time."""
+    steps = [step for rank in range(world.num_ranks) if (step := world.step_of(rank)) is not None]
+    busiest = max(s.num_sent + s.num_received + sum(own.num_queries for own in s.own) for s in steps)
+    assert {step.most_rows for step in steps} == {busiest}
+
+
+@given(worlds())
 def test_own_rows_are_the_plan_s(world: World) -> None:
     """In its order, with the home's view of its own shard."""
     for rank in range(world.num_ranks):

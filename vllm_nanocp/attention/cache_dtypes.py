@@ -8,4 +8,5 @@ CACHE_DTYPES: dict[tuple[bool, bool], tuple[str, ...]] = {
     (False, False): ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
     (False, True): ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
     (True, False): ("auto",),
+    (True, True): ("auto",),
 }

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..exchange import Exchange
 from .sharded_step import ShardedStep
 
 if TYPE_CHECKING:
-    from .gqa.fixed_tables import CapturedTables
     from .gqa.routed_layer import Routes
 
 
@@ -21,7 +20,7 @@ class AttentionContext:
     exchange: set once the process groups exist.
     capacities: of the graphs and tables of fixed size, ascending; see ``worker.graphs.capacities``.
     routes: of the routed exchange, by capacity; empty without it.
-    tables: of fixed size, by capacity.
+    tables: of fixed size, by capacity; which ones, the family says.
     step: None in a step without sharded rows, which then is stock vLLM.
     reserve: called by each layer while vLLM measures how much memory a step needs, for its dummy step visits no shard;
         takes up what one would that does.
@@ -30,7 +29,7 @@ class AttentionContext:
     exchange: Exchange | None = None
     capacities: tuple[int, ...] = ()
     routes: dict[int, Routes] = field(default_factory=dict)
-    tables: dict[int, CapturedTables] = field(default_factory=dict)
+    tables: dict[int, Any] = field(default_factory=dict)
     step: ShardedStep | None = None
     reserve: Callable[[], None] | None = None
 

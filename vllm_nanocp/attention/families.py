@@ -18,6 +18,10 @@ def family_of(vllm_config: Any) -> Family:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
+        if vllm_config.model_config.use_mla:
+            from .flash_mla_backend import LatentOnHopper
+
+            return LatentOnHopper(vllm_config)
         from .gqa.flash_backend import GroupedQueryOnHopper
 
         return GroupedQueryOnHopper(vllm_config)

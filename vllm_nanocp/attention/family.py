@@ -24,7 +24,6 @@ from ..exchange import Exchange
 from ..exchange.base import Counts
 
 if TYPE_CHECKING:
-    from .gqa.fixed_tables import CapturedTables
     from .partial_rows import RowLayout
 
 
@@ -133,8 +132,8 @@ class GPUFamily(Family, Protocol):
         """
         ...
 
-    def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device) -> CapturedTables:
-        """Tables of fixed size, for sharded steps of decodes.
+    def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device) -> Any:
+        """Tables of fixed size, for sharded steps of decodes. The family's builder of metadata fills them.
 
         Args:
             capacity: visits between any two ranks.

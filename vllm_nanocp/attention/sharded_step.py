@@ -64,6 +64,7 @@ class ShardedStep:
             whoever visits: what a captured graph does, and the routed exchange.
         captured: whether attention is replayed from a graph.
         serial: number of the step, the same on all ranks and larger than those before.
+        most_rows: queries that the busiest rank sends, receives and has visiting, together; the same on all ranks.
     """
 
     rank: int
@@ -74,6 +75,7 @@ class ShardedStep:
     capacity: int = 0
     captured: bool = False
     serial: int = 0
+    most_rows: int = 0
 
     @property
     def num_ranks(self) -> int:

@@ -58,7 +58,11 @@ def make_step(
         return None
     me = shards.rank
     step = ShardedStep(me, send_counts=[0] * num_ranks, recv_counts=[0] * num_ranks, serial=plan.serial)
+    rows = [0] * num_ranks
     for row in plan.rows:
+        rows[row.home] += row.num_queries * (1 + len(row.holders))
+        for holder in row.holders:
+            rows[holder.rank] += row.num_queries
         visits: list[tuple[int, int]] = []
         for holder in row.holders:
             if row.home == me:
@@ -71,5 +75,6 @@ def make_step(
         if row.home == me:
             own = OwnRow(partial(batch_row, row.req_id), row.num_queries, row.first_block, row.local_tokens, visits)
             step.own.append(own)
+    step.most_rows = max(rows)
     step.guests.sort(key=lambda guest: (guest.home, guest.index))
     return step

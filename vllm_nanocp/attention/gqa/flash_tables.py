@@ -61,7 +61,7 @@ class StepTables:
 
 
 @dataclass
-class _Row:
+class TableRow:
     """Some queries and what they see: the first ``length`` tokens of the blocks whose ids, int32, are at this address;
     where a launch is causal, the last of these are their own."""
 
@@ -70,9 +70,9 @@ class _Row:
     table: int
 
 
-def _groups(rows: list[_Row], most: int, causal: bool) -> list[list[_Row]]:
+def groups_of(rows: list[TableRow], most: int, causal: bool) -> list[list[TableRow]]:
     """The same queries in the same order, in groups of at most ``most``."""
-    groups: list[list[_Row]] = []
+    groups: list[list[TableRow]] = []
     room = 0
     for row in rows:
         at = 0
@@ -83,7 +83,7 @@ def _groups(rows: list[_Row], most: int, causal: bool) -> list[list[_Row]]:
             taken = min(room, row.queries - at)
             at += taken
             room -= taken
-            groups[-1].append(_Row(taken, row.length - (row.queries - at) * causal, row.table))
+            groups[-1].append(TableRow(taken, row.length - (row.queries - at) * causal, row.table))
     return groups
 
 
@@ -112,8 +112,8 @@ def gather_tables(addresses: list[int], counts: list[int], device: torch.device)
     return table
 
 
-def _launch(
-    rows: list[_Row], causal: bool, layout: RowLayout, num_kv_heads: int, block_size: int, device: torch.device
+def make_launch(
+    rows: list[TableRow], causal: bool, layout: RowLayout, num_kv_heads: int, block_size: int, device: torch.device
 ) -> ShardLaunch:
     """A launch for rows of any number of queries."""
     queries, lengths = [row.queries for row in rows], [row.length for row in rows]
@@ -186,7 +186,7 @@ def exact_tables(
     seq_lens = common.seq_lens.clone()
     queries = [own.num_queries for own in step.own]
     held = [
-        _Row(own.num_queries, own.local_tokens + own.num_queries, table_address(common, row, own.first_block))
+        TableRow(own.num_queries, own.local_tokens + own.num_queries, table_address(common, row, own.first_block))
         for own, row in zip(step.own, rows, strict=True)
     ]
     tokens = pick = None
@@ -194,9 +194,9 @@ def exact_tables(
         seq_lens.index_fill_(0, async_tensor_h2d(rows, device, torch.int64), 0)
         batch = np.concatenate([np.arange(f, f + q) for f, q in zip(firsts, queries, strict=True)])
         tokens = async_tensor_h2d(batch, device)
-        pick = async_tensor_h2d(_picks(visits, queries, step.num_sent), device)
+        pick = async_tensor_h2d(picks_of(visits, queries, step.num_sent), device)
     most = queries_at_once(layout.num_heads, layout.head_size)
-    guests = [_Row(g.num_queries, g.length, g.blocks.data_ptr()) for g in step.guests]
+    guests = [TableRow(g.num_queries, g.length, g.blocks.data_ptr()) for g in step.guests]
     rest = (layout, num_kv_heads, block_size, device)
     return StepTables(
         plain=len(rows) < common.num_reqs,
@@ -204,15 +204,15 @@ def exact_tables(
         exchanged=step.num_sent,
         send_counts=step.send_counts,
         recv_counts=step.recv_counts,
-        guests=[_launch(group, False, *rest) for group in _groups(guests, most, False)],
-        own=[_launch(group, True, *rest) for group in _groups(held, most, True)],
+        guests=[make_launch(group, False, *rest) for group in groups_of(guests, most, False)],
+        own=[make_launch(group, True, *rest) for group in groups_of(held, most, True)],
         partials=layout.empty(step.num_sent + sum(queries), device),
         tokens=tokens,
         pick=pick,
     ), seq_lens
 
 
-def _picks(visits: list[list[slice]], queries: list[int], num_sent: int) -> np.ndarray:
+def picks_of(visits: list[list[slice]], queries: list[int], num_sent: int) -> np.ndarray:
     """For each own query, its row among the own ones, behind those that come back, and its rows among these."""
     picks = np.full((sum(queries), 1 + max(len(mine) for mine in visits)), -1, dtype=np.int64)
     at = 0

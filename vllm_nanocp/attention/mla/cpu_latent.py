@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from vllm.utils.math_utils import cdiv
 
 from ..cpu_partial import attend, flash
+from ..latent_sizes import LatentSizes
 from ..merge import Partial
 
 # Bytes of projected keys and values at a time, and of latents that few queries attend to at a time.
@@ -97,9 +98,8 @@ def attend_new(queries: torch.Tensor, latents: torch.Tensor, held: Latents) -> P
 
 def _absorbs(rows: int, held: Latents) -> bool:
     """Whether it is less work to attend in the latents' space than to project the latents, for each key and head."""
-    _, unrotated, rank = held.w_uk.shape
-    values = held.w_uv.shape[2]
-    return rows * (2 * rank - unrotated - values) <= rank * (unrotated + values)
+    heads, unrotated, rank = held.w_uk.shape
+    return LatentSizes(heads, unrotated, held.cache.shape[2] - rank, rank, held.w_uv.shape[2]).absorbs(rows)
 
 
 def _absorb(queries: torch.Tensor, held: Latents) -> torch.Tensor:

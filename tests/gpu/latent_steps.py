@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latent attention's steps on GPUs: with the real kernels, several ranks on one GPU or one on each, from graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from tests.unit.attention_steps import Kernel, run_scenarios
+from tests.unit.flash_latent_steps import bare_family, kernel_of, make_builder, make_layer
+from tests.unit.latent_steps import LatentShape, forward
+from vllm_nanocp.attention.context import Guest, OwnRow, ShardedStep, context
+from vllm_nanocp.attention.latent_tables import most_memory
+from vllm_nanocp.exchange import CollectiveExchange
+
+
+class StagedExchange(CollectiveExchange):
+    """Over gloo, through the host's memory: for ranks that share a GPU, which NCCL does not serve."""
+
+    def _all_to_all(self, rows: torch.Tensor, send: Any, recv: Any, out: Any, ahead: bool = False) -> Any:
+        there = super()._all_to_all(rows.cpu(), send, recv, None)[0].to(rows.device)
+        return (there if out is None else out.copy_(there)), None
+
+
+def cuda_kernel(args: dict[str, Any], staged: bool) -> Kernel:
+    """As ``kernel_of``.
+
+    Args:
+        args: of that.
+        staged: ranks share a GPU.
+    """
+    # What is past a length is finite in a real cache too, and FlashAttention reads whole blocks.
+    kernel = dataclasses.replace(kernel_of("cuda", stock=True, **args), fill=1000.0)
+    return dataclasses.replace(kernel, exchange=StagedExchange) if staged else kernel
+
+
+def run_modes(rank: int, size: int, modes: dict[str, tuple[dict[str, Any], Any]], staged: bool) -> dict[str, Any]:
+    """``run_scenarios`` by mode: arguments of ``kernel_of``, and groups of scenarios."""
+    results: dict[str, Any] = {}
+    for name, (args, groups) in modes.items():
+        try:
+            results[name] = run_scenarios(rank, size, groups, lambda a=args: cuda_kernel(a, staged))  # type: ignore[misc]
+        except Exception as error:  # the others are to be seen as well
+            results[name] = repr(error)[:2000]
+            torch.cuda.synchronize()  # raises where the device is lost
+    return results
+
+
+def fullest_step(rank: int, size: int, shape: LatentShape, tokens: int) -> tuple[int, int]:
+    """Every rank's chunk of so many tokens visits all ranks, its own too: bytes that a layer takes, and has."""
+    device = torch.device("cuda", rank)
+    builder, layer = make_builder(shape, device, 1), make_layer(shape, device)
+    blocks = tokens // shape.block_size
+    cache = torch.zeros((blocks, shape.block_size, shape.rank + shape.rotated), dtype=shape.dtype, device=device)
+    query = torch.zeros((tokens, shape.num_heads, shape.head_size), dtype=shape.dtype, device=device)
+    keys = torch.zeros((tokens, 1, shape.rank + shape.rotated), dtype=shape.dtype, device=device)
+    output = torch.zeros((tokens, shape.num_heads, shape.value_size), dtype=shape.dtype, device=device)
+    starts = torch.tensor([0, tokens], dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=starts[1:].to(device),
+        num_reqs=1,
+        num_actual_tokens=tokens,
+        max_query_len=tokens,
+        max_seq_len=tokens,
+        block_table_tensor=torch.arange(blocks, dtype=torch.int32, device=device)[None],
+        slot_mapping=torch.zeros(tokens, dtype=torch.int64, device=device),
+        seq_lens_cpu_upper_bound=starts[1:],
+    )
+    counts = [tokens] * size
+    step = ShardedStep(rank, send_counts=counts, recv_counts=list(counts), most_rows=(2 * size + 1) * tokens)
+    step.own = [OwnRow(lambda: 0, tokens, 0, 0, [(r, 0) for r in range(size)])]
+    held = torch.arange(blocks, dtype=torch.int32, device=device)
+    step.guests = [Guest(home, 0, tokens, str(home), held, tokens) for home in range(size)]
+    context.exchange = CollectiveExchange(dist.group.WORLD)
+    peak = 0
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        context.step = step
+        metadata = builder.build(0, common)
+        context.step = None
+        forward(None, layer, query, keys, keys, cache, metadata, output)
+        torch.cuda.synchronize()
+        peak = max(peak, torch.cuda.max_memory_allocated() - before)
+        del metadata
+    return peak, most_memory(size, tokens, bare_family(shape).sizes, shape.dtype)

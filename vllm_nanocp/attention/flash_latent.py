@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Partial latent attention on GPUs over a paged cache of latents, in the space of values: how ``cpu_latent.py`` has it,
+with FlashAttention. What it returns is 16 bits wide; it is projected into float32, and merged there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .flash_mla import attend_latents, attend_projected
+from .flash_pieces import ShardLaunch
+from .latent_sizes import LatentSizes
+
+# Queries whose results are taken in at a time: what that takes beside them.
+TOGETHER = 1024
+
+
+@dataclass
+class Latents:
+    """What a layer's queries attend to.
+
+    Attributes:
+        cache: [num_blocks, block_size, rank + rotated].
+        w_uk: [num_heads, unrotated, rank].
+        w_uv: [num_heads, rank, value_size].
+        scale: of the scores.
+        sizes: of the layer, or of a group of its heads.
+    """
+
+    cache: torch.Tensor
+    w_uk: torch.Tensor
+    w_uv: torch.Tensor
+    scale: float
+    sizes: LatentSizes
+
+
+@dataclass
+class Piece:
+    """Some consecutive tokens held here, which are projected together.
+
+    Attributes:
+        blocks: int32, the ids of the blocks they lie in.
+        skip: tokens of these blocks before them.
+        length: positive.
+        starts: int32 [2]: 0 and ``length``.
+        causal: whether they are the queries' own tokens.
+    """
+
+    blocks: torch.Tensor
+    skip: int
+    length: int
+    starts: torch.Tensor
+    causal: bool
+
+
+@dataclass
+class Absorbed:
+    """A launch over latents.
+
+    Attributes:
+        part: its queries.
+        launch: with its schedule.
+        empty: bool [num_rows], rows without keys; None: there are none. Its rows have one query each.
+    """
+
+    part: slice
+    launch: ShardLaunch
+    empty: torch.Tensor | None = None
+
+
+@dataclass
+class Projected:
+    """A row with so many queries that projecting what it sees is less work.
+
+    Attributes:
+        part: its queries.
+        starts: int32 [2]: 0 and how many.
+        pieces: what it sees, one after another.
+    """
+
+    part: slice
+    starts: torch.Tensor
+    pieces: list[Piece]
+
+
+Work = Absorbed | Projected
+
+
+def attend(queries: torch.Tensor, held: Latents, work: Work, outputs: torch.Tensor, lses: torch.Tensor) -> None:
+    """Write partial results of some queries.
+
+    Args:
+        queries: [rows, num_heads, query size], contiguous numbers.
+        held: the layer's.
+        work: which queries, over what.
+        outputs: float32 [rows, num_heads, value_size].
+        lses: float32 [rows, num_heads], natural; -inf where there is no key.
+    """
+    part = work.part
+    if isinstance(work, Absorbed):
+        _over_latents(queries[part], held, work, outputs[part], lses[part])
+        return
+    for number, piece in enumerate(work.pieces):
+        out, lse = _over_piece(queries[part], held, work.starts, piece)
+        _take_in(out, lse, outputs[part], lses[part], first=not number)
+
+
+def _over_latents(
+    queries: torch.Tensor, held: Latents, work: Absorbed, outputs: torch.Tensor, lses: torch.Tensor
+) -> None:
+    unrotated = held.sizes.unrotated
+    absorbed = queries.new_empty((*queries.shape[:2], held.sizes.rank))
+    torch.bmm(queries[..., :unrotated].transpose(0, 1), held.w_uk, out=absorbed.transpose(0, 1))
+    out, lse = attend_latents(absorbed, queries[..., unrotated:], held.cache, work.launch, held.scale)
+    outputs.copy_(_values(out, held.w_uv))
+    # Whatever a kernel says of rows without keys, they weigh nothing.
+    lses.copy_(lse if work.empty is None else lse.masked_fill(work.empty.unsqueeze(-1), float("-inf")))
+
+
+def _values(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
+    """From the latents' space to that of values, into float32: [rows, num_heads, value_size]."""
+    inner = out.transpose(0, 1)
+    if out.is_cuda:
+        return torch.bmm(inner, w_uv, out_dtype=torch.float32).transpose(0, 1)
+    return torch.bmm(inner.float(), w_uv.float()).transpose(0, 1)
+
+
+def _over_piece(
+    queries: torch.Tensor, held: Latents, starts: torch.Tensor, piece: Piece
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """16-bit results over projected latents, as vLLM attends to a prompt's context."""
+    sizes = held.sizes
+    latents = held.cache.index_select(0, piece.blocks).flatten(0, 1)[piece.skip : piece.skip + piece.length]
+    inner = latents[:, : sizes.rank].expand(sizes.num_heads, -1, -1)
+    keys = latents.new_empty((sizes.num_heads, piece.length, sizes.query_size))
+    keys[..., : sizes.unrotated] = torch.bmm(inner, held.w_uk.transpose(1, 2))
+    keys[..., sizes.unrotated :] = latents[:, sizes.rank :]
+    values = torch.bmm(inner, held.w_uv)
+    return attend_projected(
+        queries, keys.transpose(0, 1), values.transpose(0, 1), (starts, piece.starts), held.scale, piece.causal
+    )
+
+
+def _take_in(out: torch.Tensor, lse: torch.Tensor, outputs: torch.Tensor, lses: torch.Tensor, first: bool) -> None:
+    """Merge one more piece into what there is of a row; each has a key for every query."""
+    if first:
+        outputs.copy_(out)
+        lses.copy_(lse)
+        return
+    both = torch.logaddexp(lses, lse)
+    before, now = (lses - both).exp_().unsqueeze(-1), (lse - both).exp_().unsqueeze(-1)
+    for at in range(0, len(out), TOGETHER):
+        some = slice(at, at + TOGETHER)
+        outputs[some].mul_(before[some]).addcmul_(out[some].float(), now[some])
+    lses.copy_(both)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlashAttention 3 for latent attention: the only place that calls the vendor's kernels. Touches
+``flash_attn_varlen_func`` and ``get_scheduler_metadata`` of vLLM 0.32, as its FLASH_ATTN_MLA backend does.
+
+In the latents' space there is one KV head, of which all query heads read the same latent: its rotated part is the key,
+the latent is both key (for the absorbed query, ``q_v``) and value. Results are 16 bits wide, log-sum-exps natural and
+float32. A row without keys has an infinite log-sum-exp of either sign, and any output.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.attention.backends import fa_utils
+
+from ..errors import NanoCPConfigError
+from .flash_pieces import ShardLaunch
+from .latent_sizes import LatentSizes
+from .merge import Partial
+
+VERSION = 3
+
+
+def make_schedule(launch: ShardLaunch, sizes: LatentSizes, block_size: int, dtype: torch.dtype) -> None:
+    """Let FlashAttention schedule a launch over latents, once for all layers; into the same memory if it has some.
+
+    Args:
+        launch: ``schedule`` is set, or written to.
+        sizes: of the layers.
+        block_size: tokens a block holds.
+        dtype: of queries and cache.
+    """
+    made = fa_utils.get_scheduler_metadata(
+        batch_size=len(launch.lengths),
+        max_seqlen_q=launch.max_queries,
+        max_seqlen_k=launch.max_length,
+        num_heads_q=sizes.num_heads,
+        num_heads_kv=1,
+        headdim=sizes.rotated,
+        headdim_v=sizes.rank,
+        cache_seqlens=launch.lengths,
+        qkv_dtype=dtype,
+        cu_seqlens_q=launch.query_starts,
+        page_size=block_size,
+        causal=launch.causal,
+        num_splits=launch.max_pieces,
+    )
+    if launch.schedule is None:
+        launch.schedule = made
+    else:
+        launch.schedule.copy_(made)
+
+
+def attend_latents(
+    absorbed: torch.Tensor, rotated: torch.Tensor, cache: torch.Tensor, launch: ShardLaunch, scale: float
+) -> Partial:
+    """Absorbed queries over paged latents.
+
+    Args:
+        absorbed: [num_queries, num_heads, rank], contiguous.
+        rotated: [num_queries, num_heads, rotated].
+        cache: [num_blocks, block_size, rank + rotated].
+        launch: with its schedule made.
+        scale: of the scores.
+
+    Returns:
+        [num_queries, num_heads, rank], in 16 bits, and float32 [num_queries, num_heads].
+    """
+    rank = absorbed.shape[2]
+    out, lse = fa_utils.flash_attn_varlen_func(
+        q=rotated,
+        k=cache[..., rank:].unsqueeze(2),
+        v=cache[..., :rank].unsqueeze(2),
+        q_v=absorbed,
+        max_seqlen_q=launch.max_queries,
+        cu_seqlens_q=launch.query_starts,
+        max_seqlen_k=launch.max_length,
+        seqused_k=launch.lengths,
+        block_table=launch.block_table,
+        softmax_scale=scale,
+        causal=launch.causal,
+        return_softmax_lse=True,
+        fa_version=VERSION,
+        scheduler_metadata=launch.schedule,
+        num_splits=launch.max_pieces,
+    )
+    return out, lse.transpose(0, 1)
+
+
+def attend_projected(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
+    causal: bool,
+) -> Partial:
+    """Queries of one row over projected keys.
+
+    Args:
+        queries, keys: [tokens, num_heads, query size], a head's numbers contiguous.
+        values: [tokens, num_heads, value_size], likewise.
+        starts: int32 [2], 0 and how many there are, of queries and of keys.
+        scale: of the scores.
+        causal: whether the queries are the last tokens of the keys.
+
+    Returns:
+        As ``attend_latents``, of ``value_size``.
+    """
+    out, lse = fa_utils.flash_attn_varlen_func(
+        q=queries,
+        k=keys,
+        v=values,
+        max_seqlen_q=len(queries),
+        cu_seqlens_q=starts[0],
+        max_seqlen_k=len(keys),
+        cu_seqlens_k=starts[1],
+        softmax_scale=scale,
+        causal=causal,
+        return_softmax_lse=True,
+        fa_version=VERSION,
+    )
+    return out, lse.transpose(0, 1)
+
+
+def self_check(sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> None:
+    """Compare small launches with attention in float32.
+
+    Raises:
+        NanoCPConfigError: this FlashAttention does not return what is expected of it.
+    """
+    try:
+        _check_latents(sizes, dtype, device)
+        _check_projected(sizes, dtype, device)
+    except Exception as error:
+        raise NanoCPConfigError(
+            "nanocp: this FlashAttention does not return the partial results of latent attention that shards need "
+            f"({error!r:.200}); use --nanocp-config '{{\"max_degree\": 1}}' to serve with one scheduler and no sharding"
+        ) from error
+
+
+def _check_latents(sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> None:
+    """Rows of one query, of several, and of a length that ends within a block; and one without keys."""
+    block_size, queries, lengths = 16, (1, 1, 3, 1), [700, 5, 37, 0]
+    random = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, dtype=dtype, device=device, generator=random)
+
+    cache = normal(64, block_size, sizes.rank + sizes.rotated)
+    table = torch.randperm(64, device=device, generator=random).to(torch.int32)[:44].expand(4, 44).contiguous()
+    absorbed, rotated = normal(6, sizes.num_heads, sizes.rank), normal(6, sizes.num_heads, sizes.rotated)
+    launch = ShardLaunch(
+        num_queries=6,
+        query_starts=torch.tensor([0, 1, 2, 5, 6], dtype=torch.int32, device=device),
+        lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+        block_table=table,
+        max_queries=3,
+        max_length=44 * block_size,
+        causal=False,
+        max_pieces=32,
+    )
+    scale = sizes.rank**-0.5
+    make_schedule(launch, sizes, block_size, dtype)
+    out, lse = attend_latents(absorbed, rotated, cache, launch, scale)
+    at = 0
+    for row, (count, length) in enumerate(zip(queries, lengths, strict=True)):
+        part, at = slice(at, at + count), at + count
+        if not length:
+            continue
+        held = cache[table[row].long()].flatten(0, 1)[:length].float()
+        query = torch.cat([absorbed[part], rotated[part]], dim=-1).float()
+        scores = torch.einsum("qhd,kd->qhk", query, held) * scale
+        _close(out[part], lse[part], scores, torch.einsum("qhk,kd->qhd", scores.softmax(-1), held[:, : sizes.rank]))
+
+
+def _check_projected(sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> None:
+    random = torch.Generator(device).manual_seed(1)
+    widths = (sizes.query_size, sizes.query_size, sizes.value_size)
+    query, keys, values = (  # as they are made: one head after another
+        torch.randn((sizes.num_heads, n, width), dtype=dtype, device=device, generator=random).transpose(0, 1)
+        for n, width in zip((40, 90, 90), widths, strict=True)
+    )
+    starts = torch.tensor([0, 40, 0, 90], dtype=torch.int32, device=device)
+    scale = sizes.query_size**-0.5
+    for causal in (False, True):
+        out, lse = attend_projected(query, keys, values, (starts[:2], starts[2:]), scale, causal)
+        scores = torch.einsum("qhd,khd->qhk", query.float(), keys.float()) * scale
+        if causal:
+            hidden = torch.ones(40, 90, dtype=torch.bool, device=device).triu(90 - 40 + 1)
+            scores.masked_fill_(hidden[:, None], float("-inf"))
+        _close(out, lse, scores, torch.einsum("qhk,khd->qhd", scores.softmax(-1), values.float()))
+
+
+def _close(out: torch.Tensor, lse: torch.Tensor, scores: torch.Tensor, expected: torch.Tensor) -> None:
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=1e-2)

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head latent attention on Hopper GPUs. Touches ``vllm/v1/attention/backends/mla/flashattn_mla.py`` and
+``vllm/model_executor/layers/attention/mla_attention.py`` of vLLM 0.32.
+
+As on CPU (``cpu_mla_backend.py``): layers are taken over as a whole, queries travel before they are absorbed, results
+come back in the space of values. A step without sharded rows runs stock code. It has not been run on a GPU yet, and so
+``engine_config.py`` refuses it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention.mla_attention import get_mla_dims
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.mla.flashattn_mla import (
+    FlashAttnMLABackend,
+    FlashAttnMLAMetadata,
+    FlashAttnMLAMetadataBuilder,
+)
+from vllm.v1.attention.backends.mla.prefill.flash_attn import FlashAttnPrefillBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from . import flash_mla
+from .context import ShardedStep, context
+from .families import CACHE_DTYPES
+from .family import attend
+from .flash_latent import Latents, Work
+from .flash_latent import attend as attend_work
+from .flash_tables import gather_tables
+from .latent_fixed import FixedLatentTables, empty_block_table
+from .latent_fixed import warm_up as warm_up_fixed
+from .latent_sizes import LatentSizes
+from .latent_tables import LatentRows, exact_tables, most_memory, projected_at_once
+from .partial_rows import RowLayout, merge_rows
+from .supported import latent_problem
+
+
+@dataclass
+class ShardedFlashMLAMetadata(FlashAttnMLAMetadata):
+    """Stock metadata, with the tables of a sharded step."""
+
+    sharded: LatentRows | None = field(default=None)
+
+
+class NanoCPFlashAttnMLABackend(FlashAttnMLABackend):
+    """Registered in place of FLASH_ATTN_MLA."""
+
+    @staticmethod
+    def get_builder_cls() -> type[NanoCPFlashAttnMLAMetadataBuilder]:
+        return NanoCPFlashAttnMLAMetadataBuilder
+
+
+class NanoCPFlashAttnMLAMetadataBuilder(FlashAttnMLAMetadataBuilder):
+    """Takes the rows laid out in ``context.step`` out of the stock metadata and into tables of their own."""
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        step, stock = context.step, super().build
+        if step is None:
+            return stock(common_prefix_len, common_attn_metadata, fast_build)
+        common = copy(common_attn_metadata)
+        if step.capacity:
+            rows, common.seq_lens = self._fixed_tables(step).fill(step, common)
+            rows.plain = metadata = stock(0, common, fast_build)
+        else:
+            rows, plain = exact_tables(step, common, self._sizes, self.page_size, self._dtype)
+            metadata = self._stock_beside_shards(common if plain is None else plain, fast_build)
+            rows.plain = None if plain is None else metadata
+        values = {f.name: getattr(metadata, f.name) for f in fields(FlashAttnMLAMetadata)}
+        return ShardedFlashMLAMetadata(**values, sharded=rows)
+
+    def _stock_beside_shards(self, common: CommonAttentionMetadata, fast_build: bool) -> Any:
+        """vLLM's own metadata, by which it projects less of a prompt's context at a time than usual (up to 65,536
+        tokens): memory is full of what visits."""
+        usual = self.chunked_prefill_workspace_size
+        self.chunked_prefill_workspace_size = min(usual, projected_at_once(self._sizes, self.page_size, self._dtype))
+        try:
+            return super().build(0, common, fast_build)
+        finally:
+            self.chunked_prefill_workspace_size = usual
+
+    @property
+    def _sizes(self) -> LatentSizes:
+        return _sizes_of(self.num_heads, self.mla_dims)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the model, and so of its cache."""
+        assert isinstance(self.model_config.dtype, torch.dtype)
+        return self.model_config.dtype
+
+    def _fixed_tables(self, step: ShardedStep) -> FixedLatentTables:
+        """The worker's; made here where there is none."""
+        made: dict[int, Any] = self.__dict__.setdefault("nanocp_tables", dict(context.tables))
+        if step.capacity not in made:
+            most = self.vllm_config.scheduler_config.max_num_seqs
+            tokens = self.model_config.max_model_len
+            table = empty_block_table(step.capacity, step.num_ranks, tokens, self.page_size, self.device)
+            made[step.capacity] = FixedLatentTables(
+                step.capacity, step.num_ranks, most, table, self._sizes, self.page_size, self._dtype
+            )
+        return made[step.capacity]
+
+
+def _sizes_of(num_heads: int, dims: Any) -> LatentSizes:
+    """From ``MLADims``, or a layer, which has the same names."""
+    return LatentSizes(num_heads, dims.qk_nope_head_dim, dims.qk_rope_head_dim, dims.kv_lora_rank, dims.v_head_dim)
+
+
+def forward_sharded(
+    layer: Any,
+    stock: Callable[..., torch.Tensor],
+    q: torch.Tensor,
+    k_c_normed: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_cache: torch.Tensor,
+    attn_metadata: Any,
+    output: torch.Tensor,
+    output_scale: torch.Tensor | None = None,
+    output_block_scale: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """In place of ``MLAAttention.forward_impl``. The latents of the new tokens are in the cache before.
+
+    Args:
+        layer: vLLM's.
+        stock: its own method.
+        Others: as of that.
+    """
+    if attn_metadata is None and context.reserve is not None:
+        context.reserve()
+    rows: LatentRows | None = getattr(attn_metadata, "sharded", None)
+    if rows is None:
+        scales = dict(output_scale=output_scale, output_block_scale=output_block_scale)
+        return stock(q, k_c_normed, k_pe, kv_cache, attn_metadata, output=output, **scales, **kwargs)
+    assert output_scale is None and output_block_scale is None, "the pass that makes these is refused"
+    assert context.exchange is not None
+    plain = partial(_plain, rows, partial(stock, **kwargs), (q, k_c_normed, k_pe), kv_cache, output)
+    results, together = output.view(-1, layer.num_heads, layer.v_head_dim), rows.sizes.num_heads
+    for first in range(0, layer.num_heads, together):
+        heads = slice(first, first + together)
+        held = Latents(kv_cache, layer.W_UK_T[heads], layer.W_UV[heads], layer.scale, rows.sizes)
+        one = _Layer(rows, held, q[:, heads], results[:, heads], None if first else plain)
+        attend(one, context.exchange)
+    return output
+
+
+def _plain(
+    rows: LatentRows,
+    stock: Callable[..., torch.Tensor],
+    batch: tuple[torch.Tensor, ...],
+    cache: torch.Tensor,
+    output: torch.Tensor,
+) -> None:
+    """vLLM's attention of the rows that visit nobody, all heads.
+
+    Args:
+        rows: the step's tables.
+        stock: vLLM's method.
+        batch: queries, latents and rotated keys of the batch.
+        cache: of the layer.
+        output: [tokens, num_heads * value_size].
+    """
+    if rows.plain is None:
+        return
+    if rows.plain_tokens is None:
+        stock(*batch, cache, rows.plain, output=output)
+        return
+    some = output.new_empty((len(rows.plain_tokens), *output.shape[1:]))
+    stock(*(x.index_select(0, rows.plain_tokens) for x in batch), cache, rows.plain, output=some)
+    output.index_copy_(0, rows.plain_tokens, some)
+
+
+class _Layer:
+    """Some heads of one layer of a sharded step; see ``ShardedLayer``.
+
+    Args:
+        rows: the step's tables.
+        held: what is attended to.
+        query: [tokens, num_heads, query size].
+        output: [tokens, num_heads, value_size].
+        plain_rows: does the rows that visit nobody; None: that is done.
+    """
+
+    def __init__(
+        self,
+        rows: LatentRows,
+        held: Latents,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        plain_rows: Callable[[], None] | None,
+    ) -> None:
+        self.rows, self.held, self.query, self.output, self.plain_rows = rows, held, query, output, plain_rows
+        self.layout = RowLayout(held.sizes.num_heads, held.sizes.value_size)
+        self.send_counts, self.recv_counts = rows.send_counts, rows.recv_counts
+        self.partials, self._mine = rows.partials[: rows.exchanged], rows.partials[rows.exchanged :]
+
+    def queries(self) -> torch.Tensor:
+        return self.query.index_select(0, self.rows.send[: self.rows.exchanged])
+
+    def plain(self) -> None:
+        if self.plain_rows is not None:
+            self.plain_rows()
+
+    def own(self) -> None:
+        if self.rows.own:
+            assert self.rows.tokens is not None
+            self._attend(self.query.index_select(0, self.rows.tokens), self.rows.own, self._mine)
+
+    def serve(self, visiting: torch.Tensor) -> torch.Tensor:
+        rows, device = self.rows, self.output.device
+        if rows.fixed is None:
+            answers = self.layout.empty(len(visiting), device)
+            self._attend(visiting, rows.guests, answers)
+            return answers
+        # At fixed places, guests and this rank's own rows attend in one launch.
+        visiting = torch.cat([visiting, self.query.index_select(0, rows.send[rows.exchanged :])])
+        answers = self.layout.empty(len(visiting), device)
+        self._attend(visiting, [rows.fixed], answers)
+        self._mine.copy_(answers[rows.exchanged :])
+        return answers[: rows.exchanged]
+
+    def finish(self, partials: torch.Tensor) -> None:
+        rows = self.rows
+        if rows.pick is not None:
+            assert rows.tokens is not None
+            merge_rows(rows.partials, self.layout, rows.pick, rows.tokens, self.output)
+
+    def _attend(self, queries: torch.Tensor, works: list[Work], into: torch.Tensor) -> None:
+        outputs, lses = self.layout.outputs(into), self.layout.lses(into)
+        for work in works:
+            attend_work(queries, self.held, work, outputs, lses)
+
+
+class LatentOnHopper:
+    """See ``GPUFamily``."""
+
+    cache_dtypes = CACHE_DTYPES[True, True]
+    unrouted = "its kernel attends for grouped queries, not for latents"
+    _block_table: torch.Tensor | None = None
+
+    def __init__(self, vllm_config: Any) -> None:
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        assert isinstance(model.dtype, torch.dtype)
+        self.config, self.dtype = vllm_config, model.dtype
+        self.sizes = _sizes_of(model.get_num_attention_heads(parallel), get_mla_dims(model))
+        self.layout = RowLayout(self.sizes.num_heads, self.sizes.value_size)
+        self.query_bytes = self.sizes.num_heads * self.sizes.query_size * self.dtype.itemsize
+
+    def register(self) -> None:
+        register_backend(AttentionBackendEnum.FLASH_ATTN_MLA, f"{__name__}.{NanoCPFlashAttnMLABackend.__name__}")
+
+    def problem(self, layer: Any) -> tuple[str, str] | None:
+        found = latent_problem(layer, NanoCPFlashAttnMLABackend)
+        if found is not None:
+            return found
+        prompts = layer.prefill_backend
+        version = getattr(prompts, "vllm_flash_attn_version", None)
+        if type(prompts) is not FlashAttnPrefillBackend or version != flash_mla.VERSION:
+            kind = f"{type(prompts).__name__}, FlashAttention {version}"
+            return f"latent attention whose prompts attend by {kind}", "shards attend by FlashAttention 3 as well"
+        if (seen := _sizes_of(layer.num_heads, layer)) != self.sizes:
+            return (
+                "latent attention whose layers differ in size",
+                f"the exchange and its memory are laid out for one shape, not {self.sizes}, {seen}",
+            )
+        return None
+
+    def shape(self, layer: Any) -> tuple[Any, ...]:
+        return layer.num_heads, layer.qk_head_dim, layer.v_head_dim, layer.kv_lora_rank
+
+    def attach(self, layers: Mapping[str, Any]) -> None:
+        for layer in layers.values():
+            layer.forward_impl = partial(forward_sharded, layer, layer.forward_impl)
+
+    def prepare(self, device: torch.device) -> None:
+        flash_mla.self_check(self.sizes, self.dtype, device)
+        block = torch.zeros(1, dtype=torch.int32, device=device)
+        gather_tables([block.data_ptr()], [1], device)  # compiled now
+        warm_up_fixed(device)
+
+    def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device) -> Any:
+        block_size = self.config.cache_config.block_size
+        if self._block_table is None:
+            most, tokens = max(context.capacities, default=capacity), self.config.model_config.max_model_len
+            self._block_table = empty_block_table(most, num_ranks, tokens, block_size, device)
+        return FixedLatentTables(capacity, num_ranks, max_reqs, self._block_table, self.sizes, block_size, self.dtype)
+
+    def most_memory(self, num_ranks: int, max_tokens: int) -> int:
+        return most_memory(num_ranks, max_tokens, self.sizes, self.dtype)
+
+    def warm_up(self, layer: Any) -> None:
+        device, layout, many = layer.kv_cache.device, self.layout, 1024
+        rows = layout.empty(many, device)
+        output = torch.empty((many, layout.num_heads, layout.head_size), dtype=self.dtype, device=device)
+        index = torch.zeros(many, dtype=torch.int64, device=device)
+        for n in (1, many):
+            merge_rows(rows, layout, index[:n, None], index[:n], output)

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of sharded steps of latent attention at fixed addresses and of fixed size: a graph captured with them
+serves every decode step that fits. As ``fixed_tables.py``; but FlashAttention attends, which wants block ids in one
+table, so those of the rows in use are copied."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from ..exchange.routes import places_of
+from .context import ShardedStep
+from .flash_latent import Absorbed
+from .flash_mla import make_schedule
+from .flash_pieces import ShardLaunch
+from .flash_tables import table_address
+from .latent_sizes import LatentSizes
+from .latent_tables import LatentRows
+from .partial_rows import RowLayout
+
+# Bytes of float32 results that a launch may take, and most pieces of a row: as many as vLLM allows in graphs.
+_ROOM, _MOST_PIECES = 1 << 30, 32
+# Block ids that a program copies.
+_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _copy_kernel(rows_ptr, table_ptr, table_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = rows_ptr + tl.program_id(0) * 3
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place, source, count = tl.load(row), tl.load(row + 1).to(tl.pointer_type(tl.int32)), tl.load(row + 2)
+    blocks = tl.load(source + at, mask=at < count, other=0)
+    tl.store(table_ptr + place * table_stride + at, blocks, mask=at < count)
+
+
+def empty_block_table(
+    capacity: int, num_ranks: int, max_tokens: int, block_size: int, device: torch.device
+) -> torch.Tensor:
+    """For tables of at most this capacity.
+
+    Args:
+        capacity: the largest.
+        num_ranks: N.
+        max_tokens: of a request.
+        block_size: tokens a block holds.
+        device: where it is.
+    """
+    size = places_of(capacity, num_ranks), -(-max_tokens // block_size)
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+class _Parts(NamedTuple):
+    """What changes from step to step, as parts of one piece of memory, or how many numbers each has.
+
+    Attributes:
+        send, pick, tokens: see ``LatentRows``.
+        visiting: rows of the batch that visit; for an unused one, a spare row.
+        lengths: KV tokens that the query at a place attends to.
+        copies: of each row of block ids to copy its place, address, and how many.
+    """
+
+    send: Any
+    pick: Any
+    tokens: Any
+    visiting: Any
+    lengths: Any
+    copies: Any
+
+    @classmethod
+    def of(cls, numbers: Any, sizes: _Parts) -> _Parts:
+        """Views of 8-byte numbers, each from a multiple of 16 bytes on."""
+        at, views = 0, []
+        for size in sizes:
+            views.append(numbers[at : at + size])
+            at += size + size % 2
+        return cls(*views)
+
+
+def warm_up(device: torch.device) -> None:
+    """Compile what copies block ids now, not in front of the first long request."""
+    block = torch.zeros(1, dtype=torch.int32, device=device)
+    row = async_tensor_h2d([0, block.data_ptr(), 1], device, torch.int64)
+    _copy_kernel[(1, 1)](row, torch.zeros_like(block), 1, BLOCK=_BLOCK)
+
+
+def pieces_of(places: int, sizes: LatentSizes) -> int:
+    """Most pieces of a row for a launch of so many."""
+    return max(1, min(_MOST_PIECES, _ROOM // (4 * places * sizes.num_heads * sizes.rank)))
+
+
+class FixedLatentTables:
+    """Tables for steps with at most ``capacity`` visits between any two ranks, one query each; places as in
+    ``CapturedTables``.
+
+    Args:
+        capacity: queries a pair of ranks exchanges at most, and rows of a rank that visit.
+        num_ranks: N.
+        max_reqs: most rows of a batch.
+        block_table: int32 [at least as many places, most blocks of a request], for this step's ids; tables of several
+            capacities may share one, for a step uses one of them.
+        sizes: of the layers.
+        block_size: tokens a block holds.
+        dtype: of queries and cache.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_ranks: int,
+        max_reqs: int,
+        block_table: torch.Tensor,
+        sizes: LatentSizes,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        device = block_table.device
+        places, layout = places_of(capacity, num_ranks), RowLayout(sizes.num_heads, sizes.value_size)
+        self.capacity, self.num_ranks, self.max_reqs = capacity, num_ranks, max_reqs
+        self._layers = (sizes, block_size, dtype)
+        self._sizes = _Parts(places, capacity * (num_ranks + 1), capacity, capacity, places, 3 * places)
+        # What changes from step to step comes in one copy.
+        self._ints = torch.zeros(sum(size + size % 2 for size in self._sizes), dtype=torch.int64, device=device)
+        self._at = _Parts.of(self._ints, self._sizes)
+        self._launch = ShardLaunch(
+            num_queries=places,
+            query_starts=torch.arange(places + 1, dtype=torch.int32, device=device),
+            lengths=torch.zeros(places, dtype=torch.int32, device=device),
+            block_table=block_table[:places],
+            max_queries=1,
+            max_length=block_table.shape[1] * block_size,
+            causal=False,
+            max_pieces=pieces_of(places, sizes),
+        )
+        self._empty = torch.ones(places, dtype=torch.bool, device=device)
+        self._seq_lens = torch.zeros(max_reqs + 1, dtype=torch.int32, device=device)
+        self._partials = layout.empty(places, device)
+
+    def fill(self, step: ShardedStep, common: CommonAttentionMetadata) -> tuple[LatentRows, torch.Tensor]:
+        """Write a step's tables. All rows that visit have one query.
+
+        Args:
+            step: this rank's part; nowhere more visits than the capacity.
+            common: vLLM's metadata of the batch, padded as the graph is.
+
+        Returns:
+            The tables, without ``plain``; and the batch's lengths with 0 for rows that visit, int32 [num_reqs]. The
+            same tensors each time.
+        """
+        host, launch, at = np.zeros(len(self._ints), dtype=np.int64), self._launch, self._at
+        copies = self._lay_out(step, common, _Parts.of(host, self._sizes))
+        async_tensor_h2d(host, out=self._ints)
+        launch.lengths.copy_(at.lengths)
+        torch.eq(at.lengths, 0, out=self._empty)
+        if len(copies):
+            grid = (len(copies), triton.cdiv(int(copies[:, 2].max()), _BLOCK))
+            _copy_kernel[grid](at.copies, launch.block_table, launch.block_table.stride(0), BLOCK=_BLOCK)
+        make_schedule(launch, *self._layers)
+        n = common.num_reqs
+        self._seq_lens[:n] = common.seq_lens[:n]
+        self._seq_lens.index_fill_(0, at.visiting, 0)
+        return LatentRows(
+            sizes=self._layers[0],
+            send=at.send,
+            exchanged=self.capacity * self.num_ranks,
+            send_counts=None,
+            recv_counts=None,
+            guests=[],
+            own=[],
+            partials=self._partials,
+            tokens=at.tokens,
+            pick=at.pick.view(self.capacity, -1),
+            fixed=Absorbed(slice(0, launch.num_queries), launch, self._empty),
+        ), self._seq_lens[:n]
+
+    def _lay_out(self, step: ShardedStep, common: CommonAttentionMetadata, at: _Parts) -> np.ndarray:
+        """Which places a step uses, and what is attended to at them.
+
+        Args:
+            step, common: see ``fill``.
+            at: to write to; zeros.
+
+        Returns:
+            int64 [rows, 3], the block ids to copy.
+        """
+        rows = np.array([own.batch_row() for own in step.own], dtype=np.int64)
+        here = self.capacity * self.num_ranks + np.arange(len(rows))
+        token = common.query_start_loc_cpu.numpy()[rows].astype(np.int64)
+        pick = at.pick.reshape(self.capacity, -1)
+        pick[:], at.tokens[:], at.visiting[:] = -1, -1, self.max_reqs
+        pick[: len(rows), 0], at.send[here] = here, token
+        at.tokens[: len(rows)], at.visiting[: len(rows)] = token, rows
+        for i, own in enumerate(step.own):
+            for column, (rank, index) in enumerate(own.visits, 1):
+                pick[i, column] = place = rank * self.capacity + index
+                at.send[place] = token[i]
+        seen = [
+            (guest.home * self.capacity + guest.index, guest.blocks.data_ptr(), guest.length) for guest in step.guests
+        ]
+        seen += [
+            (place, table_address(common, row, own.first_block), own.local_tokens + 1)
+            for place, row, own in zip(here.tolist(), rows.tolist(), step.own, strict=True)
+        ]
+        copies = np.array(seen, dtype=np.int64).reshape(-1, 3)
+        at.lengths[copies[:, 0]] = copies[:, 2]
+        block_size = self._layers[1]
+        copies[:, 2] = -(-copies[:, 2] // block_size)
+        at.copies[: copies.size] = copies.reshape(-1)
+        return copies

@@ -64,4 +64,3 @@ def agreed_requests_are_padded() -> bool:
     from vllm.v1.worker.gpu.dp_utils import DPSyncState
 
     return not hasattr(DPSyncState, "skip_drafts")  # new with the other meaning
-

@@ -13,8 +13,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from tests.unit.attention_steps import Kernel, run_scenarios
 from tests.unit.flash_latent_steps import bare_family, kernel_of, make_builder, make_layer
 from tests.unit.latent_steps import LatentShape, forward
-from vllm_nanocp.attention.context import Guest, OwnRow, ShardedStep, context
-from vllm_nanocp.attention.latent_tables import most_memory
+from vllm_nanocp.attention.context import context
+from vllm_nanocp.attention.mla.latent_tables import most_memory
+from vllm_nanocp.attention.sharded_step import Guest, OwnRow, ShardedStep
 from vllm_nanocp.exchange import CollectiveExchange
 
 

@@ -22,8 +22,8 @@ from tests.engine.harness import Ask, Engine, prompt
 from tests.tiny_models import make_deepseek_v2
 from tests.unit.latent_steps import latent_shape
 from tests.unit.processes import run_ranks
-from vllm_nanocp import engine_config
-from vllm_nanocp.attention.latent_sizes import LatentSizes
+from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
+from vllm_nanocp.entry import engine_config
 
 from . import FOUR_GPUS, ONE_GPU, TWO_GPUS
 from .test_exact import STEP, TIE, partings
@@ -57,7 +57,7 @@ OF_STOCK = 1.2
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("heads", [2, 16, 64, 128])
 def test_the_kernels_keep_their_promises(heads: int, dtype: torch.dtype) -> None:
-    from vllm_nanocp.attention import flash_mla
+    from vllm_nanocp.attention.mla import flash_mla
 
     flash_mla.self_check(LatentSizes(heads, 128, 64, 512, 128), dtype, torch.device("cuda"))
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from tests.tiny_models import make_mixtral
-from vllm_nanocp import engine_config
 from vllm_nanocp.config import NanoCPConfig
+from vllm_nanocp.entry import engine_config
 from vllm_nanocp.entry.engine_config import CPU_WORKER, EXECUTORS, SCHEDULER, check_flags, check_graphs, check_model
 from vllm_nanocp.errors import NanoCPConfigError
 

@@ -110,13 +110,15 @@ if not CUDA:  # before vLLM's modules take them by name
 from vllm.v1.attention.backends.mla.flashattn_mla import FlashAttnMLAImpl, FlashAttnMLAMetadata  # noqa: E402
 from vllm.v1.attention.backends.mla.prefill.flash_attn import FlashAttnPrefillBackend  # noqa: E402
 
-from vllm_nanocp.attention import flash_mla_backend, flash_tables, latent_tables  # noqa: E402
-from vllm_nanocp.attention.flash_mla_backend import (  # noqa: E402
+from vllm_nanocp.attention.gqa import flash_tables  # noqa: E402
+from vllm_nanocp.attention.mla import flash_backend as flash_mla_backend  # noqa: E402
+from vllm_nanocp.attention.mla import latent_tables  # noqa: E402
+from vllm_nanocp.attention.mla.flash_backend import (  # noqa: E402
     LatentOnHopper,
     NanoCPFlashAttnMLABackend,
     NanoCPFlashAttnMLAMetadataBuilder,
 )
-from vllm_nanocp.attention.latent_sizes import LatentSizes  # noqa: E402
+from vllm_nanocp.attention.mla.latent_sizes import LatentSizes  # noqa: E402
 
 MAX_REQS = 64
 

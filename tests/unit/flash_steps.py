@@ -21,8 +21,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends import flash_attn
 
 from tests.unit.attention_steps import Kernel, Shape
-from vllm_nanocp.attention.gqa import flash_backend, flash_tables
-from vllm_nanocp.attention.gqa import flash_splits as flash_pieces
+from vllm_nanocp.attention.gqa import flash_backend, flash_splits, flash_tables
 from vllm_nanocp.attention.gqa import split_kv as decode_pieces
 from vllm_nanocp.attention.gqa.flash_backend import NanoCPFlashAttentionImpl, NanoCPFlashAttentionMetadataBuilder
 from vllm_nanocp.attention.gqa.flash_splits import ShardLaunch
@@ -233,8 +232,8 @@ def reference_pack_visits(rows: torch.Tensor, layout: RowLayout, visits: Visits)
 def use_references() -> None:
     """In this process, which has no GPU."""
     flash_attn.flash_attn_varlen_func = reference_flash  # type: ignore[attr-defined]
-    flash_pieces.make_schedule = reference_schedule  # type: ignore[assignment]
-    flash_pieces.attend_pieces = reference_pieces
+    flash_splits.make_schedule = reference_schedule  # type: ignore[assignment]
+    flash_splits.attend_pieces = reference_pieces
     flash_backend.attend_visits = reference_attend
     flash_backend.pack = reference_pack_visits
     flash_backend.pack_pieces = reference_pack  # type: ignore[assignment]

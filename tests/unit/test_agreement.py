@@ -187,9 +187,7 @@ def stock_answer(manager: Any, worlds: list[Batch], rank: int) -> Any:
             tensor[2][other], tensor[3][other], tensor[5][other] = uniform or 0, -1, batch.num_reqs
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            dp_utils, "get_dp_group", lambda: SimpleNamespace(cpu_group=None, cpu_all_reduce_=contributions)
-        )
+        patch.setattr(dp_utils, "get_dp_group", lambda: SimpleNamespace(cpu_group=None, cpu_all_reduce_=contributions))
         if hasattr(dp_utils, "dist"):  # 0.32
             patch.setattr(dp_utils.dist, "all_reduce", contributions)
         mine = worlds[rank]

@@ -17,7 +17,7 @@ from tests.unit.attention_steps import Shape, run_scenarios
 from tests.unit.flash_steps import flash_kernel, reference_pieces, reference_schedule
 from tests.unit.processes import run_ranks
 from tests.unit.route_steps import stress
-from vllm_nanocp.attention.gqa import flash_splits as flash_pieces
+from vllm_nanocp.attention.gqa import flash_splits
 from vllm_nanocp.attention.gqa.fixed_tables import CapturedTables
 from vllm_nanocp.attention.partial_rows import RowLayout, merge_rows, pack_pieces
 from vllm_nanocp.errors import NanoCPConfigError
@@ -179,9 +179,9 @@ def check_with(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor, 
         pieces = reference_pieces(*args)
         return pieces if change is None else change(*pieces)
 
-    monkeypatch.setattr(flash_pieces, "make_schedule", reference_schedule)
-    monkeypatch.setattr(flash_pieces, "attend_pieces", attend)
-    flash_pieces.self_check(4, 2, 64, torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr(flash_splits, "make_schedule", reference_schedule)
+    monkeypatch.setattr(flash_splits, "attend_pieces", attend)
+    flash_splits.self_check(4, 2, 64, torch.bfloat16, torch.device("cpu"))
 
 
 def test_a_flash_attention_that_keeps_its_promises(monkeypatch: pytest.MonkeyPatch) -> None:

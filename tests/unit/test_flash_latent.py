@@ -29,14 +29,15 @@ from tests.unit.latent_steps import CPU, LatentShape, bare_layer, latent_shape
 from tests.unit.processes import run_ranks
 
 from vllm.v1.attention.backends.mla import flashattn_mla  # isort: skip  # importable once there is a reference
-from vllm_nanocp.attention import flash_latent, flash_mla
-from vllm_nanocp.attention.context import Guest, OwnRow, ShardedStep, context
-from vllm_nanocp.attention.flash_latent import Absorbed, Latents, Piece, Projected, attend
-from vllm_nanocp.attention.flash_pieces import ShardLaunch
-from vllm_nanocp.attention.latent_fixed import FixedLatentTables, empty_block_table, pieces_of
-from vllm_nanocp.attention.latent_sizes import LatentSizes
-from vllm_nanocp.attention.latent_tables import PROJECTED, heads_together, most_memory, projected_at_once
+from vllm_nanocp.attention.context import context
+from vllm_nanocp.attention.gqa.flash_splits import ShardLaunch
+from vllm_nanocp.attention.mla import flash_latent, flash_mla
+from vllm_nanocp.attention.mla.flash_latent import Absorbed, Latents, Piece, Projected, attend
+from vllm_nanocp.attention.mla.latent_fixed import FixedLatentTables, empty_block_table, pieces_of
+from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
+from vllm_nanocp.attention.mla.latent_tables import PROJECTED, heads_together, most_memory, projected_at_once
 from vllm_nanocp.attention.partial_rows import RowLayout
+from vllm_nanocp.attention.sharded_step import Guest, OwnRow, ShardedStep
 from vllm_nanocp.attention.supported import check_layers
 from vllm_nanocp.errors import NanoCPConfigError
 

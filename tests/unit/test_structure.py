@@ -13,7 +13,7 @@ PACKAGE = ROOT / "vllm_nanocp"
 ROOMS = {
     path.relative_to(PACKAGE).as_posix(): path
     for path in PACKAGE.rglob("*.py")
-    if path.name != "__init__.py" and "patches" not in path.relative_to(PACKAGE).parts
+    if path.name != "__init__.py" and path.relative_to(PACKAGE).parts[0] not in ("patches", "vllm_touch")
 }
 # Folders, and files at the root, with the floor that each is on. Imports run downwards only.
 FLOORS = [

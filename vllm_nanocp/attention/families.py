@@ -19,7 +19,7 @@ def family_of(vllm_config: Any) -> Family:
 
     if not current_platform.is_cpu():
         if vllm_config.model_config.use_mla:
-            from .flash_mla_backend import LatentOnHopper
+            from .mla.flash_backend import LatentOnHopper
 
             return LatentOnHopper(vllm_config)
         from .gqa.flash_backend import GroupedQueryOnHopper

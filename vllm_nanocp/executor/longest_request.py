@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import compat
+from .. import compat
 
 _planning, _bytes_per_block = compat.kv_cache_planning()
 _check = _planning._check_enough_kv_cache_memory

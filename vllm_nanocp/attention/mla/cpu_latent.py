@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from vllm.utils.math_utils import cdiv
 
 from ..cpu_partial import attend, flash
-from ..latent_sizes import LatentSizes
 from ..merge import Partial
+from .latent_sizes import LatentSizes
 
 # Bytes of projected keys and values at a time, and of latents that few queries attend to at a time.
 _PROJECTED, _FEW_BYTES, _FEW = 1 << 26, 1 << 20, 16

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..gqa.flash_splits import ShardLaunch
 from .flash_mla import attend_latents, attend_projected
-from .flash_pieces import ShardLaunch
 from .latent_sizes import LatentSizes
 
 # Queries whose results are taken in at a time: what that takes beside them.

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from vllm.v1.attention.backends import fa_utils
 
-from ..errors import NanoCPConfigError
-from .flash_pieces import ShardLaunch
+from ...errors import NanoCPConfigError
+from ..gqa.flash_splits import ShardLaunch
+from ..merge import Partial
 from .latent_sizes import LatentSizes
-from .merge import Partial
 
 VERSION = 3
 

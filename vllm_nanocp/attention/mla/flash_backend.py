@@ -26,19 +26,20 @@ from vllm.v1.attention.backends.mla.flashattn_mla import (
 from vllm.v1.attention.backends.mla.prefill.flash_attn import FlashAttnPrefillBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from ..cache_dtypes import CACHE_DTYPES
+from ..context import context
+from ..family import attend
+from ..gqa.flash_tables import gather_tables
+from ..partial_rows import RowLayout, merge_rows
+from ..sharded_step import ShardedStep
+from ..supported import latent_problem
 from . import flash_mla
-from .context import ShardedStep, context
-from .families import CACHE_DTYPES
-from .family import attend
 from .flash_latent import Latents, Work
 from .flash_latent import attend as attend_work
-from .flash_tables import gather_tables
 from .latent_fixed import FixedLatentTables, empty_block_table
 from .latent_fixed import warm_up as warm_up_fixed
 from .latent_sizes import LatentSizes
 from .latent_tables import LatentRows, exact_tables, most_memory, projected_at_once
-from .partial_rows import RowLayout, merge_rows
-from .supported import latent_problem
 
 
 @dataclass

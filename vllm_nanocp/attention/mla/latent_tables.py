@@ -13,14 +13,14 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..exchange.base import Counts
-from .context import ShardedStep
+from ...exchange.base import Counts
+from ..gqa.flash_splits import pieces_that_fit
+from ..gqa.flash_tables import TableRow, groups_of, make_launch, picks_of, queries_at_once, table_address
+from ..partial_rows import RowLayout
+from ..sharded_step import ShardedStep
 from .flash_latent import Absorbed, Piece, Projected, Work
 from .flash_mla import make_schedule
-from .flash_pieces import pieces_that_fit
-from .flash_tables import TableRow, groups_of, make_launch, picks_of, queries_at_once, table_address
 from .latent_sizes import LatentSizes
-from .partial_rows import RowLayout
 
 # Bytes of projected keys and values at a time.
 PROJECTED = 1 << 28

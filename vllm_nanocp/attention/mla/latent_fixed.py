@@ -14,15 +14,15 @@ import triton.language as tl
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..exchange.routes import places_of
-from .context import ShardedStep
+from ..gqa.flash_splits import ShardLaunch
+from ..gqa.flash_tables import table_address
+from ..gqa.routed_layer import places_of
+from ..partial_rows import RowLayout
+from ..sharded_step import ShardedStep
 from .flash_latent import Absorbed
 from .flash_mla import make_schedule
-from .flash_pieces import ShardLaunch
-from .flash_tables import table_address
 from .latent_sizes import LatentSizes
 from .latent_tables import LatentRows
-from .partial_rows import RowLayout
 
 # Bytes of float32 results that a launch may take, and most pieces of a row: as many as vLLM allows in graphs.
 _ROOM, _MOST_PIECES = 1 << 30, 32

@@ -10,6 +10,9 @@ that come after 8 s count. Each point is simulated with several seeds (noise of 
 requests come through): the median and the range. A percentile of 70 to 200 requests is one of the two largest values,
 which may be one gap of a request of two tokens.
 
+``computed``: as ``loads.py computed:5x0`` to ``5x2``, whose prompts are computed (gpu_scheduler_processes_4xH200.json).
+Nothing was fitted to it.
+
 ``larger``: the same load a rank, on more of them. No step of more than four ranks was measured.
 """
 
@@ -19,6 +22,7 @@ import argparse
 import datetime
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -30,7 +34,8 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from vllm_nanocp.sim.figures import Run, simulate
 from vllm_nanocp.sim.machine import PRESETS
@@ -47,6 +52,9 @@ MEASURED: dict[str, dict[float, float]] = {
 FITTED = {("stock", 4), ("stock", 8), ("tensor", 8), ("tensor", 12)}
 TOLERANCE = 0.1
 WINDOW, SETTLE = 25.0, 8.0
+# The load of computed prompts: requests a second, seconds of arrivals, and those after which requests count; KV tokens.
+COMPUTED_RATE, COMPUTED_WINDOW, COMPUTED_SETTLE, COMPUTED_CAPACITY = 5.0, 20.0, 4.0, 406_901
+FIGURES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99")
 # A rank's share of these rates on four.
 LARGER = (4.0, 8.0)
 
@@ -84,15 +92,47 @@ def point(trace: Requests, system: str, rate: float, seeds: Sequence[int]) -> di
         "ratio": round(ratio, 3),
         "fitted": (system, rate) in FITTED,
         "holds": abs(ratio - 1) <= TOLERANCE,
-        **{key: statistics.median(f[key] for f in found) for key in ("tpot_p50", "ttft_p50", "ttft_p99", "preemptions")},
+        **{
+            key: statistics.median(f[key] for f in found) for key in ("tpot_p50", "ttft_p50", "ttft_p99", "preemptions")
+        },
     }
+
+
+def computed_load(seed: int) -> Requests:
+    """The requests that ``loads.py`` sends for ``computed:5xSEED``."""
+    rows = json.loads((ROOT / "tests" / "data" / "conversation_lengths.json").read_text())["requests"][:1000]
+    rows = rows[100 * seed :] + rows[: 100 * seed]
+    dice, at = random.Random(f"0{seed}"), [0.0]
+    while at[-1] < COMPUTED_WINDOW:
+        at.append(at[-1] + dice.expovariate(COMPUTED_RATE))
+    prompt, output = ([row[i] for row in rows[: len(at) - 1]] for i in (1, 2))
+    return Requests(np.array(at[1:]), np.array(prompt), np.clip(output, 2, 600))
+
+
+def computed(measured: dict[str, Any], system: str, seed: int) -> dict[str, Any]:
+    """Measured and simulated, prompts computed."""
+    machine = PRESETS["h200-qwen3-30b-a3b"]
+    run = Run(machine, 4, capacity=COMPUTED_CAPACITY, slots=1024, settle=COMPUTED_SETTLE, noise=0.05, seed=seed)
+    found = simulate(run, system, computed_load(seed))
+    (row,) = measured["raw"][system][f"computed:5x{seed}"]
+    figures = {
+        key: {"measured": row[key], "simulated": found[key], "ratio": round(found[key] / row[key], 2)}
+        for key in FIGURES
+    }
+    return {"system": system, "seed": seed, **figures}
 
 
 def larger(trace: Requests, ranks: int, rate: float, system: str) -> dict[str, Any]:
     run, name = run_of(system, ranks)
     began = time.perf_counter()
     found = simulate(replace(run, until=60.0), name, load(trace, rate * ranks / 4, 60.0))
-    return {"ranks": ranks, "rate": rate * ranks / 4, "system": system, **found, "took_s": round(time.perf_counter() - began, 1)}
+    return {
+        "ranks": ranks,
+        "rate": rate * ranks / 4,
+        "system": system,
+        **found,
+        "took_s": round(time.perf_counter() - began, 1),
+    }
 
 
 def main() -> None:
@@ -112,12 +152,18 @@ def main() -> None:
         "numpy": np.__version__,
         "machine": asdict(run_of("stock")[0].machine),
         "curves": [],
+        "computed": [],
         "larger": [],
     }
     for system, rates in MEASURED.items():
         for rate in rates:
             result["curves"].append(point(trace, system, rate, range(args.seeds)))
             print(result["curves"][-1], file=sys.stderr, flush=True)
+    measured = json.loads((ROOT / "benchmarks" / "results" / "gpu_scheduler_processes_4xH200.json").read_text())
+    for seed in range(3):
+        for system in ("stock", "nanocp"):
+            result["computed"].append(computed(measured, system, seed))
+            print(result["computed"][-1], file=sys.stderr, flush=True)
     for ranks in args.ranks:
         for rate in LARGER:
             for system in ("nanocp 65536", "stock", "round-robin"):

@@ -4,11 +4,11 @@
 
     python benchmarks/simulated_curves.py --trace TRACE.jsonl [--out FILE] [--ranks 8 32 128]
 
-``curves``: Qwen3-30B-A3B's shape on 4 H200s, decode only, lengths of the conversation trace from its 2,000th request on,
-prompts stretched four times (at most 500,000 tokens), outputs of 2 to 600 tokens, Poisson arrivals for 25 s; requests
-that come after 8 s count. Each point is simulated with several seeds (noise of steps and of arrivals, front-ends that
-requests come through): the median and the range. A percentile of 70 to 200 requests is one of the two largest values,
-which may be one gap of a request of two tokens.
+``curves``: Qwen3-30B-A3B's shape on 4 H200s, decode only, lengths of the conversation trace from its 2,000th request
+on, prompts stretched four times (at most 500,000 tokens), outputs of 2 to 600 tokens, Poisson arrivals for 25 s;
+requests that come after 8 s count. Each point is simulated with several seeds (noise of steps and of arrivals,
+front-ends that requests come through): the median and the range. A percentile of 70 to 200 requests is one of the two
+largest values, which may be one gap of a request of two tokens.
 
 ``computed``: as ``loads.py computed:5x0`` to ``5x2``, whose prompts are computed (gpu_scheduler_processes_4xH200.json).
 Nothing was fitted to it.
@@ -34,14 +34,14 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vllm_nanocp.sim.figures import Run, simulate
 from vllm_nanocp.sim.machine import PRESETS
 from vllm_nanocp.sim.nanocp import Settings
 from vllm_nanocp.sim.trace import Requests, poisson, read_trace, stretched
 
+ROOT = Path(__file__).resolve().parents[1]
 # TPOT p99, ms, by requests a second: one run each, 2026-11-27. Which ones coefficients were fitted to.
 MEASURED: dict[str, dict[float, float]] = {
     "stock": {4: 23.0, 6: 38.6, 8: 52.7, 12: 48.0},
@@ -54,6 +54,7 @@ TOLERANCE = 0.1
 WINDOW, SETTLE = 25.0, 8.0
 # The load of computed prompts: requests a second, seconds of arrivals, and those after which requests count; KV tokens.
 COMPUTED_RATE, COMPUTED_WINDOW, COMPUTED_SETTLE, COMPUTED_CAPACITY = 5.0, 20.0, 4.0, 406_901
+BESIDE = ("tpot_p50", "ttft_p50", "ttft_p99", "preemptions")
 FIGURES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99")
 # A rank's share of these rates on four.
 LARGER = (4.0, 8.0)

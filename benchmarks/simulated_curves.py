@@ -57,7 +57,7 @@ COMPUTED_RATE, COMPUTED_WINDOW, COMPUTED_SETTLE, COMPUTED_CAPACITY = 5.0, 20.0, 
 BESIDE = ("tpot_p50", "ttft_p50", "ttft_p99", "preemptions")
 FIGURES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99")
 # A rank's share of these rates on four.
-LARGER = (4.0, 8.0)
+LARGER, LARGER_WINDOW = (4.0, 6.0, 8.0), 60.0
 
 
 def load(trace: Requests, rate: float, seconds: float = WINDOW) -> Requests:
@@ -68,11 +68,11 @@ def load(trace: Requests, rate: float, seconds: float = WINDOW) -> Requests:
 
 def run_of(system: str, ranks: int = 4, seed: int = 0) -> tuple[Run, str]:
     """What is simulated for a system of ``MEASURED``."""
-    name, _, segment = system.partition(" ")
-    settings = Settings(segment_size=int(segment or 65536))
+    name, *rest = system.split()
+    settings = Settings(segment_size=int(rest[0]) if rest else 65536, moves="moves" in rest)
     machine = PRESETS["h200-qwen3-30b-a3b-few-experts"]
-    run = Run(machine, ranks, settings=settings, decode_only=True, noise=0.05, seed=seed, settle=SETTLE)
-    return run, name
+    run = Run(machine, ranks, settings=settings, decode_only=True, as_benchmarks=True, noise=0.05, seed=seed)
+    return replace(run, settle=SETTLE), name
 
 
 def point(trace: Requests, system: str, rate: float, seeds: Sequence[int]) -> dict[str, Any]:
@@ -126,7 +126,9 @@ def computed(measured: dict[str, Any], system: str, seed: int) -> dict[str, Any]
 def larger(trace: Requests, ranks: int, rate: float, system: str) -> dict[str, Any]:
     run, name = run_of(system, ranks)
     began = time.perf_counter()
-    found = simulate(replace(run, until=60.0), name, load(trace, rate * ranks / 4, 60.0))
+    # Both compute the prompts of preempted requests again, and neither takes time to fill in KV.
+    run = replace(run, until=LARGER_WINDOW, as_benchmarks=False, frontends=8)
+    found = simulate(run, name, load(trace, rate * ranks / 4, LARGER_WINDOW))
     return {
         "ranks": ranks,
         "rate": rate * ranks / 4,
@@ -167,7 +169,7 @@ def main() -> None:
             print(result["computed"][-1], file=sys.stderr, flush=True)
     for ranks in args.ranks:
         for rate in LARGER:
-            for system in ("nanocp 65536", "stock", "round-robin"):
+            for system in ("nanocp 65536", "nanocp 65536 moves", "stock", "round-robin"):
                 result["larger"].append(larger(trace, ranks, rate, system))
                 print(result["larger"][-1], file=sys.stderr, flush=True)
     text = json.dumps(result, indent=1)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .figures import SYSTEMS, Run, simulate
-from .machine import PRESETS, Machine
+from .machine import MEASURED_RANKS, PRESETS, Machine
 from .nanocp import Settings
 from .report import plot, table, verdict
 from .trace import InputError, Requests, poisson, read_trace, replayed, stretched
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     count, positive, any_time = _above(int, 1), _above(float, 0, strict=True), _above(float, 0)
     add("--trace", type=Path, required=True, help="requests, one JSON object a line")
     add("--ranks", type=count, required=True, help="GPUs: data-parallel ranks")
-    add("--systems", type=_several(_system), default=["nanocp", "stock", "tensor"], help="default: nanocp,stock,tensor")
+    add("--systems", type=_several(_system), default=["nanocp", "stock"], help="default: nanocp,stock")
     add("--machine", choices=sorted(PRESETS), default=next(iter(PRESETS)), help="GPU and model (default: %(default)s)")
     add("--coefficients", type=json.loads, default={}, help="others than the preset's, a JSON object")
     load = parser.add_argument_group("load")
@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-num-seqs", type=count, default=256, help="of a rank (default 256)")
     add("--max-num-batched-tokens", type=count, default=8192, help="of a rank (default 8192)")
     add("--prefix-caching", action="store_true")
+    add("--frontends", type=count, help="API servers of stock (default: as many as ranks)")
     out = parser.add_argument_group("output")
     add = out.add_argument
     add("--seed", type=int, default=0)
@@ -161,6 +162,7 @@ def _points(args: argparse.Namespace) -> list[dict[str, Any]]:
         slots=args.max_num_seqs,
         budget=args.max_num_batched_tokens,
         decode_only=args.decode_only,
+        frontends=args.frontends,
         prefix_caching=args.prefix_caching,
         noise=args.noise,
         seed=args.seed,
@@ -190,6 +192,10 @@ def main(given: Sequence[str] | None = None) -> int:
         print(table(points))
         print(verdict(points))
         print(f"Simulated with {args.machine}: see docs/user-guide.md for what is not modelled.")
+        if "tensor" in args.systems and not args.decode_only:
+            print("Prompts under tensor parallelism were never measured: its times with them are a guess.")
+        if args.ranks > MEASURED_RANKS:
+            print(f"No step of more than {MEASURED_RANKS} ranks was measured: what these show is no fact.")
         if args.json:
             command = ["python", "-m", "vllm_nanocp.sim", *(sys.argv[1:] if given is None else given)]
             machine = asdict(_machine(args.machine, args.coefficients))

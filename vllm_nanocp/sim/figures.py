@@ -27,7 +27,8 @@ class Run:
         ranks: how many GPUs.
         capacity: KV tokens of each; None: the machine's.
         settings: the plugin's.
-        block_size, slots, budget, decode_only, prefix_caching, noise, seed: see ``ranks.Setup``.
+        frontends: API servers of stock; None: as many as ranks, vLLM's default.
+        block_size, slots, budget, decode_only, as_benchmarks, prefix_caching, noise, seed: see ``ranks.Setup``.
         settle, until: requests that arrive between these seconds count; None: to the end.
     """
 
@@ -39,6 +40,8 @@ class Run:
     slots: int = 256
     budget: int = 8192
     decode_only: bool = False
+    as_benchmarks: bool = False
+    frontends: int | None = None
     prefix_caching: bool = False
     noise: float = 0.0
     seed: int = 0
@@ -75,6 +78,7 @@ def make_world(run: Run, system: str, requests: Requests) -> World:
         slots=run.slots,
         budget=run.budget,
         decode_only=run.decode_only,
+        as_benchmarks=run.as_benchmarks,
         prefix_caching=run.prefix_caching,
         noise=run.noise,
         seed=run.seed,
@@ -83,8 +87,7 @@ def make_world(run: Run, system: str, requests: Requests) -> World:
     if system == "nanocp":
         world.policy = Plugin(world, run.settings)
     else:
-        # As many front-ends as ranks, vLLM's default.
-        world.policy = Stock(world, "round_robin" if system == "round-robin" else "vllm", frontends=ranks)
+        world.policy = Stock(world, "round_robin" if system == "round-robin" else "vllm", run.frontends or ranks)
     return world
 
 

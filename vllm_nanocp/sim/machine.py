@@ -98,6 +98,7 @@ class Machine:
 # (split_kv_token) and what visits cost beyond it (guest) in gpu_layer_stages.json; gaps beside a long request
 # (exchange) and alone (base of the second preset) in gpu_interference_4xH200.json. Fitted to the curves of request
 # rates: kv_token and opened to stock's at 4 and 8 requests a second, those of tensor parallelism to its 8 and 12.
+MEASURED_RANKS = 4
 _SPREAD = Machine(
     name="h200-qwen3-30b-a3b",
     source="gpu_loads_4xH200.json, gpu_layer_stages.json, gpu_interference_4xH200.json, simulated_curves.json",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -39,11 +39,10 @@ class Plugin:
         settings: the plugin's.
     """
 
-    recomputes = fills = False
-
     def __init__(self, world: World, settings: Settings) -> None:
         setup = world.setup
         self.world, self.settings = world, settings
+        self.fills, self.recomputes = False, not setup.as_benchmarks
         self.limit = min(settings.max_degree or setup.ranks, setup.ranks)
         self.rules = MoveConfig(max_degree=self.limit)
         self.model = CostModel()
@@ -67,14 +66,17 @@ class Plugin:
             return
         self.queue.append(request)
 
+    def load(self, rank: int) -> RankLoad:
+        """A rank's, whoever waits there included."""
+        load = self.world.load(rank, reads=self.settings.moves)
+        if rank not in self.parked:
+            return load
+        blocks = min(self.parked[rank][1].num_blocks, load.free_blocks)
+        free, used = load.free_blocks - blocks, load.used_blocks + blocks
+        return replace(load, free_blocks=free, used_blocks=used, batch=load.batch + 1, slots=load.slots - 1)
+
     def loads(self) -> list[RankLoad]:
-        loads = [self.world.load(rank, reads=self.settings.moves) for rank in range(self.world.setup.ranks)]
-        for rank, (_, shard_map) in self.parked.items():
-            load, blocks = loads[rank], min(shard_map.num_blocks, loads[rank].free_blocks)
-            loads[rank] = RankLoad(
-                load.free_blocks - blocks, load.used_blocks + blocks, load.batch + 1, load.slots - 1, load.read_blocks
-            )
-        return loads
+        return [self.load(rank) for rank in range(self.world.setup.ranks)]
 
     def admit(self) -> None:
         self.ends += (self._gone - self.ends) / ENDS_OVER
@@ -160,6 +162,7 @@ class Plugin:
             waits = queue_at(tokens, size, loads, idle, rules["home"])
             if waits is not None:
                 self.parked[waits.home] = (self.queue.popleft(), waits)
+                room.loads[waits.home] = self.load(waits.home)
                 self.blocked.pop(request, None)
                 return True
         if shard_map is None:
@@ -180,7 +183,8 @@ class Plugin:
         self.kept_home.pop(request, None)
         self.turn += 1
         world.enter(request, shard_map)
-        room.loads = self.loads()
+        for run in shard_map.runs:
+            room.loads[run.rank] = self.load(run.rank)
         return True
 
     def return_(self, request: int) -> None:

@@ -26,6 +26,8 @@ class Setup:
         slots: requests a rank runs at most (vLLM's ``max_num_seqs``).
         budget: tokens a rank computes in a step at most (``max_num_batched_tokens``).
         decode_only: prompts are taken as computed.
+        as_benchmarks: of prompts taken as computed, as the systems' benchmark modes do: stock takes time to fill in
+            their KV, and the plugin takes them as computed again after a preemption.
         prefix_caching: whether ranks keep what has ended, for those that begin alike.
         noise: standard deviation of a step's time, and of a request's way to the scheduler, as a part of it.
         seed: of the noise, and of what policies draw.
@@ -38,6 +40,7 @@ class Setup:
     slots: int = 256
     budget: int = 8192
     decode_only: bool = False
+    as_benchmarks: bool = False
     prefix_caching: bool = False
     noise: float = 0.0
     seed: int = 0

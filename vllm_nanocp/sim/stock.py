@@ -25,10 +25,11 @@ class Stock:
         frontends: API servers, each of which has counts of its own (``vllm``).
     """
 
-    recomputes = fills = True
+    recomputes = True
 
     def __init__(self, world: World, balancer: str = "vllm", frontends: int = 1) -> None:
         self.world, self.balancer, self.frontends = world, balancer, frontends
+        self.fills = world.setup.as_benchmarks
         ranks = world.setup.ranks
         self.queues: list[deque[int]] = [deque() for _ in range(ranks)]
         self.rank_of: dict[int, int] = {}

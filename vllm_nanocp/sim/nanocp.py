@@ -187,7 +187,8 @@ class Plugin:
             room.loads[run.rank] = self.load(run.rank)
         return True
 
-    def return_(self, request: int) -> None:
+    def return_(self, request: int, home: int) -> None:
+        self.kept_home[request] = home  # which has its sampling state
         self.queue.appendleft(request)
 
     def left(self, request: int) -> None:
@@ -245,7 +246,6 @@ class Plugin:
 
     def spill(self, request: int) -> int | None:
         if not self.settings.moves or self.limit == 1:
-            self.kept_home[request] = int(self.world.home[request])
             return None
         loads = [self.world.load(rank) for rank in range(self.world.setup.ranks)]
         size = self.world.setup.block_size

@@ -156,7 +156,7 @@ class World:
         self.counts.events["preemptions"] += 1
         self._leave(np.array([request]))
         self.preempted[request] = True
-        self.policy.return_(request)
+        self.policy.return_(request, home)
 
     # -- a step --------------------------------------------------------------------------------------------------
 

@@ -97,8 +97,8 @@ class Policy(Protocol):
     def spill(self, request: int) -> int | None:
         """Where a request goes on whose home has no block for it; None: somebody is preempted."""
 
-    def return_(self, request: int) -> None:
-        """A request was preempted."""
+    def return_(self, request: int, home: int) -> None:
+        """A request was preempted at its home."""
 
     def left(self, request: int) -> None:
         """A request has ended."""

@@ -107,7 +107,7 @@ class Stock:
     def spill(self, request: int) -> int | None:
         return None
 
-    def return_(self, request: int) -> None:
+    def return_(self, request: int, home: int) -> None:
         self.queues[self.rank_of[request]].appendleft(request)
 
     def left(self, request: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.simulated_curves import MEASURED, SETTLE, TOLERANCE, WINDOW, run_of
-from vllm_nanocp.placement import prefix
+from vllm_nanocp.placement import ShardMap, prefix
 from vllm_nanocp.sim.figures import SYSTEMS, Run, figures, make_world, simulate
 from vllm_nanocp.sim.machine import PRESETS
 from vllm_nanocp.sim.nanocp import Settings
@@ -119,6 +119,29 @@ def test_the_youngest_is_preempted_and_computed_again() -> None:
     world = make_world(run, "stock", requests).run()
     assert world.counts.events["preemptions"] == 1 and world.preempted.tolist() == [False, True]
     assert world.last[0] < world.last[1] and figures(world)["kv_fullest"] == 1
+
+
+def test_a_preempted_request_goes_on_at_its_home() -> None:
+    """The model runner there has its sampling state."""
+    run = replace(SMALL, settings=replace(SMALL.settings, moves=False))
+    world = make_world(run, "nanocp", load_of(200, 150.0, seed=2))
+    homes: dict[int, int] = {}
+    back: list[tuple[int, int]] = []
+    leave, enter = world.policy.return_, world.enter
+
+    def leaves(request: int, home: int) -> None:
+        homes[request] = home
+        leave(request, home)
+
+    def enters(request: int, shard_map: ShardMap) -> None:
+        if request in homes:
+            back.append((homes.pop(request), shard_map.home))
+        enter(request, shard_map)
+
+    world.policy.return_, world.enter = leaves, enters  # type: ignore[method-assign]
+    world.run()
+    assert len(back) == world.counts.events["preemptions"] > 5 and not homes
+    assert all(before == after for before, after in back)
 
 
 def test_a_long_prompt_takes_less_time_on_all_ranks() -> None:
@@ -296,6 +319,17 @@ def test_bad_input_is_one_line(
     assert main(["--trace", str(trace), "--ranks", "2", *change]) == 2
     told = [text for text in capsys.readouterr().err.splitlines() if text.startswith("vllm_nanocp.sim: ")]
     assert len(told) == 1 and says in told[0]
+
+
+def test_a_plot_without_matplotlib_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_nanocp.sim.__main__ import main
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    trace = write(tmp_path / "t.jsonl", load_of(5, 5.0))
+    assert main(["--trace", str(trace), "--ranks", "2", "--plot", str(tmp_path / "p.svg")]) == 2
+    assert "--plot needs matplotlib, which is not installed" in capsys.readouterr().err
 
 
 def test_requests_that_can_never_fit_are_refused_and_counted() -> None:

@@ -84,6 +84,7 @@ class Plugin:
         for rank, (request, shard_map) in list(self.parked.items()):
             if self.world.used[rank] + shard_map.num_blocks <= self.world.setup.blocks:
                 del self.parked[rank]
+                self.kept_home.pop(request, None)
                 self.world.enter(request, shard_map)
         if self.queue:
             passed = self._scan(_Room(self.loads()))

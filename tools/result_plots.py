@@ -4,8 +4,8 @@
 
     python tools/result_plots.py
 
-Writes docs/plot-long.svg and docs/plot-short.svg, the same bytes for the same results. Needs matplotlib, which the
-project does not install.
+Writes docs/plot-long.svg, docs/plot-short.svg and docs/plot-curves.svg, the same bytes for the same results. Needs
+matplotlib, which the project does not install.
 """
 
 from __future__ import annotations
@@ -82,6 +82,30 @@ def draw_short(plot: Any) -> Any:
     return figure
 
 
+def draw_curves(plot: Any) -> Any:
+    """Request rate against time per output token: measured points, and what the simulator says, with its range."""
+    points = load("simulated_curves.json")["curves"]
+    kinds = (
+        ("nanocp 65536", "--nanocp", PLUGIN),
+        ("stock", "stock, data parallel", STOCK),
+        ("tensor", "stock, tensor parallel", INK),
+    )
+    figure, axes = plot.subplots(1, len(kinds), figsize=(9, 2.9), sharey=True, layout="constrained")
+    for axis, (system, title, colour) in zip(axes, kinds, strict=True):
+        mine = [point for point in points if point["system"] == system]
+        rates = [point["rate"] for point in mine]
+        low, high = zip(*(point["range"] for point in mine), strict=True)
+        axis.fill_between(rates, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.plot(rates, [p["simulated_tpot_p99"] for p in mine], color=colour, label="simulated, and its range")
+        axis.plot(rates, [p["measured_tpot_p99"] for p in mine], "x", color=FLOOR, label="measured")
+        axis.set_title(title, fontsize=10, color=INK)
+        axis.set_xlabel("requests a second")
+        axis.set_ylim(0, 110)
+    axes[0].set_ylabel("time per output token p99, ms")
+    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
+    return figure
+
+
 def main() -> None:
     import matplotlib
 
@@ -89,7 +113,7 @@ def main() -> None:
     import matplotlib.pyplot as plot
 
     plot.rcParams.update(STYLE)
-    for name, draw in (("plot-long", draw_long), ("plot-short", draw_short)):
+    for name, draw in (("plot-long", draw_long), ("plot-short", draw_short), ("plot-curves", draw_curves)):
         draw(plot).savefig(ROOT / "docs" / f"{name}.svg", metadata={"Date": None, "Creator": None})
 
 

@@ -22,7 +22,7 @@ FLOORS = [
     ("executor", "status.py"),
     ("worker", "sched"),
     ("attention", "metrics", "rank_hint.py"),
-    ("exchange", "config.py", "step_messages.py"),
+    ("exchange", "config.py", "step_messages.py", "sim"),
     ("placement", "plan.py", "errors.py", "environment.py", "compat.py", "kv_event_sources.py"),
 ]
 

@@ -16,6 +16,9 @@ from dataclasses import dataclass, replace
 from .cost import CostModel, StepLoad
 from .place import RankLoad, cdiv
 
+# How much a rank's KV counts in placement where homes move, against its batch, which moves even out.
+KV_WEIGHT = 0.8
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:

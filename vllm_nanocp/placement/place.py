@@ -339,6 +339,24 @@ def _runs(shares: Mapping[int, int], home: int, stripe: int) -> list[Run]:
     return [*runs, Run(home, at, at + last)]
 
 
+def stripe_blocks(budget: int, slots: int, threshold: int, block_size: int, chunk_tokens: int | None) -> int:
+    """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs, beside as many
+    decoding requests as there may be.
+
+    Args:
+        budget: tokens a rank computes in a step at most.
+        slots: requests it runs at most.
+        threshold: most tokens of a long prompt's chunk, if positive.
+        block_size: tokens a block holds.
+        chunk_tokens: most tokens of a chunk, if set.
+    """
+    tokens = max(budget - slots, budget // 2)
+    tokens = min(tokens, chunk_tokens or tokens)
+    if threshold > 0:
+        tokens = min(tokens, threshold)
+    return max(1, tokens // block_size)
+
+
 def queue_at(
     num_tokens: int, block_size: int, loads: Sequence[RankLoad], idle: Sequence[bool], home: int | None = None
 ) -> ShardMap | None:

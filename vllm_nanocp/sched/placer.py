@@ -12,8 +12,9 @@ from vllm.v1.request import Request
 
 from ..config import NanoCPConfig
 from ..placement import Prefix, RankedLoads, RankLoad, Run, ShardMap, Want, cdiv, place, place_after_prefix, queue_at
-from ..placement.moves import with_reserve
+from ..placement.moves import KV_WEIGHT, with_reserve
 from ..placement.place import start_degree
+from ..placement.place import stripe_blocks as stripe_blocks_of
 from ..placement.prefix import light
 from ..placement.queue import as_overtaken
 from ..rank_hint import preferred_rank
@@ -22,8 +23,6 @@ from .rank.interface import Rank
 from .rank.remote_rank import RemoteRank
 from .sharded_request import can_shard
 
-# How much KV counts against the batch where homes move (``benchmarks/balance_simulation.py``).
-KV_WEIGHT = 0.8
 NOWHERE = Prefix()
 
 
@@ -36,11 +35,8 @@ def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | 
         block_size: tokens a block holds.
         chunk_tokens: most tokens of a chunk, if set.
     """
-    tokens = max(config.max_num_batched_tokens - config.max_num_seqs, config.max_num_batched_tokens // 2)
-    tokens = min(tokens, chunk_tokens or tokens)
-    if config.long_prefill_token_threshold > 0:
-        tokens = min(tokens, config.long_prefill_token_threshold)
-    return max(1, tokens // block_size)
+    most, slots, threshold = config.max_num_batched_tokens, config.max_num_seqs, config.long_prefill_token_threshold
+    return stripe_blocks_of(most, slots, threshold, block_size, chunk_tokens)
 
 
 class _Derived:

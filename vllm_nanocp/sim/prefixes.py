@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranks' prefix caches in a simulation, in units of the trace's hashed blocks. See balance_simulation.py."""
+"""The ranks' prefix caches, in units of the trace's prefix ids."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_nanocp.placement import Run, ShardMap
-
-# Tokens of the prompt that one hash of the trace stands for.
-HASHED = 512
+from ..placement import Run, ShardMap
+from .trace import PREFIX_TOKENS
 
 
 class PrefixCaches:
@@ -19,11 +17,11 @@ class PrefixCaches:
 
     Args:
         ranks: how many.
-        block_size: tokens a KV block holds; a divisor of ``HASHED``.
+        block_size: tokens a KV block holds; a divisor of ``PREFIX_TOKENS``.
     """
 
     def __init__(self, ranks: int, block_size: int) -> None:
-        self.unit = HASHED // block_size  # KV blocks of one hashed block
+        self.unit = PREFIX_TOKENS // block_size  # KV blocks of one hashed block
         self.refs: list[dict[int, int]] = [{} for _ in range(ranks)]
         # Those that no request holds, the longest unused first.
         self.idle: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(ranks)]
@@ -73,7 +71,7 @@ class PrefixCaches:
             refs[block] = refs.get(block, 0) + 1
             self.idle[rank].pop(block, None)
             held.append((rank, block))
-        return hits * HASHED, shared
+        return hits * PREFIX_TOKENS, shared
 
     def release(self, request: int) -> np.ndarray:
         """A request ends; its blocks stay cached while there is room. Returns KV blocks no longer shared, by rank."""

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""The simulator next to what was measured: request rate against time per output token, and more ranks than that.
+
+    python benchmarks/simulated_curves.py --trace TRACE.jsonl [--out FILE] [--ranks 8 32 128]
+
+``curves``: Qwen3-30B-A3B's shape on 4 H200s, decode only, lengths of the conversation trace from its 2,000th request
+on, prompts stretched four times (at most 500,000 tokens), outputs of 2 to 600 tokens, Poisson arrivals for 25 s;
+requests that come after 8 s count. Each point is simulated with several seeds (noise of steps and of arrivals,
+front-ends that requests come through): the median and the range. A percentile of 70 to 200 requests is one of the two
+largest values, which may be one gap of a request of two tokens.
+
+``computed``: as ``loads.py computed:5x0`` to ``5x2``, whose prompts are computed (gpu_scheduler_processes_4xH200.json).
+Nothing was fitted to it.
+
+``larger``: the same load a rank, on more of them. No step of more than four ranks was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vllm_nanocp.sim.figures import Run, simulate
+from vllm_nanocp.sim.machine import PRESETS
+from vllm_nanocp.sim.nanocp import Settings
+from vllm_nanocp.sim.trace import Requests, poisson, read_trace, stretched
+
+ROOT = Path(__file__).resolve().parents[1]
+# TPOT p99, ms, by requests a second: one run each, 2026-11-27. Which ones coefficients were fitted to.
+MEASURED: dict[str, dict[float, float]] = {
+    "stock": {4: 23.0, 6: 38.6, 8: 52.7, 12: 48.0},
+    "tensor": {4: 13.0, 8: 36.3, 12: 63.0},
+    "nanocp 65536": {4: 14.4, 6: 16.0, 8: 18.9, 10: 24.8, 12: 265.0},
+    "nanocp 16384": {8: 18.3},
+}
+FITTED = {("stock", 4), ("stock", 8), ("tensor", 8), ("tensor", 12)}
+TOLERANCE = 0.1
+WINDOW, SETTLE = 25.0, 8.0
+# The load of computed prompts: requests a second, seconds of arrivals, and those after which requests count; KV tokens.
+COMPUTED_RATE, COMPUTED_WINDOW, COMPUTED_SETTLE, COMPUTED_CAPACITY = 5.0, 20.0, 4.0, 406_901
+BESIDE = ("tpot_p50", "ttft_p50", "ttft_p99", "preemptions")
+FIGURES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99")
+# A rank's share of these rates on four.
+LARGER, LARGER_WINDOW = (4.0, 6.0, 8.0), 60.0
+
+
+def load(trace: Requests, rate: float, seconds: float = WINDOW) -> Requests:
+    """Requests of the load, at so many a second."""
+    longer = stretched(trace.pick(range(min(2000, len(trace) // 2), len(trace))), 4.0, 500_000, 600)
+    return poisson(replace(longer, output=np.maximum(2, longer.output)), rate, seconds, 17)
+
+
+def run_of(system: str, ranks: int = 4, seed: int = 0) -> tuple[Run, str]:
+    """What is simulated for a system of ``MEASURED``."""
+    name, *rest = system.split()
+    settings = Settings(segment_size=int(rest[0]) if rest else 65536, moves="moves" in rest)
+    machine = PRESETS["h200-qwen3-30b-a3b-few-experts"]
+    run = Run(machine, ranks, settings=settings, decode_only=True, as_benchmarks=True, noise=0.05, seed=seed)
+    return replace(run, settle=SETTLE), name
+
+
+def point(trace: Requests, system: str, rate: float, seeds: Sequence[int]) -> dict[str, Any]:
+    """Measured and simulated."""
+    found = []
+    for seed in seeds:
+        run, name = run_of(system, seed=seed)
+        found.append(simulate(run, name, load(trace, rate)))
+    values = [f["tpot_p99"] for f in found]
+    measured, simulated = MEASURED[system][rate], statistics.median(values)
+    ratio = simulated / measured
+    return {
+        "system": system,
+        "rate": rate,
+        "measured_tpot_p99": measured,
+        "simulated_tpot_p99": round(simulated, 1),
+        "range": [round(min(values), 1), round(max(values), 1)],
+        "ratio": round(ratio, 3),
+        "fitted": (system, rate) in FITTED,
+        "holds": abs(ratio - 1) <= TOLERANCE,
+        **{
+            key: statistics.median(f[key] for f in found) for key in ("tpot_p50", "ttft_p50", "ttft_p99", "preemptions")
+        },
+    }
+
+
+def computed_load(seed: int) -> Requests:
+    """The requests that ``loads.py`` sends for ``computed:5xSEED``."""
+    rows = json.loads((ROOT / "tests" / "data" / "conversation_lengths.json").read_text())["requests"][:1000]
+    rows = rows[100 * seed :] + rows[: 100 * seed]
+    dice, at = random.Random(f"0{seed}"), [0.0]
+    while at[-1] < COMPUTED_WINDOW:
+        at.append(at[-1] + dice.expovariate(COMPUTED_RATE))
+    prompt, output = ([row[i] for row in rows[: len(at) - 1]] for i in (1, 2))
+    return Requests(np.array(at[1:]), np.array(prompt), np.clip(output, 2, 600))
+
+
+def computed(measured: dict[str, Any], system: str, seed: int) -> dict[str, Any]:
+    """Measured and simulated, prompts computed."""
+    machine = PRESETS["h200-qwen3-30b-a3b"]
+    run = Run(machine, 4, capacity=COMPUTED_CAPACITY, slots=1024, settle=COMPUTED_SETTLE, noise=0.05, seed=seed)
+    found = simulate(run, system, computed_load(seed))
+    (row,) = measured["raw"][system][f"computed:5x{seed}"]
+    figures = {
+        key: {"measured": row[key], "simulated": found[key], "ratio": round(found[key] / row[key], 2)}
+        for key in FIGURES
+    }
+    return {"system": system, "seed": seed, **figures}
+
+
+def larger(trace: Requests, ranks: int, rate: float, system: str) -> dict[str, Any]:
+    run, name = run_of(system, ranks)
+    began = time.perf_counter()
+    # Both compute the prompts of preempted requests again, and neither takes time to fill in KV.
+    run = replace(run, until=LARGER_WINDOW, as_benchmarks=False, frontends=8)
+    found = simulate(run, name, load(trace, rate * ranks / 4, LARGER_WINDOW))
+    return {
+        "ranks": ranks,
+        "rate": rate * ranks / 4,
+        "system": system,
+        **found,
+        "took_s": round(time.perf_counter() - began, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=15)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[8, 32, 128])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    trace = read_trace(args.trace)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    result: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": asdict(run_of("stock")[0].machine),
+        "curves": [],
+        "computed": [],
+        "larger": [],
+    }
+    for system, rates in MEASURED.items():
+        for rate in rates:
+            result["curves"].append(point(trace, system, rate, range(args.seeds)))
+            print(result["curves"][-1], file=sys.stderr, flush=True)
+    measured = json.loads((ROOT / "benchmarks" / "results" / "gpu_scheduler_processes_4xH200.json").read_text())
+    for seed in range(3):
+        for system in ("stock", "nanocp"):
+            result["computed"].append(computed(measured, system, seed))
+            print(result["computed"][-1], file=sys.stderr, flush=True)
+    for ranks in args.ranks:
+        for rate in LARGER:
+            for system in ("nanocp 65536", "nanocp 65536 moves", "stock", "round-robin"):
+                result["larger"].append(larger(trace, ranks, rate, system))
+                print(result["larger"][-1], file=sys.stderr, flush=True)
+    text = json.dumps(result, indent=1)
+    if args.out:
+        args.out.write_text(text + "\n")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

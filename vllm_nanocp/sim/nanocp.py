@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who goes where with the plugin: its own placement, queue and moves, imported, over simulated ranks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from ..placement import Prefix, RankLoad, ShardMap, Want, cdiv, place, place_after_prefix, queue_at
+from ..placement.cost import CostModel, StepLoad
+from ..placement.moves import KV_WEIGHT, Candidate, MoveConfig, drifted, plan_moves, spill_target, with_reserve
+from ..placement.place import start_degree, stripe_blocks
+from ..placement.queue import ENDS_OVER, LOOKS, WINDOW, Blocked, as_overtaken, most_starts, ranks_for
+from .ranks import World
+from .setup import Prompt
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plugin's, as its users set them."""
+
+    segment_size: int = 65536
+    max_degree: int | None = None
+    moves: bool = False
+    parallel_prefill: bool = True
+    chunk_tokens: int | None = None
+
+
+class Plugin:
+    """One queue over all ranks; requests are placed, sharded where they are long, and may move.
+
+    Args:
+        world: the ranks.
+        settings: the plugin's.
+    """
+
+    def __init__(self, world: World, settings: Settings) -> None:
+        setup = world.setup
+        self.world, self.settings = world, settings
+        self.fills, self.recomputes = False, not setup.as_benchmarks
+        self.limit = min(settings.max_degree or setup.ranks, setup.ranks)
+        self.rules = MoveConfig(max_degree=self.limit)
+        self.model = CostModel()
+        self.queue: deque[int] = deque()
+        # Requests that wait at a rank for its next room, and what they need.
+        self.parked: dict[int, tuple[int, ShardMap]] = {}
+        self.blocked: dict[int, Blocked] = {}
+        self.kept_home: dict[int, int] = {}
+        self.most_output = int(world.requests.output.max())
+        self.ends, self._gone = 0.0, 0
+        self.turn = 0
+        stripe = stripe_blocks(setup.budget, setup.slots, 0, setup.block_size, settings.chunk_tokens)
+        self.stripe = stripe if settings.parallel_prefill and self.limit > 1 else None
+
+    # -- the queue -----------------------------------------------------------------------------------------------
+
+    def arrive(self, request: int) -> None:
+        setup = self.world.setup
+        if cdiv(int(self.world.end[request]), setup.block_size) > self.limit * setup.blocks - self.limit:
+            self.world.refuse(request)
+            return
+        self.queue.append(request)
+
+    def load(self, rank: int) -> RankLoad:
+        """A rank's, whoever waits there included."""
+        load = self.world.load(rank, reads=self.settings.moves)
+        if rank not in self.parked:
+            return load
+        blocks = min(self.parked[rank][1].num_blocks, load.free_blocks)
+        free, used = load.free_blocks - blocks, load.used_blocks + blocks
+        return replace(load, free_blocks=free, used_blocks=used, batch=load.batch + 1, slots=load.slots - 1)
+
+    def loads(self) -> list[RankLoad]:
+        return [self.load(rank) for rank in range(self.world.setup.ranks)]
+
+    def admit(self) -> None:
+        self.ends += (self._gone - self.ends) / ENDS_OVER
+        self._gone = 0
+        for rank, (request, shard_map) in list(self.parked.items()):
+            if self.world.used[rank] + shard_map.num_blocks <= self.world.setup.blocks:
+                del self.parked[rank]
+                self.kept_home.pop(request, None)
+                self.world.enter(request, shard_map)
+        if self.queue:
+            passed = self._scan(_Room(self.loads()))
+            self.queue.extendleft(reversed(passed))
+
+    def _scan(self, room: _Room) -> list[int]:
+        """Place what fits of the first requests; those that do not are taken out of the queue and returned."""
+        passed: list[int] = []
+        looks, starts, placed_behind = 0, most_starts(self.world.setup.ranks, self.ends), False
+        while self.queue and len(passed) < WINDOW and looks < LOOKS and starts:
+            request = self.queue[0]
+            if passed:
+                if not any(room.free()):
+                    break
+                blocked = self.blocked.get(request)
+                if blocked is not None and not blocked.may_fit(room.free(), room.richest(), room.most):
+                    passed.append(self.queue.popleft())
+                    self._close_if_due(request, room)
+                    continue
+            if self._place(request, room, passed, may_wait=not passed and self._is_due(request)):
+                starts -= 1
+                placed_behind |= bool(passed)
+            else:
+                looks += bool(passed)
+                passed.append(self.queue.popleft())
+                self._close_if_due(request, room)
+        # While nobody overtakes it, the first may as well wait at a rank.
+        if passed and not placed_behind and not self._is_due(passed[0]):
+            self.queue.appendleft(passed[0])
+            if self._place(passed[0], room, [], may_wait=True):
+                del passed[0]
+            else:
+                self.queue.popleft()
+        return passed
+
+    def _is_due(self, request: int) -> bool:
+        return request in self.blocked and self.blocked[request].due
+
+    def _close_if_due(self, request: int, room: _Room) -> None:
+        blocked = self.blocked[request]
+        if not blocked.due or (blocked.ranks and room.closed.issuperset(blocked.ranks)):
+            return
+        if not blocked.ranks or not room.closed.isdisjoint(blocked.ranks):
+            blocked.ranks = ranks_for(blocked.want, room.free(kept=True), room.totals, room.closed)
+        room.closed.update(blocked.ranks)
+
+    def _rules(self, request: int) -> dict[str, Any]:
+        return dict(
+            segment_size=self.settings.segment_size,
+            max_degree=self.limit,
+            home=self.kept_home.get(request),
+            headroom_blocks=int(self.world.end[request] > self.world.length[request]),
+            stripe_blocks=self.stripe,
+        )
+
+    def _place(self, request: int, room: _Room, passed: list[int], may_wait: bool) -> bool:
+        """Place the first of the queue; whether it has found room."""
+        world, size = self.world, self.world.setup.block_size
+        tokens, rules = int(world.length[request]), self._rules(request)
+        loads = room.loads if not passed else [as_overtaken(load, size) for load in room.loads]
+        if self.settings.moves:
+            loads = [with_reserve(load, self.rules.reserve_blocks) for load in loads]
+        if passed:
+            loads = [load.closed() if rank in room.closed else load for rank, load in enumerate(loads)]
+        weight = KV_WEIGHT if self.settings.moves else None
+        shard_map, shared = None, 0
+        if world.caches is not None:
+            runs = world.caches.find(world.hashes(request))
+            if runs:
+                prefix = Prefix(tuple(runs), (0,) * len(runs))
+                shard_map = place_after_prefix(prefix, tokens, size, loads, kv_weight=weight, **rules)
+        if shard_map is None:
+            shard_map = place(tokens, size, loads, turn=self.turn, kv_weight=weight, **rules)
+        if shard_map is None and may_wait and (tokens <= self.settings.segment_size or self.limit == 1):
+            idle = [rank not in self.parked for rank in range(world.setup.ranks)]
+            waits = queue_at(tokens, size, loads, idle, rules["home"])
+            if waits is not None:
+                self.parked[waits.home] = (self.queue.popleft(), waits)
+                room.loads[waits.home] = self.load(waits.home)
+                self.blocked.pop(request, None)
+                return True
+        if shard_map is None:
+            limit = min(self.limit, world.setup.ranks)
+            want = Want(
+                cdiv(tokens, size) + rules["headroom_blocks"],
+                start_degree(tokens, self.settings.segment_size, limit),
+                limit,
+                rules["home"],
+            )
+            blocked = self.blocked.setdefault(request, Blocked(want, urgent=bool(world.preempted[request])))
+            blocked.want, blocked.room, blocked.shared = want, room.free(kept=not passed), shared
+            return False
+        self.queue.popleft()
+        for other in passed:
+            self.blocked[other].overtaken += max(1, shard_map.num_blocks)
+        self.blocked.pop(request, None)
+        self.kept_home.pop(request, None)
+        self.turn += 1
+        world.enter(request, shard_map)
+        for run in shard_map.runs:
+            room.loads[run.rank] = self.load(run.rank)
+        return True
+
+    def return_(self, request: int, home: int) -> None:
+        self.kept_home[request] = home  # which has its sampling state
+        self.queue.appendleft(request)
+
+    def left(self, request: int) -> None:
+        self._gone += 1
+
+    def waiting(self) -> int:
+        return len(self.queue) + len(self.parked)
+
+    # -- moves ---------------------------------------------------------------------------------------------------
+
+    def _candidate(self, request: int) -> Candidate:
+        world = self.world
+        made = int(world.length[request] - world.requests.prompt[request])
+        moved = int(world.last_move[request])
+        return Candidate(
+            request_id=f"{request:09}",
+            home=int(world.home[request]),
+            holders=tuple(np.flatnonzero(world.held[request]).tolist()),
+            kv_tokens=int(world.length[request]),
+            remaining_tokens=max(1, self.most_output - made),
+            last_move=None if moved < 0 else moved,
+        )
+
+    def balance(self) -> None:
+        if not self.settings.moves or self.limit == 1:
+            return
+        world, size = self.world, self.world.setup.block_size
+        loads = self.loads()
+        sources = drifted(loads, self.rules)
+        if not sources:
+            return
+        border = world.decoding[world.have[world.decoding] * size < world.length[world.decoding]]
+        border = border[np.isin(world.home[border], sources)]
+        if not len(border):
+            return
+        for move in plan_moves(
+            loads,
+            world.step_loads(world.decodes().tolist()),
+            [self._candidate(request) for request in border.tolist()],
+            step=world.step_number,
+            block_size=size,
+            model=self.model,
+            config=self.rules,
+        ):
+            world.counts.events["moves"] += 1
+            world.move(int(move.request_id), move.target)
+
+    def measured(
+        self, kv_tokens: np.ndarray, decodes: np.ndarray, guests: np.ndarray, seconds: float, prompts: bool
+    ) -> None:
+        if self.settings.moves and not prompts:
+            exchange = bool(guests.any())
+            rows = zip(kv_tokens.tolist(), decodes.tolist(), guests.tolist(), strict=True)
+            self.model.observe([StepLoad(*row, exchange) for row in rows], seconds)
+
+    def spill(self, request: int) -> int | None:
+        if not self.settings.moves or self.limit == 1:
+            return None
+        loads = [self.world.load(rank) for rank in range(self.world.setup.ranks)]
+        size = self.world.setup.block_size
+        return spill_target(loads, self._candidate(request), block_size=size, config=self.rules)
+
+    # -- prompts -------------------------------------------------------------------------------------------------
+
+    def order(self, prompts: Sequence[Prompt], budget: int) -> list[tuple[Prompt, int]]:
+        """Short prompts have a part of each step beside long ones, as ``sched.rank.chunks`` gives it."""
+        share = budget // 4
+        short = [prompt for prompt in prompts if prompt.end - prompt.at <= share]
+        if not short or len(short) == len(prompts):
+            return [(prompt, budget) for prompt in prompts]
+        kept, first = 0, []
+        for prompt in short:
+            if kept + prompt.end - prompt.at > share:
+                break
+            kept += prompt.end - prompt.at
+            first.append(prompt)
+        return [(prompt, budget) for prompt in (*first, *(p for p in prompts if p not in first))]
+
+
+class _Room:
+    """Room on the ranks in the step at hand, as requests that wait ask for it."""
+
+    def __init__(self, loads: list[RankLoad]) -> None:
+        self.loads = loads
+        self.totals = [load.total_blocks for load in loads]
+        self.most = max(self.totals)
+        self.closed: set[int] = set()
+
+    def free(self, kept: bool = False) -> list[int]:
+        """Blocks on each rank; with ``kept`` also of those that are kept for requests that are due."""
+        return [load.room if kept or rank not in self.closed else 0 for rank, load in enumerate(self.loads)]
+
+    def richest(self) -> list[int]:
+        """The same on so many of the richest ranks together."""
+        return list(accumulate(sorted(self.free(), reverse=True)))

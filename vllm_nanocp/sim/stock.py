@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who goes where in stock vLLM: data parallelism with its balancer or in turn; with one rank, tensor parallelism."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from ..placement import Run, ShardMap, cdiv
+from .ranks import World
+from .setup import Prompt
+
+# Seconds between two looks of vLLM's front-ends at the engines' queues.
+STATS_EVERY = 0.1
+
+
+class Stock:
+    """vLLM's data parallelism: each request is bound to a rank when it comes, and waits in that rank's queue.
+
+    Args:
+        world: the ranks.
+        balancer: ``vllm``, as ``DPLBAsyncMPClient.get_core_engine_for_request``; or ``round_robin``.
+        frontends: API servers, each of which has counts of its own (``vllm``).
+    """
+
+    recomputes = True
+
+    def __init__(self, world: World, balancer: str = "vllm", frontends: int = 1) -> None:
+        self.world, self.balancer, self.frontends = world, balancer, frontends
+        self.fills = world.setup.as_benchmarks
+        ranks = world.setup.ranks
+        self.queues: list[deque[int]] = [deque() for _ in range(ranks)]
+        self.rank_of: dict[int, int] = {}
+        self.via: dict[int, int] = {}
+        self.turn = 0
+        self._dice = random.Random(world.setup.seed)
+        # Of each front-end: requests waiting and running at each rank as it knows, the part of the cache in use, its
+        # own requests in flight there, and where it begins to look.
+        self._known = [[[0, 0, 0.0] for _ in range(ranks)] for _ in range(frontends)]
+        self._inflight = [[0] * ranks for _ in range(frontends)]
+        self._begin_at = [ranks * i // frontends for i in range(frontends)]
+        self._looked = -1.0
+
+    def arrive(self, request: int) -> None:
+        world = self.world
+        need = cdiv(int(world.end[request]), world.setup.block_size)
+        if need > world.setup.blocks:
+            world.refuse(request)
+            return
+        rank = self._choose(request) if self.balancer == "vllm" else self.turn % world.setup.ranks
+        self.turn += 1
+        self.rank_of[request] = rank
+        self.queues[rank].append(request)
+
+    def _choose(self, request: int) -> int:
+        self._look()
+        ranks, front = self.world.setup.ranks, self._dice.randrange(self.frontends)
+        known, inflight = self._known[front], self._inflight[front]
+        best, least = 0, float("inf")
+        for i in range(ranks):
+            rank = (self._begin_at[front] + i) % ranks
+            waiting, running, usage = known[rank]
+            score: float = max(self.frontends * inflight[rank], waiting + running)
+            score += waiting * 6.0 * max(0.0, usage - 0.5)
+            if score < least:
+                best, least = rank, score
+        known[best][0] += self.frontends
+        self._begin_at[front] = (self._begin_at[front] + 1) % ranks
+        inflight[best] += 1
+        self.via[request] = front
+        return best
+
+    def _look(self) -> None:
+        world = self.world
+        if self._looked >= 0 and world.clock - self._looked < STATS_EVERY:
+            return
+        self._looked = world.clock
+        blocks = world.setup.blocks
+        now = [
+            [len(queue), running, used / blocks]
+            for queue, running, used in zip(self.queues, world.homes.tolist(), world.used.tolist(), strict=True)
+        ]
+        self._known = [[list(rank) for rank in now] for _ in range(self.frontends)]
+
+    def admit(self) -> None:
+        world, setup = self.world, self.world.setup
+        decodes: list[int] | None = None
+        for rank, queue in enumerate(self.queues):
+            while queue:
+                need = cdiv(int(world.length[queue[0]]), setup.block_size)
+                if world.homes[rank] >= setup.slots or world.used[rank] + need > setup.blocks:
+                    break
+                if decodes is None:
+                    decodes = world.decodes().tolist()
+                if decodes[rank] + world.to_compute[rank] >= setup.budget:
+                    break
+                world.enter(queue.popleft(), ShardMap(setup.block_size, (Run(rank, 0, need),)))
+
+    def balance(self) -> None:
+        """Requests stay where they are."""
+
+    def measured(self, *_: Any) -> None:
+        """It learns nothing."""
+
+    def spill(self, request: int) -> int | None:
+        return None
+
+    def return_(self, request: int, home: int) -> None:
+        self.queues[self.rank_of[request]].appendleft(request)
+
+    def left(self, request: int) -> None:
+        rank = self.rank_of.pop(request)
+        if request in self.via:
+            self._inflight[self.via.pop(request)][rank] -= 1
+
+    def waiting(self) -> int:
+        return sum(map(len, self.queues))
+
+    def order(self, prompts: Sequence[Prompt], budget: int) -> list[tuple[Prompt, int]]:
+        return [(prompt, budget) for prompt in prompts]

@@ -7,8 +7,8 @@ has computed the last block that both have, and is then placed around what is ca
 the leader's, where vLLM's scheduler finds the blocks when its turn has come.
 
 Nobody waits for one that waits for room, and for one that only has no turn no longer than computing would take. Who has
-done so waits for that one no more, but may for another that begins as itself: those released together would else compute
-what they share once for each.
+done so waits for that one no more, but may for another that begins as itself: those that are released together would
+compute what they share once for each, else.
 """
 
 from __future__ import annotations

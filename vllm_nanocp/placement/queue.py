@@ -30,8 +30,7 @@ STARTS_A_RANK = 2
 # 256 requests with four tokens each, 512 end in a step. With more than one the number grows until the ranks are full.
 STARTS_AN_END = 2
 # But no more in all: placing them then takes most of a step already, so that more would gain little. So many at most
-# are set aside in a step, too, for a prefix that another one computes: they start later, and keep nobody from starting
-# now.
+# are set aside in a step, too, for a prefix that another one computes: they keep nobody from starting now.
 MOST_STARTS = 512
 # Steps over which the number of ends is averaged: requests that have begun together may end together.
 ENDS_OVER = 4

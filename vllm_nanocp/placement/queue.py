@@ -22,8 +22,8 @@ from .place import RankLoad, cdiv
 WINDOW = 32
 LOOKS = 8
 # Requests that start in a step, of all ranks, and of each where there are many: the others start with the next ones,
-# while those that run decode. One takes 25 us with 8 ranks and 50 to 100 us with 64, so a step waits some milliseconds
-# for them, which the step before it hides where steps are scheduled ahead.
+# while those that run decode. One takes about 40 us with 64 ranks, so a step waits some milliseconds for them, which
+# the step before it hides where steps are scheduled ahead.
 STARTS = 64
 STARTS_A_RANK = 2
 # Beside them so many for each that has ended in a step of late, or short outputs would leave ranks empty: of 8 ranks of

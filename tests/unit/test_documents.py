@@ -47,6 +47,7 @@ def test_results_that_are_named_exist_and_all_are_named() -> None:
     performance = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     there = {path.name for path in RESULTS.glob("*.json")}
     assert there <= set(re.findall(r"[\w]+\.json", performance))
+    there |= {path.name for path in (ROOT / "vllm_nanocp").rglob("*.json")}
     for page in PAGES:
         named = set(re.findall(r"`(?:benchmarks/results/)?(\w+\.json)`", page.read_text(encoding="utf-8")))
         assert named <= there, page

@@ -38,6 +38,7 @@ def test_all_modules_are_in_it(wheel: Path) -> None:
     """Also the patches, which are in the package through a symbolic link."""
     wanted = {f"vllm_nanocp/{path.relative_to(ROOT / 'vllm_nanocp')}" for path in (ROOT / "vllm_nanocp").rglob("*.py")}
     wanted |= {f"vllm_nanocp/{path.relative_to(ROOT)}" for path in (ROOT / "patches").rglob("*.py")}
+    wanted |= {f"vllm_nanocp/{path.relative_to(ROOT / 'vllm_nanocp')}" for path in (ROOT / "vllm_nanocp").rglob("*.json")}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == wanted

@@ -69,6 +69,28 @@ def test_the_launcher_ends_before_its_monitor(
     threads[0].join(LIMIT_S)
 
 
+@pytest.mark.parametrize("exitcode", [1, -9, None, 0, -15])
+def test_an_api_server_ends_before_anyone_looks(
+    exitcode: int | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has heard of the engine's failure; vLLM's launcher then stops the monitor."""
+    monkeypatch.setattr(exit_code, "_failed", False)
+    processes = [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=exitcode)]
+    monkeypatch.setattr(exit_code, "_managers", [SimpleNamespace(failed_proc_name=None, processes=processes)])
+
+    def serve(args: argparse.Namespace) -> None:
+        raise RuntimeError("Process ApiServer_0 died with exit code 1")
+
+    if exitcode in (1, -9):
+        with pytest.raises(SystemExit) as end:
+            run(serve)
+        assert end.value.code == 1 and capsys.readouterr().err == LINE
+    else:
+        with pytest.raises(RuntimeError, match="ApiServer_0"):
+            run(serve)
+        assert not capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("monitored")
 def test_other_failures_stay(capsys: pytest.CaptureFixture[str]) -> None:
     def serve(args: argparse.Namespace) -> None:

@@ -36,9 +36,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_modules_are_in_it(wheel: Path) -> None:
     """Also the patches, which are in the package through a symbolic link."""
-    wanted = {f"vllm_nanocp/{path.relative_to(ROOT / 'vllm_nanocp')}" for path in (ROOT / "vllm_nanocp").rglob("*.py")}
+    package = ROOT / "vllm_nanocp"
+    wanted = {
+        f"vllm_nanocp/{path.relative_to(package)}" for kind in ("py", "json") for path in package.rglob(f"*.{kind}")
+    }
     wanted |= {f"vllm_nanocp/{path.relative_to(ROOT)}" for path in (ROOT / "patches").rglob("*.py")}
-    wanted |= {f"vllm_nanocp/{path.relative_to(ROOT / 'vllm_nanocp')}" for path in (ROOT / "vllm_nanocp").rglob("*.json")}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == wanted

@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from ..errors import REFUSAL_FILE, NanoCPConfigError
 
@@ -50,11 +51,16 @@ def _serve(serve: Callable[[argparse.Namespace], None], args: argparse.Namespace
         if line := refusal.read():  # a worker's, which vLLM has logged somewhere in a traceback
             raise NanoCPConfigError(line) from error
         # By others the launcher of several API servers ends; it has logged them.
-        if not _has_failed():
+        if not (_has_failed() or _has_died()):
             raise
+        _end()
     if _has_failed():
-        print("error: nanocp: the engine has failed; the log above says why", file=sys.stderr, flush=True)
-        raise SystemExit(1)
+        _end()
+
+
+def _end() -> NoReturn:
+    print("error: nanocp: the engine has failed; the log above says why", file=sys.stderr, flush=True)
+    raise SystemExit(1)
 
 
 def _note_failure() -> None:
@@ -65,6 +71,13 @@ def _note_failure() -> None:
 def _has_failed() -> bool:
     # A manager says so before it has shut down what is left, which takes a while: others may end this process first.
     return _failed or any(manager.failed_proc_name is not None for manager in _managers)
+
+
+def _has_died() -> bool:
+    """Whether an engine has ended otherwise than it is told to. Its API servers may be the first to know: the launcher
+    then ends by the end of one of these, and stops the monitor before that has looked."""
+    processes = (process for manager in _managers for process in manager.processes)
+    return any(process.exitcode not in (None, 0, -signal.SIGTERM) for process in processes)
 
 
 def _install() -> None:

@@ -14,6 +14,9 @@ Repair: keys and values are rounded to the cache's type before they are written,
 and its result widened (vllm/v1/attention/backends/cpu_attn.py).
 
 Can go: when vLLM refuses this, or its kernels know the cache's type.
+
+Of the same kind on GPUs, where the bits are taken for another type:
+https://github.com/vllm-project/vllm/pull/54338.
 """
 
 from __future__ import annotations

@@ -22,6 +22,9 @@ patch `cpu_moe_opaque` sees to that.
 Quantized experts that ignore the map say so when the kernel is chosen, by `NotImplementedError`.
 
 Can go: when `CPUUnquantizedExperts.apply` honours `expert_map`.
+
+Known upstream: https://github.com/vllm-project/vllm/pull/47778 would have the kernel skip experts
+that are elsewhere.
 """
 
 from __future__ import annotations

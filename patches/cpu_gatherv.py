@@ -19,6 +19,9 @@ Repair: both collectives over the group's gloo backend.
   request's tokens do not depend on where in the batch, or on which rank, it runs.
 
 Can go: when `CpuCommunicator` defines both methods.
+
+Known upstream: https://github.com/vllm-project/vllm/issues/57837; https://github.com/vllm-project/vllm/pull/47778 would add
+both.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ Repair: the kernel gets [tokens, heads * head_size], a view where one exists (th
 copy, and adjacent positions. Results have the shapes that were given.
 
 Can go: when the kernel reads the heads' own dimension and strides, as the one for GPUs does.
+
+Of the same kind: https://github.com/vllm-project/vllm/pull/31643, which mended it for other models.
 """
 
 from __future__ import annotations

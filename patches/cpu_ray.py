@@ -13,6 +13,8 @@ Repair: a worker is one "CPU" of the placement group. An actor asks for nothing 
 and starts with the driver's `LD_PRELOAD` and `OMP_NUM_THREADS`.
 
 Can go: when vLLM's CPU platform has a `ray_device_key` and its Ray executor serves it.
+
+Known upstream: https://github.com/vllm-project/vllm/issues/21602, closed without a change.
 """
 
 from __future__ import annotations

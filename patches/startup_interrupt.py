@@ -14,6 +14,8 @@ Repair: the exception goes on once the socket is closed, so the client ends the 
 It concerns front-ends; where configurations are made it is applied with those that concern these.
 
 Can go: when `zmq_socket_ctx` lets exceptions pass.
+
+Near it upstream: https://github.com/vllm-project/vllm/pull/52299, for engines that are told to stop while they start.
 """
 
 from __future__ import annotations

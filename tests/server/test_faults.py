@@ -190,7 +190,7 @@ def test_the_server_is_told_to_stop(doomed: Server) -> None:
     clients = clients_of(doomed)
     assert len(api_servers(doomed)) == RANKS
     engine = {p.pid for p in doomed.members() if p.name().startswith("VLLM")} - {p.pid for p in api_servers(doomed)}
-    assert len(engine) == 1 + RANKS
+    assert len(engine) >= 1 + RANKS  # and schedulers, in the other form
     doomed.process.terminate()
     wait_for("the engine has ended", lambda: not {p.pid for p in doomed.members()} & engine, 20)
     for client in clients:

@@ -93,11 +93,13 @@ class Machine:
         )
 
 
-# Coefficients that a figure gives by itself: long:80x40000 and flat:16, 256, 512 of stock (query, and base and expert
-# of the first preset), prefill:131072 (pair) and the caches' sizes in gpu_loads_4xH200.json; attention over shards
+# From figures: flat:16, 256 and 512 of stock (query; base and expert of the first preset), prefill:131072 (pair), times
+# to the first token of rate:8x40000 (frontend) and the caches' sizes in gpu_loads_4xH200.json; attention over shards
 # (split_kv_token) and what visits cost beyond it (guest) in gpu_layer_stages.json; gaps beside a long request
-# (exchange) and alone (base of the second preset) in gpu_interference_4xH200.json. Fitted to the curves of request
-# rates: kv_token and opened to stock's at 4 and 8 requests a second, those of tensor parallelism to its 8 and 12.
+# (exchange) and alone (base of the second preset) in gpu_interference_4xH200.json. Fitted to measured curves of request
+# rates (simulated_curves.json): kv_token and opened to stock's at 4 and 8 requests a second, those of tensor
+# parallelism to its 8 and 12. All of Qwen3-30B-A3B's shape with 48 layers in bfloat16.
+# No step of more ranks was.
 MEASURED_RANKS = 4
 _SPREAD = Machine(
     name="h200-qwen3-30b-a3b",

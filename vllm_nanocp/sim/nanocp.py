@@ -150,7 +150,7 @@ class Plugin:
         if passed:
             loads = [load.closed() if rank in room.closed else load for rank, load in enumerate(loads)]
         weight = KV_WEIGHT if self.settings.moves else None
-        shard_map, shared = None, 0
+        shard_map = None
         if world.caches is not None:
             runs = world.caches.find(world.hashes(request))
             if runs:
@@ -175,7 +175,7 @@ class Plugin:
                 rules["home"],
             )
             blocked = self.blocked.setdefault(request, Blocked(want, urgent=bool(world.preempted[request])))
-            blocked.want, blocked.room, blocked.shared = want, room.free(kept=not passed), shared
+            blocked.want, blocked.room = want, room.free(kept=not passed)
             return False
         self.queue.popleft()
         for other in passed:

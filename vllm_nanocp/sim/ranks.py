@@ -268,7 +268,6 @@ class World:
         counts.fullest = max(counts.fullest, float(self.used.max()) / self.setup.blocks)
         counts.kv_ratio += seconds * float(self.used.max()) / max(1.0, float(self.used.mean()))
         counts.batch_ratio += seconds * float(self.homes.max()) / max(1e-9, float(self.homes.mean()))
-        counts.guests += seconds * float(self.guests.mean())
 
     def step(self) -> None:
         """One step of all ranks.

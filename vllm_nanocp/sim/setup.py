@@ -122,9 +122,11 @@ class Counts:
     Attributes:
         events: preemptions, moves, spills.
         steps: that computed something.
-        kv, fullest, kv_ratio, batch_ratio, guests: sums over time, to be divided by ``seconds``: part of the cache in
-            use, of the fullest rank, the largest over the mean of blocks and of requests, guests a rank.
+        kv, kv_ratio, batch_ratio: sums over time, to be divided by ``seconds``: part of the cache in use, the largest
+            rank's blocks, and requests, over the mean.
+        fullest: part of the cache that was ever in use on a rank.
         seconds: over which these were taken.
+        degrees: of how many requests that have ended so many ranks had a shard.
     """
 
     events: Counter[str] = field(default_factory=Counter)
@@ -133,6 +135,5 @@ class Counts:
     fullest: float = 0.0
     kv_ratio: float = 0.0
     batch_ratio: float = 0.0
-    guests: float = 0.0
     seconds: float = 0.0
     degrees: Counter[int] = field(default_factory=Counter)

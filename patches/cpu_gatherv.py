@@ -20,8 +20,8 @@ Repair: both collectives over the group's gloo backend.
 
 Can go: when `CpuCommunicator` defines both methods.
 
-Known upstream: https://github.com/vllm-project/vllm/issues/57837; https://github.com/vllm-project/vllm/pull/47778 would add
-both.
+Known upstream: https://github.com/vllm-project/vllm/issues/57837. https://github.com/vllm-project/vllm/pull/47778 would
+add both.
 """
 
 from __future__ import annotations

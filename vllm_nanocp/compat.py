@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 SUPPORTED = ("0.32.0", "0.33.0")
+RUN = "0.32.0"  # the newest of these with which engines have run
 _FIRST = (0, 32, 0)
 _NEXT = (0, 34, 0)
 
@@ -36,7 +37,7 @@ def unsupported_reason(vllm_version: str) -> str | None:
         return None
     return (
         f"nanocp: vLLM {vllm_version} is not supported (supported: {', '.join(SUPPORTED)}); "
-        f"install vllm=={SUPPORTED[-1]} or start without --nanocp"
+        f"install vllm=={RUN} or start without --nanocp"
     )
 
 

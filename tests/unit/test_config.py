@@ -195,7 +195,7 @@ def test_unsupported_versions(version: str) -> None:
     reason = unsupported_reason(version)
     assert reason is not None and "\n" not in reason
     assert reason.startswith(f"nanocp: vLLM {version} is not supported (supported: 0.32.0, 0.33.0)")
-    assert "install vllm==0.33.0" in reason and "without --nanocp" in reason
+    assert "install vllm==0.32.0" in reason and "without --nanocp" in reason
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,16 @@ def test_the_command_where_torch_and_vllm_cannot_be_imported(tmp_path: Path) -> 
         ("ok", ["--max-num-batched-tokens", "8"], "is less than --max-num-seqs 256"),
         ("ok", ["--skip", "9"], "--skip 9 leaves nothing"),
         ("ok", ["--json", "/nowhere/file"], "/nowhere/file cannot be written"),
+        ("[" * 100_000, [], "line 1: not JSON"),
+        ("ok", ["--coefficients", "{"], "'{' is not JSON; use a JSON object"),
+        ("ok", ["--coefficients", "[" * 100_000], "is not JSON; use a JSON object"),
+        ("ok", ["--coefficients", '{"experts": 0}'], "experts is 0; use a whole number of at least 1"),
+        ("ok", ["--coefficients", '{"kv_heads": 1.5}'], "kv_heads is 1.5; use a whole number of at least 1"),
+        ("ok", ["--coefficients", '{"active": 200}'], "200 active experts of 128"),
+        ("ok", ["--ranks", "99999999999"], "1 requests on 99999999999 ranks are too many"),
+        ("ok", ["--copies", "999999999"], "are too many"),
+        ("ok", ["--rates", "1,1e12"], "are too many"),
+        ("ok", ["--settle", "9"], "--settle 9 leaves no request of 1x to count"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -330,6 +340,28 @@ def test_a_plot_without_matplotlib_is_refused(
     trace = write(tmp_path / "t.jsonl", load_of(5, 5.0))
     assert main(["--trace", str(trace), "--ranks", "2", "--plot", str(tmp_path / "p.svg")]) == 2
     assert "--plot needs matplotlib, which is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_last_request_may_be_refused(system: str) -> None:
+    requests = Requests(np.array([0.0, 50.0]), np.array([100, 10_000]), np.array([5, 5]))
+    found = simulate(Run(MACHINE, 2, capacity=1024), system, requests)
+    assert (found["refused"], found["requests"]) == (1, 1)
+    none = simulate(Run(MACHINE, 2, capacity=1), system, requests)
+    assert (none["refused"], none["requests"], none["tpot_p99"]) == (2, 0, None)
+
+
+def test_figures_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
+    trace = write(tmp_path / "t.jsonl", load_of(60, 60.0))
+    command = [sys.executable, "-m", "vllm_nanocp.sim", "--trace", str(trace), "--ranks", "3", "--capacity", "24000"]
+    command += ["--moves", "--noise", "0.05", "--segment-size", "2048", "--systems", ",".join(SYSTEMS)]
+    said = [
+        subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT, env={"PYTHONHASHSEED": seed}
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert said[0] == said[1]
 
 
 def test_requests_that_can_never_fit_are_refused_and_counted() -> None:

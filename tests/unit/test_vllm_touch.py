@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 from tools import touch_page
 from vllm_nanocp.compat import SUPPORTED
 from vllm_nanocp.vllm_touch import manifest, ours
+from vllm_nanocp.vllm_touch.__main__ import main
 from vllm_nanocp.vllm_touch.manifest import Touched
 from vllm_nanocp.vllm_touch.theirs import Tree
 
@@ -168,6 +169,8 @@ def test_names_are_found_where_they_are_defined(small: Path) -> None:
         ("base", "    def method", "    @abstractmethod\n    def more(self): ...\n\n    def method",
          ["vllm.base.Base", "vllm_nanocp.plugin.Mine"]),
         ("tools", "helper", "helper_2", ["vllm.tools.helper"]),
+        ("base", "    @abstractmethod\n    def wanted(self, a): ...\n", "",
+         ["vllm.base.Base", "vllm.base.Base.wanted"]),
         ("late", "size", "length", ["vllm.Late", "vllm.late.Late.size"]),
         ("tools", "from .heir", "from .base", ["vllm.tools.Heir"]),
     ],
@@ -185,6 +188,48 @@ def test_a_name_that_is_new_here(small: Path) -> None:
     assert [(line.name, line.what) for line in manifest.breaks(Tree(small / "old"))] == [
         ("vllm.heir.Heir", "is not in the record")
     ]
+
+
+def test_a_version_of_which_a_name_was_not_recorded(small: Path) -> None:
+    record = manifest.load()
+    manifest.save(record | {"vllm.Late": {"0.9.0": "(self, size=)"}})
+    (line,) = manifest.breaks(Tree(small / "old"))
+    assert (line.name, line.what) == ("vllm.Late", "is not in the record of 1.0.0")
+    manifest.save({})
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        manifest.breaks(Tree(small / "old"))
+
+
+def test_what_is_recorded_was_shown(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Recording a version that lacks a name says so once; a tree without a version is not recorded."""
+    changed = {**OLD, "late": "", "_version": OLD["_version"].replace("1.0", "1.1")}
+    write(small / "new", changed)
+    command = [str(small / "new"), "--record"]
+    assert main(command) == 1 and "vllm.late.Late.size" in capsys.readouterr().out
+    assert main(command) == 0 and manifest.load()["vllm.Late"] == {"1.0.0": "(self, size=)", "1.1.0": None}
+    before = manifest.RECORD.read_text()
+    write(small / "none", {**OLD, "_version": ""})
+    assert main([str(small / "none"), "--record"]) == 2 and manifest.RECORD.read_text() == before
+    assert "does not say its version" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.whl").write_text("no wheel")
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "broken", {**OLD, "_version": "def ("})
+    for given, says in (
+        (["text.whl"], "is no wheel"),
+        (["empty"], "has no vllm/__init__.py"),
+        (["none.whl"], "is no file, no folder and no version"),
+        ([""], "'' is no file, no folder and no version"),
+        (["broken"], "invalid syntax (_version.py, line 1)"),
+        (["--since", "0.1"], "nothing was recorded of vLLM 0.1"),
+    ):
+        given = [str(tmp_path / given[0]) if given[0] and not given[0].startswith("-") else given[0], *given[1:]]
+        assert main(given) == 2, given
+        said = capsys.readouterr()
+        (line,) = said.err.splitlines()
+        assert line.startswith("vllm_nanocp.vllm_touch: ") and says in line and not said.out
 
 
 def test_the_guard_of_a_patch(small: Path) -> None:

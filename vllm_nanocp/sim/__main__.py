@@ -15,8 +15,11 @@ from typing import Any
 from .figures import SYSTEMS, Run, simulate
 from .machine import MEASURED_RANKS, PRESETS, Machine
 from .nanocp import Settings
-from .report import plot, table, verdict
+from .report import check_plot, plot, table, verdict
 from .trace import InputError, Requests, poisson, read_trace, replayed, stretched
+
+# Requests times ranks that are simulated at most: each pair is four bytes, and more.
+_MOST = 10**9
 
 _ABOUT = """A trace has one JSON object a line: "at" (seconds), "prompt" and "output" (tokens), and "hash_ids" (a number
 for each 512 tokens of the prompt; equal ones are equal text), if any; or "timestamp" (ms), "input_length",
@@ -57,6 +60,13 @@ def _system(text: str) -> str:
     return text
 
 
+def _object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not JSON; use a JSON object") from None
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """One line, without the usage."""
@@ -75,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ranks", type=count, required=True, help="GPUs: data-parallel ranks")
     add("--systems", type=_several(_system), default=["nanocp", "stock"], help="default: nanocp,stock")
     add("--machine", choices=sorted(PRESETS), default=next(iter(PRESETS)), help="GPU and model (default: %(default)s)")
-    add("--coefficients", type=json.loads, default={}, help="others than the preset's, a JSON object")
+    add("--coefficients", type=_object, default={}, help="others than the preset's, a JSON object")
     load = parser.add_argument_group("load")
     add = load.add_argument
     add("--speed", type=_several(positive), default=[1.0], help="times as fast as recorded; several with commas")
@@ -123,7 +133,12 @@ def _machine(name: str, others: Any) -> Machine:
             raise InputError(f"--coefficients has no {key!r}; use some of {', '.join(sorted(known))}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
             raise InputError(f"--coefficients: {key} is {value!r}; use a number that is not negative")
-    return replace(machine, **others)
+        if type(getattr(machine, key)) is int and (not isinstance(value, int) or value < 1):
+            raise InputError(f"--coefficients: {key} is {value!r}; use a whole number of at least 1")
+    machine = replace(machine, **others)
+    if machine.active > machine.experts:
+        raise InputError(f"--coefficients: {machine.active} active experts of {machine.experts}; use at most all")
+    return machine
 
 
 def _loads(args: argparse.Namespace) -> list[tuple[str, Requests]]:
@@ -135,6 +150,9 @@ def _loads(args: argparse.Namespace) -> list[tuple[str, Requests]]:
     trace = trace.pick(range(args.skip, end))
     trace = replace(trace, at=trace.at - trace.at[0])
     trace = stretched(trace, args.stretch, args.max_prompt, args.max_output)
+    most = max(rate * args.window for rate in args.rates) if args.rates else len(trace) * args.copies
+    if most * args.ranks > _MOST:
+        raise InputError(f"{most:.0f} requests on {args.ranks} ranks are too many; use fewer of the one or the other")
     if args.rates:
         return [(f"{rate:g}/s", poisson(trace, rate, args.window, args.seed)) for rate in args.rates]
     return [(f"{speed:g}x", replayed(trace, speed, args.copies)) for speed in args.speed]
@@ -150,6 +168,10 @@ def _check(args: argparse.Namespace) -> None:
             f"--max-num-batched-tokens {args.max_num_batched_tokens} is less than --max-num-seqs {args.max_num_seqs}, "
             "which vLLM refuses, too; use a larger number"
         )
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise InputError(f"{args.json} cannot be written: there is no such folder")
+    if args.plot:
+        check_plot(args.plot)
 
 
 def _points(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -170,6 +192,8 @@ def _points(args: argparse.Namespace) -> list[dict[str, Any]]:
     )
     points: list[dict[str, Any]] = []
     for load, requests in _loads(args):
+        if requests.at.max() < args.settle:
+            raise InputError(f"--settle {args.settle:g} leaves no request of {load} to count; use a smaller number")
         for system in dict.fromkeys(args.systems):
             for segment in args.segment_size if system == "nanocp" else [0]:
                 settings = Settings(
@@ -190,10 +214,11 @@ def main(given: Sequence[str] | None = None) -> int:
         _check(args)
         points = _points(args)
         print(table(points))
-        print(verdict(points))
+        if compared := verdict(points):
+            print(compared)
         print(f"Simulated with {args.machine}: see docs/user-guide.md for what is not modelled.")
         if not args.decode_only:
-            print("With computed prompts times were up to 1.8 times off the measured ones, the plugin mostly too fast.")
+            print("With computed prompts times were up to 1.9 times off the measured ones, the plugin mostly too fast.")
         if "tensor" in args.systems and not args.decode_only:
             print("Prompts under tensor parallelism were never measured: its times with them are a guess.")
         if args.ranks > MEASURED_RANKS:

@@ -286,6 +286,8 @@ class World:
         guests = self.guests.copy()
         computed, pairs = self._compute(decodes)
         if not decodes.any() and not computed.any():
+            if self.finished == len(self.requests):  # the last of them were refused
+                return
             if self.next == len(self.arrivals):
                 raise InputError(f"{self.policy.waiting()} requests find no room on empty ranks; use a larger capacity")
             self.clock = max(self.clock, float(self.ready[self.arrivals[self.next]]))

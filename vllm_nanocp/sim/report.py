@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,26 @@ def verdict(points: Sequence[Point]) -> str:
     return "\n".join(lines)
 
 
+def check_plot(path: Path) -> None:
+    """Before anything is simulated, whether there can be a plot.
+
+    Raises:
+        InputError: matplotlib is not installed, or there is no such folder.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib, which is not installed; install it or leave --plot out")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no such folder")
+
+
 def plot(points: Sequence[Point], path: Path) -> None:
     """TPOT and TTFT p99 over the loads, a line a system, as SVG.
 
     Raises:
-        InputError: matplotlib is not installed, or the file cannot be written.
+        InputError: the file cannot be written.
     """
-    try:
-        import matplotlib  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise InputError("--plot needs matplotlib, which is not installed; install it or leave --plot out") from error
+    import matplotlib  # type: ignore[import-not-found, unused-ignore]
+
     matplotlib.use("svg")
     from matplotlib import pyplot  # type: ignore[import-not-found, unused-ignore]
 

@@ -26,6 +26,8 @@ _AT, _PROMPT, _OUTPUT, _PREFIX = (
 )
 # Tokens that one prefix id stands for, where a line does not say.
 PREFIX_TOKENS = 512
+# Of a prompt or an output: a number beyond this is a mistake.
+MOST_TOKENS = 10**12
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def _number(row: dict[str, Any], names: tuple[str, ...], where: str, least: floa
     if name is None:
         raise InputError(f"{where}: no {' or '.join(map(repr, names))}; each line needs arrival, prompt and output")
     value = row[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e12:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < MOST_TOKENS:
         raise InputError(f"{where}: {name} is {value!r}; use a number of at least {least:g}")
     return float(value) / (1e3 if name == "timestamp" else 1)
 
@@ -83,7 +85,7 @@ def read_trace(path: Path) -> Requests:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error}); use one JSON object a line") from error
         if not isinstance(row, dict):
             raise InputError(f"{where}: {line[:40]!r} is not a JSON object")
@@ -105,7 +107,7 @@ def stretched(
     requests: Requests, factor: float, most_prompt: int | None = None, most_output: int | None = None
 ) -> Requests:
     """The same with longer (or shorter) prompts, and no more tokens than these. Prefixes are left out then."""
-    prompt = np.maximum(1, (requests.prompt * factor).astype(np.int64))
+    prompt = np.clip(requests.prompt * factor, 1, MOST_TOKENS).astype(np.int64)
     prompt = prompt if most_prompt is None else np.minimum(prompt, most_prompt)
     output = requests.output if most_output is None else np.minimum(requests.output, most_output)
     same = factor == 1 and (prompt == requests.prompt).all()

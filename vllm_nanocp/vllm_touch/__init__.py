@@ -5,7 +5,7 @@
 have the attributes of vLLM's objects, which no import tells of; ``theirs`` reads a vLLM, a wheel or a folder, as text;
 ``manifest`` puts both together, next to ``record.json``, which has what the names were in the versions that were read.
 
-    python -m vllm_nanocp.vllm_touch 0.34.0    # what of it is not as recorded in that release
+    python -m vllm_nanocp.vllm_touch X.Y.Z    # what of it is not as recorded in that release
 
 Nothing here imports vLLM or torch.
 """

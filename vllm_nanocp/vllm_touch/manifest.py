@@ -208,19 +208,35 @@ def breaks(tree: Tree, since: str | None = None) -> list[Break]:
     """
     record = load()
     known = versions(record)
+    if not known:
+        raise ValueError("nothing was recorded of any vLLM")
     if since is None:
         since = tree.version if tree.version in known else known[-1]
     if since not in known:
         raise ValueError(f"nothing was recorded of vLLM {since}, only of {', '.join(known)}")
     uses = ours.read()
     found: list[Break] = []
-    for name, one in touched(tree, uses).items():
+    names = touched(tree, uses)
+    for name, one in names.items():
         now = look(tree, name, one.kinds)
         if name not in record:
             found.append(Break(name, one.kinds, one.files, "is not in the record"))
-        elif since in record[name] and (before := record[name][since]) != now:
+        elif since not in record[name]:
+            found.append(Break(name, one.kinds, one.files, f"is not in the record of {since}"))
+        elif (before := record[name][since]) != now:
             found.append(Break(name, one.kinds, one.files, _difference(before, now)))
-    return [*found, *_undefined(tree, uses), *_guards(tree, uses)]
+    gone = [name for name in record if name not in names and record[name].get(since) is not None]
+    return [*found, *_not_overridden(tree, uses, gone), *_undefined(tree, uses), *_guards(tree, uses)]
+
+
+def _not_overridden(tree: Tree, uses: ours.Uses, gone: Iterable[str]) -> list[Break]:
+    """Methods that no base has any more: what is defined here in their place is never called."""
+    found = []
+    for name in gone:
+        files = sorted({cls.file for cls in uses.classes.values() if name.rpartition(".")[2] in cls.methods})
+        if files and tree.find(name) is None:
+            found.append(Break(name, ("overrides",), tuple(files), "missing"))
+    return found
 
 
 def _difference(before: str | None, now: str | None) -> str:

@@ -76,14 +76,14 @@ class Tree:
                 self._packages.add(name)
             else:
                 text = self._read(f"{path}.py")
-            self._modules[name] = None if text is None else ast.parse(text)
+            self._modules[name] = None if text is None else ast.parse(text, f"{path}.py")
             self._texts[name] = text or ""
         return self._modules[name]
 
     def _read(self, path: str) -> str | None:
         if self._wheel is None:
             file = self._root / path
-            return file.read_text() if file.is_file() else None
+            return file.read_text(encoding="utf-8") if file.is_file() else None
         try:
             return self._wheel.read(path).decode()
         except KeyError:

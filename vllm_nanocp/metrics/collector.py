@@ -16,7 +16,7 @@ class RankState(NamedTuple):
         kv_usage: used part of its KV blocks, 0 to 1.
         running: requests in its batch.
         waiting: requests that were placed here and have not started.
-        guests: queries of other ranks that attended here in the step.
+        guests: sharded requests that compute elsewhere and have a finished part here.
         shards: shards of sharded requests that it holds.
     """
 

@@ -52,7 +52,7 @@ class Metrics:
         self.kv_usage = self._gauges("kv_cache_usage_perc", "Used part of a rank's KV cache, 1 is all.", ranks)
         self.running = self._gauges("num_requests_running", "Requests in a rank's batch.", ranks)
         self.waiting = self._gauges("num_requests_waiting", "Requests placed at a rank that have not started.", ranks)
-        self.guests = self._gauges("guests", "Queries of other ranks that attended at a rank in the last step.", ranks)
+        self.guests = self._gauges("guests", "Sharded requests that compute elsewhere with a part here.", ranks)
         self.shards = self._gauges("shards", "Shards of sharded requests that a rank holds.", ranks)
         self.kv_imbalance = self._gauge("kv_imbalance", "KV cache usage of the fullest rank over the ranks' mean.")
         self.batch_imbalance = self._gauge("batch_imbalance", "Running requests of the busiest rank over the mean.")

@@ -312,7 +312,7 @@ def test_the_command_where_torch_and_vllm_cannot_be_imported(tmp_path: Path) -> 
         ("ok", ["--coefficients", '{"experts": 0}'], "experts is 0; use a whole number of at least 1"),
         ("ok", ["--coefficients", '{"kv_heads": 1.5}'], "kv_heads is 1.5; use a whole number of at least 1"),
         ("ok", ["--coefficients", '{"active": 200}'], "200 active experts of 128"),
-        ("ok", ["--ranks", "99999999999"], "1 requests on 99999999999 ranks are too many"),
+        ("ok", ["--ranks", "99999999"], "--ranks 99999999 is more than can be simulated"),
         ("ok", ["--copies", "999999999"], "are too many"),
         ("ok", ["--rates", "1,1e12"], "are too many"),
         ("ok", ["--settle", "9"], "--settle 9 leaves no request of 1x to count"),

@@ -18,8 +18,8 @@ from .nanocp import Settings
 from .report import check_plot, plot, table, verdict
 from .trace import InputError, Requests, poisson, read_trace, replayed, stretched
 
-# Requests times ranks that are simulated at most: each pair is four bytes, and more.
-_MOST = 10**9
+# Simulated at most: ranks; requests times ranks, each of which is four bytes.
+_MOST_RANKS, _MOST = 2**14, 10**9
 
 _ABOUT = """A trace has one JSON object a line: "at" (seconds), "prompt" and "output" (tokens), and "hash_ids" (a number
 for each 512 tokens of the prompt; equal ones are equal text), if any; or "timestamp" (ms), "input_length",
@@ -152,13 +152,15 @@ def _loads(args: argparse.Namespace) -> list[tuple[str, Requests]]:
     trace = stretched(trace, args.stretch, args.max_prompt, args.max_output)
     most = max(rate * args.window for rate in args.rates) if args.rates else len(trace) * args.copies
     if most * args.ranks > _MOST:
-        raise InputError(f"{most:.0f} requests on {args.ranks} ranks are too many; use fewer of the one or the other")
+        raise InputError(f"{most:.0f} requests on {args.ranks} ranks are too many; use fewer of one or the other")
     if args.rates:
         return [(f"{rate:g}/s", poisson(trace, rate, args.window, args.seed)) for rate in args.rates]
     return [(f"{speed:g}x", replayed(trace, speed, args.copies)) for speed in args.speed]
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.ranks > _MOST_RANKS:
+        raise InputError(f"--ranks {args.ranks} is more than can be simulated; use at most {_MOST_RANKS}")
     if args.max_degree is not None and args.max_degree > args.ranks:
         raise InputError(f"--max-degree {args.max_degree} is more than there are ranks; use at most {args.ranks}")
     if args.prefix_caching and 512 % args.block_size:

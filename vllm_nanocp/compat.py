@@ -65,3 +65,17 @@ def agreed_requests_are_padded() -> bool:
     from vllm.v1.worker.gpu.dp_utils import DPSyncState
 
     return not hasattr(DPSyncState, "skip_drafts")  # new with the other meaning
+
+
+def note_grammar_error(errors: Any, request_id: str) -> None:
+    """Note a request whose grammar has failed, for vLLM's scheduler to end it. Can go with 0.32.
+
+    Args:
+        errors: ``Scheduler.grammar_compile_error_reqs``: a set in 0.32, and in 0.33 a dict with what clients are told;
+            that there is an error, if nothing else.
+        request_id: the request's.
+    """
+    if isinstance(errors, set):
+        errors.add(request_id)
+    else:
+        errors[request_id] = None

@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from vllm.config import LoRAConfig
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_nanocp.sched.step_output import NanoCPSchedulerOutput
 
@@ -98,6 +98,21 @@ def test_requests_behind_one_that_waits_for_its_adapter_go_on(vllm_config: Any) 
         for outputs in scheduler.update_from_output(output, device.execute(output)).values():
             ended += [answer.request_id for answer in outputs.outputs if answer.finish_reason is not None]
     assert sorted(ended[:4]) == ["a", "b", "d", "e"] and ended[4:] == ["c"]
+
+
+def test_who_ends_while_it_waits_for_a_slot_is_forgotten(vllm_config: Any) -> None:  # noqa: F811
+    """Also that it has waited in vain for one that computed its prefix."""
+    sizes = dict(seed=0, ranks=2, block_size=16, blocks=40, max_reqs=8, budget=512, segment=4096, degree=2)
+    rest = dict(moves=False, caching=False, priorities=False, chunk=0, reserve=0)
+    scheduler = Shape(**sizes, **rest).scheduler(with_adapters(vllm_config, 1), False)  # type: ignore[arg-type]
+    for name, number in (("a", 1), ("b", 2), ("c", 3)):
+        params = SamplingParams(max_tokens=20)
+        scheduler.add_request(Request(name, [10 + number] * 40, params, None, lora_request=adapter(number)))
+    scheduler.prefixes._impatient["c"] = ["one before"]
+    scheduler.schedule()
+    assert scheduler.admission._slot_of.keys() == {"c"}
+    scheduler.finish_requests("c", RequestStatus.FINISHED_ABORTED)
+    assert not scheduler.admission.leftovers() and "c" not in scheduler.prefixes.leftovers()
 
 
 @pytest.mark.parametrize("away", ["coming", "leaving"])

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -277,6 +278,14 @@ def test_a_grammar_that_fails_ends_its_request_only(
     monkeypatch.setattr(StructuredOutputManager, "__init__", with_bitmask)
     counts = run_worlds(FailingWorld, vllm_config, 1, asynchronous, 1 + 2 * apart, monkeypatch, apart=apart)
     assert counts["arrivals"] and counts["fail at first"] > 2 and bool(counts["fail later"]) == apart, counts
+
+
+@pytest.mark.parametrize("errors", [set(), {}], ids=["0.32", "0.33"])
+def test_a_grammar_that_fails_is_noted_as_each_version_does(errors: Any) -> None:
+    """0.33 has a dict there: from each request to what its client is told."""
+    request = structured([1])
+    grammars.end_by_grammar(SimpleNamespace(grammar_compile_error_reqs=errors), request)  # type: ignore[arg-type]
+    assert set(errors) == {request.request_id} and request.next_decode_eligible_step > 10**9
 
 
 def test_a_grammar_that_fails_while_its_request_reasons_is_refused_its_tokens() -> None:

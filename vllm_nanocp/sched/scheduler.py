@@ -217,7 +217,8 @@ class NanoCPScheduler(RanksTogether):
     def _unqueue(self, request_id: str) -> Request:
         """A request that waits to be placed has ended."""
         request = self.unplaced.pop(request_id)
-        if not self.admission.leave(request_id) and not self.prefixes.leave(request_id):
+        # Both may remember it: one that has waited in vain for a prefix may now wait for an adapter's slot.
+        if not any([self.admission.leave(request_id), self.prefixes.leave(request_id)]):
             self.waiting.remove_request(request)
         return request
 

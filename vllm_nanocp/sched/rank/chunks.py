@@ -58,7 +58,7 @@ class ChunkDoors(_Base):
 
     @property
     def spare_blocks(self) -> int:
-        """Free blocks that nobody who runs needs for the tokens it has; ``RankDoors`` knows."""
+        """Free blocks that nobody who runs needs for the tokens it has; ``ViewDoors`` knows."""
         raise NotImplementedError
 
     def share_step(self) -> None:

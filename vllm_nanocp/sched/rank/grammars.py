@@ -14,6 +14,8 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
+from ... import compat
+
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -37,7 +39,7 @@ def end_by_grammar(scheduler: Scheduler, request: Request) -> None:
     """End a request that runs though its grammar has failed: with the next output, as vLLM's scheduler ends one that
     waits for its own. Until then it is not scheduled."""
     request.next_decode_eligible_step = sys.maxsize
-    scheduler.grammar_compile_error_reqs.add(request.request_id)
+    compat.note_grammar_error(scheduler.grammar_compile_error_reqs, request.request_id)
 
 
 class RankGrammars(StructuredOutputManager):

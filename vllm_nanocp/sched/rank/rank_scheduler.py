@@ -2,8 +2,8 @@
 """One rank's vLLM scheduler, with the few doors the composition needs.
 
 Touches vLLM 0.32's ``Scheduler``, ``KVCacheManager``, its coordinator and block pool. The rest of ``sched`` knows a
-rank as a ``Rank`` (``rank.py``), which these doors are: they take ids and plain data, so that they can be used from
-another process. Requests themselves come in by ``enter``, ``arrive`` and ``add_chunk`` only.
+rank as a ``Rank`` (``interface.py``), which these doors are: they take ids and plain data, so that they can be used
+from another process. Requests themselves come in by ``enter``, ``arrive`` and ``add_chunk`` only.
 """
 
 from __future__ import annotations

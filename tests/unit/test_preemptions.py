@@ -81,6 +81,18 @@ def test_what_a_prompt_has_yet_to_take_is_kept(vllm_config: Any) -> None:  # noq
     assert not one.preempted and tokens == {"a": 203, "b": 123, "c": 33}
 
 
+def test_who_is_more_important_starts_beside_a_prompt(vllm_config: Any) -> None:  # noqa: F811
+    """As in vLLM: the prompt may be preempted for it."""
+    one = OneRank(vllm_config, chunk=40, priorities=True)
+    a, b, c = request("a", 200, outputs=4), request("b", 120, outputs=4), request("c", 30, outputs=4)
+    a.priority = c.priority = 1
+    for first in (a, c):
+        one.rank.enter(first)
+    assert one.step()["a"] < 200
+    one.rank.enter(b)
+    assert "b" in one.step()
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_one_preemption_is_room_for_all(
     vllm_config: Any,  # noqa: F811

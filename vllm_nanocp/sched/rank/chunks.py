@@ -55,6 +55,9 @@ class ChunkDoors(_Base):
         self._shares_steps = not self.scheduler_config.long_prefill_token_threshold and self._share > 0
         self._shares_steps &= not self.need_mamba_block_aligned_split
         self._watermark = self.kv_cache_manager.watermark_blocks
+        # Whoever lets prompts start of which only a part fits wants no block kept. By priority, a prompt that runs may
+        # be the less important one: then it is preempted, as in vLLM.
+        self._keeps_blocks = self.scheduler_reserve_full_isl and self.policy != SchedulingPolicy.PRIORITY
 
     @property
     def spare_blocks(self) -> int:
@@ -85,7 +88,8 @@ class ChunkDoors(_Base):
     def _reserve_prefill_lookahead(self, request: Request, *args: Any) -> int:
         """vLLM's scheduler asks this of each request right before it takes blocks for it. To one that waits are given
         none of those that prompts have yet to take, of which all that run have had theirs for this step."""
-        if self._inflight_prefills and request.status != RequestStatus.RUNNING and not self._holds_kv_blocks(request):
+        starts = request.status != RequestStatus.RUNNING and not self._holds_kv_blocks(request)
+        if starts and self._keeps_blocks and self._inflight_prefills:
             self.kv_cache_manager.watermark_blocks = self._watermark + self._inflight_prefill_reserved_blocks()
         return super()._reserve_prefill_lookahead(request, *args)
 

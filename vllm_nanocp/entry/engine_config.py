@@ -115,7 +115,7 @@ def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
 
 
 def refuse_latent_on_gpus(instead: str) -> None:
-    """The only place that does: ``attention/flash_mla_backend.py`` is there, but has not been run on a GPU. A test on
+    """The only place that does: ``attention/mla/flash_backend.py`` is there, but has not been run on a GPU. A test on
     GPUs replaces this function."""
     refuse("multi-head latent attention on GPUs with max_degree above 1", "only its CPU path was shown exact", instead)
 

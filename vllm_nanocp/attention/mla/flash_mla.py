@@ -13,7 +13,7 @@ import torch
 from vllm.v1.attention.backends import fa_utils
 
 from ...errors import NanoCPConfigError
-from ..gqa.flash_splits import ShardLaunch
+from ..flash_launches import ShardLaunch
 from ..merge import Partial
 from .latent_sizes import LatentSizes
 

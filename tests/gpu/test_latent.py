@@ -88,7 +88,7 @@ def test_a_launch_over_places(places: int, device: str = "cuda") -> None:
         causal=False,
         max_pieces=pieces_of(places, sizes),
     )
-    held, scale = cache[blocks].flatten(0, 1).float(), 512**-0.5
+    held, scale = cache[blocks].flatten(0, 1).double(), 512**-0.5
     steps: list[dict[int, int]] = [{}, {0: 640, places // 2: 37, places - 1: 1}, {1: 500}, {}]
     for used in steps:
         launch.lengths.zero_()
@@ -99,9 +99,9 @@ def test_a_launch_over_places(places: int, device: str = "cuda") -> None:
             out, lse = flash_mla.attend_latents(absorbed, rotated, cache, launch, scale)
             for place, length in used.items():
                 keys = held[:length]
-                scores = torch.cat([absorbed[place], rotated[place]], dim=-1).float() @ keys.T * scale
-                torch.testing.assert_close(lse[place], scores.logsumexp(-1), rtol=1e-3, atol=1e-3)
-                expected = scores.softmax(-1) @ keys[:, :512]
+                scores = torch.cat([absorbed[place], rotated[place]], dim=-1).double() @ keys.T * scale
+                torch.testing.assert_close(lse[place], scores.logsumexp(-1).float(), rtol=1e-3, atol=1e-3)
+                expected = (scores.softmax(-1) @ keys[:, :512]).float()
                 torch.testing.assert_close(out[place].float(), expected, rtol=2e-2, atol=1e-2)
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import traceback
 from typing import Any
 
 import torch
@@ -45,8 +47,10 @@ def run_modes(rank: int, size: int, modes: dict[str, tuple[dict[str, Any], Any]]
     for name, (args, groups) in modes.items():
         try:
             results[name] = run_scenarios(rank, size, groups, lambda a=args: cuda_kernel(a, staged))  # type: ignore[misc]
-        except Exception as error:  # the others are to be seen as well
-            results[name] = repr(error)[:2000]
+        except Exception:  # the others are to be seen as well
+            results[name] = traceback.format_exc()[-3000:]
+            # Now, for the other ranks may wait for this one until all are killed, and nobody answers.
+            print(f"rank {rank}, {name}: {results[name]}", file=sys.stderr, flush=True)
             torch.cuda.synchronize()  # raises where the device is lost
     return results
 

@@ -62,6 +62,49 @@ def test_the_kernels_keep_their_promises(heads: int, dtype: torch.dtype) -> None
     flash_mla.self_check(LatentSizes(heads, 128, 64, 512, 128), dtype, torch.device("cuda"))
 
 
+@pytest.mark.parametrize("places", [4, 1280, 4096])
+def test_a_launch_over_places(places: int, device: str = "cuda") -> None:
+    """As graphs have it: most places are unused, or all are, as while a graph is captured; more rows than the 992 that
+    FlashAttention schedules in one block, and none cut into pieces where they are many; the schedule is made anew in
+    the same memory, and serves several layers."""
+    from vllm_nanocp.attention.flash_launches import ShardLaunch
+    from vllm_nanocp.attention.mla import flash_mla
+    from vllm_nanocp.attention.mla.latent_fixed import pieces_of
+
+    sizes, random = LatentSizes(128, 128, 64, 512, 128), torch.Generator(device).manual_seed(places)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, dtype=BF16, device=device, generator=random)
+
+    cache, absorbed, rotated = normal(64, 16, 576), normal(places, 128, 512), normal(places, 128, 64)
+    blocks = torch.randperm(64, device=device, generator=random)[:40]
+    launch = ShardLaunch(
+        num_queries=places,
+        query_starts=torch.arange(places + 1, dtype=torch.int32, device=device),
+        lengths=torch.zeros(places, dtype=torch.int32, device=device),
+        block_table=blocks.to(torch.int32).repeat(places, 1),
+        max_queries=1,
+        max_length=640,
+        causal=False,
+        max_pieces=pieces_of(places, sizes),
+    )
+    held, scale = cache[blocks].flatten(0, 1).double(), 512**-0.5
+    steps: list[dict[int, int]] = [{}, {0: 640, places // 2: 37, places - 1: 1}, {1: 500}, {}]
+    for used in steps:
+        launch.lengths.zero_()
+        for place, length in used.items():
+            launch.lengths[place] = length
+        flash_mla.make_schedule(launch, sizes, 16, BF16)
+        for _ in range(3):
+            out, lse = flash_mla.attend_latents(absorbed, rotated, cache, launch, scale)
+            for place, length in used.items():
+                keys = held[:length]
+                scores = torch.cat([absorbed[place], rotated[place]], dim=-1).double() @ keys.T * scale
+                torch.testing.assert_close(lse[place], scores.logsumexp(-1).float(), rtol=1e-3, atol=1e-3)
+                expected = (scores.softmax(-1) @ keys[:, :512]).float()
+                torch.testing.assert_close(out[place].float(), expected, rtol=2e-2, atol=1e-2)
+
+
 @functools.cache
 def steps(ranks: int, staged: bool) -> list[dict[str, Any]] | str:
     """All modes in one start of the ranks, each of which imports vLLM. What went wrong, rather than a second try."""
@@ -124,8 +167,9 @@ def test_memory(heads: str, ranks: int) -> None:
 # -- Engines --------------------------------------------------------------------------------------------------------
 
 LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
-ENGINES = ("eager", "eager, v1", "graphs", "moves", "tensor parallel")
-chosen = os.environ["NANOCP_RUNNERS"].split(",") if "NANOCP_RUNNERS" in os.environ else ENGINES
+# Names as in ``test_exact.py``, so that one variable chooses in both.
+ENGINES = ("v2", "v1", "graphs", "moves", "tensor parallel")
+chosen = [mode for mode in ENGINES if mode in os.environ.get("NANOCP_RUNNERS", ",".join(ENGINES)).split(",")]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +188,7 @@ def engines(request: pytest.FixtureRequest, deepseek: str) -> Iterator[tuple[str
     mode = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_config, "refuse_latent_on_gpus", lambda _: None)
-        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0" if mode == "eager, v1" else "1")
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0" if mode == "v1" else "1")
         graphs = mode in ("graphs", "moves", "tensor parallel")
         args: dict[str, Any] = dict(
             dtype="bfloat16", block_size=16, num_gpu_blocks_override=8192, gpu_memory_utilization=0.03,

@@ -110,7 +110,6 @@ if not CUDA:  # before vLLM's modules take them by name
 from vllm.v1.attention.backends.mla.flashattn_mla import FlashAttnMLAImpl, FlashAttnMLAMetadata  # noqa: E402
 from vllm.v1.attention.backends.mla.prefill.flash_attn import FlashAttnPrefillBackend  # noqa: E402
 
-from vllm_nanocp.attention.gqa import flash_tables  # noqa: E402
 from vllm_nanocp.attention.mla import flash_backend as flash_mla_backend  # noqa: E402
 from vllm_nanocp.attention.mla import latent_tables  # noqa: E402
 from vllm_nanocp.attention.mla.flash_backend import (  # noqa: E402
@@ -279,8 +278,7 @@ def kernel_of(
     """
     where = torch.device(device)
     LatentSizes.absorbs = lambda _, rows: rows <= few  # type: ignore[method-assign, misc]
-    flash_tables.queries_at_once = lambda *_: 7  # type: ignore[assignment]
-    latent_tables.queries_at_once = flash_tables.queries_at_once
+    latent_tables.queries_at_once = lambda *_: 7  # type: ignore[assignment]
     latent_tables.PROJECTED = 1  # a block at a time
     latent_tables.heads_together = lambda _, sizes, __: dataclasses.replace(  # type: ignore[assignment]
         sizes, num_heads=sizes.num_heads // groups

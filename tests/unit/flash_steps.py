@@ -21,10 +21,10 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends import flash_attn
 
 from tests.unit.attention_steps import Kernel, Shape
+from vllm_nanocp.attention.flash_launches import ShardLaunch
 from vllm_nanocp.attention.gqa import flash_backend, flash_splits, flash_tables
 from vllm_nanocp.attention.gqa import split_kv as decode_pieces
 from vllm_nanocp.attention.gqa.flash_backend import NanoCPFlashAttentionImpl, NanoCPFlashAttentionMetadataBuilder
-from vllm_nanocp.attention.gqa.flash_splits import ShardLaunch
 from vllm_nanocp.attention.gqa.routed_layer import Routes
 from vllm_nanocp.attention.gqa.split_kv import KV, Visits
 from vllm_nanocp.attention.partial_rows import RowLayout

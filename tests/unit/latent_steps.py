@@ -54,9 +54,13 @@ class LatentShape(Shape):
         sizes = ((self.num_heads, unrotated, self.rank), (self.num_heads, self.rank, self.value_size))
         return tuple((torch.randn(s, generator=generator) * self.rank**-0.5).to(self.dtype) for s in sizes)  # type: ignore[return-value]
 
+    @functools.cached_property
+    def _exact_projections(self) -> tuple[torch.Tensor, ...]:
+        return tuple(w.double() for w in self.projections)
+
     def projected(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of latents [tokens, 1, rank + rotated], in float64: [tokens, num_heads, ...]."""
-        w_uk, w_uv = (w.double() for w in self.projections)
+        w_uk, w_uv = self._exact_projections
         inner, rotated = latents[:, 0].double().split([self.rank, self.rotated], dim=-1)
         keys = torch.einsum("tl,npl->tnp", inner, w_uk)
         keys = torch.cat([keys, rotated[:, None].expand(-1, self.num_heads, -1)], dim=-1)

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from tests.unit.attention_steps import Shape, full_attention
 from tests.unit.flash_steps import lay_out, make_routes
-from vllm_nanocp.attention.gqa.routed_layer import MAX_LAYERS, LocalBatch, Route, places_of
+from vllm_nanocp.attention.flash_launches import places_of
+from vllm_nanocp.attention.gqa.routed_layer import MAX_LAYERS, LocalBatch, Route
 from vllm_nanocp.attention.gqa.split_kv import KV, Visits
 
 SHAPE = Shape(4, 2, 64, torch.bfloat16, 16)

@@ -30,7 +30,7 @@ from tests.unit.processes import run_ranks
 
 from vllm.v1.attention.backends.mla import flashattn_mla  # isort: skip  # importable once there is a reference
 from vllm_nanocp.attention.context import context
-from vllm_nanocp.attention.gqa.flash_splits import ShardLaunch
+from vllm_nanocp.attention.flash_launches import ShardLaunch
 from vllm_nanocp.attention.mla import flash_latent, flash_mla
 from vllm_nanocp.attention.mla.flash_latent import Absorbed, Latents, Piece, Projected, attend
 from vllm_nanocp.attention.mla.latent_fixed import FixedLatentTables, empty_block_table, pieces_of

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class AttentionContext:
     """Attributes:
     exchange: set once the process groups exist.
-    capacities: of the graphs and tables of fixed size, ascending; see ``worker.graphs.capacities``.
+    capacities: of the graphs and tables of fixed size, ascending; see ``worker.sharded_graphs.capacities``.
     routes: of the routed exchange, by capacity; empty without it.
     tables: of fixed size, by capacity; which ones, the family says.
     step: None in a step without sharded rows, which then is stock vLLM.

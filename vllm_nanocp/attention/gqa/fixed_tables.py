@@ -12,11 +12,12 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from ..flash_launches import places_of, table_address
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from ..stream_k import cut
-from .flash_tables import StepTables, table_address
-from .routed_layer import MAX_LAYERS, Route, Routes, places_of
+from .flash_tables import StepTables
+from .routed_layer import MAX_LAYERS, Route, Routes
 from .split_kv import Visits
 
 _Numbers = TypeVar("_Numbers", torch.Tensor, np.ndarray)

@@ -33,13 +33,13 @@ from ...errors import UNSHARDED, NanoCPConfigError
 from ..cache_dtypes import CACHE_DTYPES
 from ..context import context
 from ..family import attend
+from ..flash_launches import ShardLaunch, gather_tables
 from ..partial_rows import RowLayout, merge_rows, pack_pieces, warm_up
 from ..sharded_step import ShardedStep
 from ..supported import grouped_query_problem
 from . import flash_splits
 from .fixed_tables import CapturedTables
-from .flash_splits import ShardLaunch
-from .flash_tables import StepTables, exact_tables, gather_tables, most_memory
+from .flash_tables import StepTables, exact_tables, most_memory
 from .routed_layer import LocalBatch, Route
 from .split_kv import KV, Visits, pack
 from .split_kv import attend as attend_visits

@@ -10,61 +10,14 @@ than two here. None of that is documented, so ``self_check`` tries it when a wor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.v1.attention.backends import fa_utils
 
 from ...errors import UNSHARDED, NanoCPConfigError
+from ..flash_launches import MIN_PIECES, ShardLaunch
 from ..partial_rows import RowLayout, pack_pieces
-
-MIN_PIECES = 2
-# Enough pieces of one row's KV, over its KV heads, for all SMs of a Hopper GPU (132).
-BUSY = 128
-# Bytes of float32 results that a launch outside of graphs may take: with few queries, and with as many as it may have.
-_ROOM, _MOST = 1 << 27, 1 << 28
-
-
-@dataclass
-class ShardLaunch:
-    """One launch of attention over shards, with float32 results and log-sum-exps.
-
-    Attributes:
-        num_queries: of all rows.
-        query_starts: int32 [num_rows + 1].
-        lengths: int32 [num_rows], KV tokens each row sees; 0 for an unused one.
-        block_table: int32 [num_rows, most blocks].
-        max_queries, max_length: bounds of the queries and of the lengths of a row.
-        causal: whether a row's queries are the last tokens of what it sees.
-        max_pieces: most pieces a row's KV is cut into.
-        launch_row: int64 [num_queries], the row each query belongs to; None when every row has one.
-        schedule: FlashAttention's scheduler metadata, once made.
-        pieces: int32 [num_rows], a view of ``schedule``: how many pieces each row is cut into.
-    """
-
-    num_queries: int
-    query_starts: torch.Tensor
-    lengths: torch.Tensor
-    block_table: torch.Tensor
-    max_queries: int
-    max_length: int
-    causal: bool
-    max_pieces: int
-    launch_row: torch.Tensor | None = None
-    schedule: torch.Tensor | None = None
-    pieces: torch.Tensor | None = None
-
-
-def pieces_that_fit(num_queries: int, num_heads: int, head_size: int, num_kv_heads: int) -> int:
-    """Most pieces for a launch: all that can be of use for few queries, two for many."""
-    wanted = max(32, BUSY // num_kv_heads)
-    return max(MIN_PIECES, min(wanted, _ROOM // (4 * num_queries * num_heads * head_size)))
-
-
-def queries_at_once(num_heads: int, head_size: int) -> int:
-    """Most queries of a launch outside of graphs."""
-    return max(1, _MOST // (4 * MIN_PIECES * num_heads * head_size))
 
 
 def make_schedule(

@@ -11,16 +11,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
-from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ...exchange.base import Counts
+from ..flash_launches import (
+    ShardLaunch,
+    TableRow,
+    groups_of,
+    make_launch,
+    picks_of,
+    pieces_that_fit,
+    queries_at_once,
+    table_address,
+)
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
-from .flash_splits import ShardLaunch, pieces_that_fit, queries_at_once
 from .routed_layer import Route, Routes
 from .split_kv import Visits
 
@@ -60,82 +66,6 @@ class StepTables:
     routed: tuple[Routes, Route] | None = None
 
 
-@dataclass
-class TableRow:
-    """Some queries and what they see: the first ``length`` tokens of the blocks whose ids, int32, are at this address;
-    where a launch is causal, the last of these are their own."""
-
-    queries: int
-    length: int
-    table: int
-
-
-def groups_of(rows: list[TableRow], most: int, causal: bool) -> list[list[TableRow]]:
-    """The same queries in the same order, in groups of at most ``most``."""
-    groups: list[list[TableRow]] = []
-    room = 0
-    for row in rows:
-        at = 0
-        while at < row.queries:
-            if not room:
-                groups.append([])
-                room = most
-            taken = min(room, row.queries - at)
-            at += taken
-            room -= taken
-            groups[-1].append(TableRow(taken, row.length - (row.queries - at) * causal, row.table))
-    return groups
-
-
-@triton.jit(do_not_specialize=["table_stride"])
-def _gather_kernel(rows_ptr, table_ptr, table_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    source, count = tl.load(rows_ptr + row * 2).to(tl.pointer_type(tl.int32)), tl.load(rows_ptr + row * 2 + 1)
-    blocks = tl.load(source + at, mask=at < count, other=0)
-    tl.store(table_ptr + row.to(tl.int64) * table_stride + at, blocks, mask=at < table_stride)
-
-
-def gather_tables(addresses: list[int], counts: list[int], device: torch.device) -> torch.Tensor:
-    """A block table from block ids that lie anywhere on the device, in one launch for all rows.
-
-    Args:
-        addresses: of each row's first block id, int32.
-        counts: how many each row has.
-        device: where they are.
-
-    Returns:
-        int32 [num_rows, most blocks]; 0 behind a row's.
-    """
-    table = torch.empty((len(counts), max(counts)), dtype=torch.int32, device=device)
-    rows = async_tensor_h2d(np.stack([addresses, counts], axis=1, dtype=np.int64), device)
-    _gather_kernel[(len(counts), triton.cdiv(table.shape[1], 1024))](rows, table, table.shape[1], BLOCK=1024)
-    return table
-
-
-def make_launch(
-    rows: list[TableRow], causal: bool, layout: RowLayout, num_kv_heads: int, block_size: int, device: torch.device
-) -> ShardLaunch:
-    """A launch for rows of any number of queries."""
-    queries, lengths = [row.queries for row in rows], [row.length for row in rows]
-    table = gather_tables([row.table for row in rows], [cdiv(length, block_size) for length in lengths], device)
-    starts = np.zeros(len(queries) + 1, dtype=np.int32)
-    np.cumsum(queries, out=starts[1:])
-    launch_row = None
-    if max(queries) > 1:
-        launch_row = async_tensor_h2d(np.repeat(np.arange(len(queries)), queries), device)
-    return ShardLaunch(
-        num_queries=int(starts[-1]),
-        query_starts=async_tensor_h2d(starts, device),
-        lengths=async_tensor_h2d(lengths, device, torch.int32),
-        block_table=table,
-        max_queries=max(queries),
-        max_length=max(lengths),
-        causal=causal,
-        max_pieces=pieces_that_fit(int(starts[-1]), layout.num_heads, layout.head_size, num_kv_heads),
-        launch_row=launch_row,
-    )
-
-
 def most_memory(num_ranks: int, max_tokens: int, layout: RowLayout, num_kv_heads: int, dtype: torch.dtype) -> int:
     """Bytes that attention outside of graphs takes in a layer beside stock attention's, in the fullest step: all tokens
     of every rank visit all ranks, for a home may hold earlier runs too.
@@ -154,13 +84,6 @@ def most_memory(num_ranks: int, max_tokens: int, layout: RowLayout, num_kv_heads
     launch = min(max_tokens, queries_at_once(heads, head_size))
     pieces = pieces_that_fit(launch, heads, head_size, num_kv_heads)
     return rows * (query_bytes + 4 * layout.size) + launch * (pieces * 4 * layout.size + query_bytes)
-
-
-def table_address(common: CommonAttentionMetadata, row: int, block: int) -> int:
-    """Where a block id of a row of the batch is on the device."""
-    table = common.block_table_tensor
-    assert table.dtype == torch.int32 and table.stride(1) == 1
-    return table.data_ptr() + (row * table.stride(0) + block) * table.element_size()
 
 
 def exact_tables(
@@ -210,15 +133,3 @@ def exact_tables(
         tokens=tokens,
         pick=pick,
     ), seq_lens
-
-
-def picks_of(visits: list[list[slice]], queries: list[int], num_sent: int) -> np.ndarray:
-    """For each own query, its row among the own ones, behind those that come back, and its rows among these."""
-    picks = np.full((sum(queries), 1 + max(len(mine) for mine in visits)), -1, dtype=np.int64)
-    at = 0
-    for mine, count in zip(visits, queries, strict=True):
-        picks[at : at + count, 0] = np.arange(num_sent + at, num_sent + at + count)
-        for column, part in enumerate(mine, 1):
-            picks[at : at + count, column] = np.arange(part.start, part.stop)
-        at += count
-    return picks

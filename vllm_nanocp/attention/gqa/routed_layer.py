@@ -33,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..flash_launches import places_of
 from ..partial_rows import RowLayout, add_piece
 from .split_kv import KV, Visits, attend_piece, kernel_arguments, programs_of, put_piece, put_row, table_at
 
@@ -160,11 +161,6 @@ class Routes:
             PARTIALS=max(2, triton.next_power_of_2(num_partials)),
             **arguments,
         )  # fmt: skip
-
-
-def places_of(capacity: int, num_ranks: int) -> int:
-    """How many there are: for each rank, and for rows of a rank's own."""
-    return capacity * (num_ranks + 1)
 
 
 def _parts(places: int, layout: RowLayout, query_bytes: int) -> tuple[int, int, int, int]:

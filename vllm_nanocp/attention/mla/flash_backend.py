@@ -2,7 +2,7 @@
 """Multi-head latent attention on Hopper GPUs. Touches ``vllm/v1/attention/backends/mla/flashattn_mla.py`` and
 ``vllm/model_executor/layers/attention/mla_attention.py`` of vLLM 0.32.
 
-As on CPU (``cpu_mla_backend.py``): layers are taken over as a whole, queries travel before they are absorbed, results
+As on CPU (``cpu_backend.py``): layers are taken over as a whole, queries travel before they are absorbed, results
 come back in the space of values. A step without sharded rows runs stock code. It has not been run on a GPU yet, and so
 ``engine_config.py`` refuses it there.
 """
@@ -29,7 +29,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from ..cache_dtypes import CACHE_DTYPES
 from ..context import context
 from ..family import attend
-from ..gqa.flash_tables import gather_tables
+from ..flash_launches import gather_tables
 from ..partial_rows import RowLayout, merge_rows
 from ..sharded_step import ShardedStep
 from ..supported import latent_problem

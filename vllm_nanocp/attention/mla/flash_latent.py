@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..gqa.flash_splits import ShardLaunch
+from ..flash_launches import ShardLaunch
 from .flash_mla import attend_latents, attend_projected
 from .latent_sizes import LatentSizes
 

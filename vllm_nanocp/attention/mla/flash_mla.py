@@ -13,7 +13,7 @@ import torch
 from vllm.v1.attention.backends import fa_utils
 
 from ...errors import NanoCPConfigError
-from ..gqa.flash_splits import ShardLaunch
+from ..flash_launches import ShardLaunch
 from ..merge import Partial
 from .latent_sizes import LatentSizes
 
@@ -123,7 +123,7 @@ def attend_projected(
 
 
 def self_check(sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> None:
-    """Compare small launches with attention in float32.
+    """Compare small launches with attention in float64: float32 products may be of TF32, where a user has set so.
 
     Raises:
         NanoCPConfigError: this FlashAttention does not return what is expected of it.
@@ -167,8 +167,8 @@ def _check_latents(sizes: LatentSizes, dtype: torch.dtype, device: torch.device)
         part, at = slice(at, at + count), at + count
         if not length:
             continue
-        held = cache[table[row].long()].flatten(0, 1)[:length].float()
-        query = torch.cat([absorbed[part], rotated[part]], dim=-1).float()
+        held = cache[table[row].long()].flatten(0, 1)[:length].double()
+        query = torch.cat([absorbed[part], rotated[part]], dim=-1).double()
         scores = torch.einsum("qhd,kd->qhk", query, held) * scale
         _close(out[part], lse[part], scores, torch.einsum("qhk,kd->qhd", scores.softmax(-1), held[:, : sizes.rank]))
 
@@ -184,14 +184,14 @@ def _check_projected(sizes: LatentSizes, dtype: torch.dtype, device: torch.devic
     scale = sizes.query_size**-0.5
     for causal in (False, True):
         out, lse = attend_projected(query, keys, values, (starts[:2], starts[2:]), scale, causal)
-        scores = torch.einsum("qhd,khd->qhk", query.float(), keys.float()) * scale
+        scores = torch.einsum("qhd,khd->qhk", query.double(), keys.double()) * scale
         if causal:
             hidden = torch.ones(40, 90, dtype=torch.bool, device=device).triu(90 - 40 + 1)
             scores.masked_fill_(hidden[:, None], float("-inf"))
-        _close(out, lse, scores, torch.einsum("qhk,khd->qhd", scores.softmax(-1), values.float()))
+        _close(out, lse, scores, torch.einsum("qhk,khd->qhd", scores.softmax(-1), values.double()))
 
 
 def _close(out: torch.Tensor, lse: torch.Tensor, scores: torch.Tensor, expected: torch.Tensor) -> None:
     assert lse.dtype == torch.float32
-    torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(lse, scores.logsumexp(-1).float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out.float(), expected.float(), rtol=2e-2, atol=1e-2)

@@ -14,9 +14,7 @@ import triton.language as tl
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..gqa.flash_splits import ShardLaunch
-from ..gqa.flash_tables import table_address
-from ..gqa.routed_layer import places_of
+from ..flash_launches import ShardLaunch, places_of, table_address
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from .flash_latent import Absorbed

@@ -14,8 +14,15 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ...exchange.base import Counts
-from ..gqa.flash_splits import pieces_that_fit
-from ..gqa.flash_tables import TableRow, groups_of, make_launch, picks_of, queries_at_once, table_address
+from ..flash_launches import (
+    TableRow,
+    groups_of,
+    make_launch,
+    picks_of,
+    pieces_that_fit,
+    queries_at_once,
+    table_address,
+)
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from .flash_latent import Absorbed, Piece, Projected, Work

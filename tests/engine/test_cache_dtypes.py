@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,11 @@ NANOCP = {"segment_size": 128}
 ASKS = [Ask(prompt(n, n), dict(max_tokens=12)) for n in (40, 300, 650, 991)]
 
 
-@pytest.fixture(params=["fp8", "bfloat16"])
+# An engine each, which starts slowly; ``unit/test_cache_dtypes.py`` has all types against a reference.
+DTYPES = ["fp8", "bfloat16"] if os.environ.get("NANOCP_CACHE_DTYPES") == "all" else ["fp8"]
+
+
+@pytest.fixture(params=DTYPES)
 def answers(request: pytest.FixtureRequest, tiny_model: str) -> Iterator[tuple[list[list[int]], ...]]:
     """Tokens of stock vLLM and of sharded requests.
 

@@ -4,8 +4,8 @@
 Stock ``vllm serve`` with several data-parallel ranks ends with that code: its launcher sees an engine die. So it does
 here with several API servers. With one, vLLM serves from the launching process itself, which stops as if it had been
 told to, with exit code 0; a supervisor that restarts what has failed would leave it. Touches vLLM 0.32's
-``BackgroundResources.validate_alive`` (the engine's last message) and ``CoreEngineProcManager.monitor_engine_liveness``
-(for an engine that could not send it).
+``BackgroundResources.validate_alive`` (the engine's last message), ``CoreEngineProcManager.monitor_engine_liveness``
+(for an engine that could not send it) and ``serve.wait_for_completion_or_failure`` (where API servers may end first).
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import IO, Any, NoReturn
+from multiprocessing import connection
+from typing import IO, Any
 
 from ..errors import REFUSAL_FILE, NanoCPConfigError
 
 _MARK = "_nanocp_installed"
+# How long an engine that has failed takes to end, behind its API servers.
+_MOMENT_S = 5.0
 _failed = False
 # Those whose engines this process watches.
 _managers: list[Any] = []
@@ -51,16 +53,11 @@ def _serve(serve: Callable[[argparse.Namespace], None], args: argparse.Namespace
         if line := refusal.read():  # a worker's, which vLLM has logged somewhere in a traceback
             raise NanoCPConfigError(line) from error
         # By others the launcher of several API servers ends; it has logged them.
-        if not (_has_failed() or _has_died()):
+        if not _has_failed():
             raise
-        _end()
     if _has_failed():
-        _end()
-
-
-def _end() -> NoReturn:
-    print("error: nanocp: the engine has failed; the log above says why", file=sys.stderr, flush=True)
-    raise SystemExit(1)
+        print("error: nanocp: the engine has failed; the log above says why", file=sys.stderr, flush=True)
+        raise SystemExit(1)
 
 
 def _note_failure() -> None:
@@ -73,15 +70,21 @@ def _has_failed() -> bool:
     return _failed or any(manager.failed_proc_name is not None for manager in _managers)
 
 
-def _has_died() -> bool:
-    """Whether an engine has ended otherwise than it is told to. Its API servers may be the first to know: the launcher
-    then ends by the end of one of these, and stops the monitor before that has looked."""
-    processes = (process for manager in _managers for process in manager.processes)
-    return any(process.exitcode not in (None, 0, -signal.SIGTERM) for process in processes)
+def _look_at_engines() -> None:
+    """The launcher is about to end. If an engine has failed, its API servers may have been the first to end: the engine
+    then ends in a moment, unless it is told to before."""
+    processes = [process for manager in _managers for process in manager.processes]
+    ended = connection.wait([process.sentinel for process in processes], _MOMENT_S) if processes else []
+    for process in processes:
+        if process.sentinel in ended:
+            process.join(_MOMENT_S)  # its exit code may come a little later
+            if process.exitcode != 0:
+                _note_failure()
 
 
 def _install() -> None:
     """Notice, in this process, that an engine has failed. Idempotent."""
+    from vllm.entrypoints.cli import serve
     from vllm.v1.engine.core_client import BackgroundResources
     from vllm.v1.engine.exceptions import EngineDeadError
     from vllm.v1.engine.utils import CoreEngineProcManager
@@ -90,6 +93,7 @@ def _install() -> None:
         return
     setattr(BackgroundResources, _MARK, True)
     validate, monitor = BackgroundResources.validate_alive, CoreEngineProcManager.monitor_engine_liveness
+    wait = serve.wait_for_completion_or_failure
 
     @functools.wraps(validate)
     def validate_alive(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -104,5 +108,14 @@ def _install() -> None:
         _managers.append(self)
         monitor(self)
 
+    @functools.wraps(wait)
+    def wait_for_completion_or_failure(*args: Any, **kwargs: Any) -> None:
+        try:
+            wait(*args, **kwargs)
+        except Exception:
+            _look_at_engines()
+            raise
+
+    serve.wait_for_completion_or_failure = wait_for_completion_or_failure
     BackgroundResources.validate_alive = validate_alive  # type: ignore[method-assign]
     CoreEngineProcManager.monitor_engine_liveness = monitor_engine_liveness  # type: ignore[method-assign]

@@ -43,7 +43,7 @@ class NanoCPConfig:
             into each other's memory. ``auto`` takes the best one that was verified.
         graph_capacities: CUDA graphs of sharded decode steps are captured for so many visits between any two ranks,
             ascending; a step with more runs attention outside of graphs. Empty: every sharded step does. None: no step
-            has more, see ``worker.graphs.capacities``.
+            has more, see ``worker.sharded_graphs.capacities``.
         scheduler_processes: whether each rank's vLLM scheduler runs in a process of its own. None: where that is
             faster, see ``engine_config.apart``.
         decode_bench: take prompts as computed, whatever their KV blocks contain, to time decoding alone. Refused

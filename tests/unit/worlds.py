@@ -18,7 +18,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_nanocp.sched import home_moves as mover_module
+from vllm_nanocp.sched import home_moves
 from vllm_nanocp.sched import scheduler as scheduler_module
 from vllm_nanocp.sched.rank.rank_view import RankView
 
@@ -357,7 +357,7 @@ def _run(
     for seed in range(FIRST_WORLD, FIRST_WORLD + worlds):
         place(seed)
         world = make(vllm_config, seed, version, asynchronous)
-        for module in (scheduler_module, mover_module):
+        for module in (scheduler_module, home_moves):
             monkeypatch.setattr(module, "time", world)
         try:
             counts += world.run()

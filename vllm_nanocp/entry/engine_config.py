@@ -202,8 +202,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     from .. import kv_event_sources, rank_hint
     from ..executor import failed_start
     from ..metrics.install import install as install_metrics
-    from . import http_limits as admission
-    from . import world_size
+    from . import http_limits, world_size
 
     config = nanocp_config.parse(engine_args.additional_config[nanocp_config.KEY], engine_args.data_parallel_size)
     check_flags(engine_args)
@@ -237,7 +236,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     one_engine(vllm_config.parallel_config)
     if len(vllm_config.additional_config) == 1:  # what others have put there vLLM looks for in a dict only
         vllm_config.additional_config = nanocp_config.Additional(vllm_config.additional_config)
-    admission.install()
+    http_limits.install()
     failed_start.install()
     rank_hint.install_front_end()
     kv_event_sources.install_front_end()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests that can never fit are refused in the front-end, with HTTP 400 and the numbers.
 
-When the engine starts, vLLM makes sure (through ``capacity``) that a sharded request of ``max_model_len`` tokens
-fits, and itself refuses longer ones. What is left are requests that cannot be sharded and are larger than one rank's
-cache. Touches vLLM 0.32's ``InputProcessor.process_inputs``, which every front-end calls for every request.
+When the engine starts, vLLM makes sure (through ``executor.longest_request``) that a sharded request of
+``max_model_len`` tokens fits, and itself refuses longer ones. What is left are requests that cannot be sharded and are
+larger than one rank's cache. Touches vLLM 0.32's ``InputProcessor.process_inputs``, which every front-end calls for
+every request.
 """
 
 from __future__ import annotations

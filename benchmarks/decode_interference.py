@@ -318,7 +318,8 @@ def parse_args() -> argparse.Namespace:
     add("--scenarios", type=serving.names(SCENARIOS), default=["A", "B", "C"], help=f"of {','.join(SCENARIOS)}")
     add("--out", type=Path, help="folder for raw results and logs")
     add("--report", type=Path, help="start nothing, report what is in this folder")
-    add("--model", type=Path, help="model folder (default: one of Qwen3-30B-A3B's shape is written)")
+    add("--model", type=Path, help="model folder (default: one of --shape is written)")
+    add("--shape", choices=serving.SHAPES, default=serving.SHAPES[0])
     add("--ranks", type=int, default=4)
     add("--long", type=int, default=400_000, help="prompt tokens of the long request")
     add("--long-output", type=int, default=200, help="raised where needed to outlast the shorts")
@@ -370,7 +371,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         if args.model is None:
             args.model = Path(folder) / "model"
-            serving.write_model(args.model)
+            serving.write_model(args.model, args.shape)
         passed = [measure(args, system, machine) for system in args.systems]
     report(args.out)
     return 0 if all(passed) else 1

@@ -12,6 +12,7 @@ in stock, and what comes from each shard is 16 bits wide.
 
 ``error``: root mean square of what differs from float64, over stock's, for the same input. ``stages``: microseconds of
 each in CUDA graphs, one after another, with what a holder reads. Exchange is not in it: rows stay on this GPU.
+``fixed_places_us``: of the attention of a captured launch over all places, few of which are used, by most pieces.
 """
 
 from __future__ import annotations
@@ -309,6 +310,40 @@ def stages(layer: Layer) -> dict[str, float]:
     return {name: round(value, 3) for name, value in times.items()}
 
 
+def fixed_places(heads: int, capacity: int, ranks: int, used: int, tokens: int, pieces: int) -> dict[str, float]:
+    """A captured launch over all places, of which so many are used, one or more from each rank."""
+    from vllm_nanocp.attention.flash_launches import ShardLaunch, places_of
+    from vllm_nanocp.attention.mla import flash_mla
+    from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
+
+    places, sizes, device = places_of(capacity, ranks), LatentSizes(heads, NOPE, ROTATED, RANK, VALUES), "cuda"
+    blocks = -(-tokens // BLOCK)
+    cache = torch.randn((used * blocks, BLOCK, RANK + ROTATED), dtype=torch.bfloat16, device=device)
+    launch = ShardLaunch(
+        num_queries=places,
+        query_starts=torch.arange(places + 1, dtype=torch.int32, device=device),
+        lengths=torch.zeros(places, dtype=torch.int32, device=device),
+        block_table=torch.zeros((places, 0x100000 // BLOCK), dtype=torch.int32, device=device),
+        max_queries=1,
+        max_length=0x100000,
+        causal=False,
+        max_pieces=pieces,
+    )
+    for i in range(used):
+        place = i % (ranks + 1) * capacity + i // (ranks + 1)
+        launch.lengths[place] = tokens
+        launch.block_table[place, :blocks] = torch.arange(i * blocks, (i + 1) * blocks)
+    absorbed = torch.randn((places, heads, RANK), dtype=torch.bfloat16, device=device)
+    rotated = torch.randn((places, heads, ROTATED), dtype=torch.bfloat16, device=device)
+    flash_mla.make_schedule(launch, sizes, BLOCK, torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    time_us = in_graph(lambda: flash_mla.attend_latents(absorbed, rotated, cache, launch, SCALE))
+    room = torch.cuda.max_memory_allocated() - before
+    read = used * tokens * (RANK + ROTATED) * 2
+    return {"attend": round(time_us, 2), "TB_s": round(read / time_us / 1e6, 3), "peak_MiB": room >> 20}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
@@ -326,6 +361,7 @@ def main() -> None:
         "shape": dict(rank=RANK, rotated=ROTATED, nope=NOPE, values=VALUES, block=BLOCK, dtype="bfloat16"),
         "error": {},
         "stages_us": {},
+        "fixed_places_us": {},
     }
 
     def note(kind: str, name: str, run: Callable[[], Any]) -> None:
@@ -352,6 +388,16 @@ def main() -> None:
                 f"{heads} heads, {rows} x {tokens}",
                 lambda h=heads, r=rows, t=tokens: stages(Layer(h, r, t, device)),
             )
+    for heads, capacity in () if small else itertools.product((16, 128), (16, 64, 256)):
+        for used, tokens in ((1, 262144), (4, 65536), (16, 16384)):
+            for pieces in (4, 12, 32, 64, 128):
+                if 4 * (capacity * 5) * heads * RANK * pieces > 5 << 30:
+                    continue
+                name = f"{heads} heads, capacity {capacity}, 4 ranks, {used} x {tokens}, {pieces} pieces"
+                note(
+                    "fixed_places_us", name,
+                    lambda h=heads, c=capacity, u=used, t=tokens, p=pieces: fixed_places(h, c, 4, u, t, p),
+                )  # fmt: skip
 
 
 if __name__ == "__main__":

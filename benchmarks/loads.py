@@ -245,7 +245,8 @@ def parse_args() -> argparse.Namespace:
     add("--system", choices=["stock", "nanocp"], required=True)
     add("--name", help="of the result's file (default: the system's)")
     add("--out", type=Path, required=True)
-    add("--model", type=Path, help="model folder (default: one of Qwen3-30B-A3B's shape is written)")
+    add("--model", type=Path, help="model folder (default: one of --shape is written)")
+    add("--shape", choices=serving.SHAPES, default=serving.SHAPES[0])
     add("--ranks", type=int, default=4)
     add("--settings", type=json.loads, default={}, help="the plugin's settings, a JSON object")
     add("--max-model-len", type=int, default=520_000)
@@ -275,7 +276,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.model is None:
         args.model = args.out / "model"
-        serving.write_model(args.model)
+        serving.write_model(args.model, args.shape)
     name = args.name or args.system
     machine, port = serving.probe(), serving.free_port()
     line, env = command(args, port, machine["gpus"] > 0)

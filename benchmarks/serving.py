@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+from shapes import SHAPES, config_of
 
 ENDINGS = (signal.SIGINT, signal.SIGTERM)
 PROBE_LIMIT_S = 180.0
@@ -67,26 +68,17 @@ def probe() -> dict[str, Any]:
     return found
 
 
-def write_model(folder: Path) -> None:
-    """A folder of Qwen3-30B-A3B's shape with a byte-level tokenizer and no weights, for ``--load-format dummy``."""
+def write_model(folder: Path, shape: str = SHAPES[0]) -> None:
+    """A folder of a model's shape with a byte-level tokenizer and no weights, for ``--load-format dummy``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    config = dict(
-        architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", torch_dtype="bfloat16", vocab_size=151936,
-        hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, max_window_layers=48, num_attention_heads=32,
-        num_key_value_heads=4, head_dim=128, attention_bias=False, attention_dropout=0.0, num_experts=128,
-        num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, decoder_sparse_step=1,
-        mlp_only_layers=[], output_router_logits=False, router_aux_loss_coef=0.001, hidden_act="silu",
-        initializer_range=0.02, rms_norm_eps=1e-6, rope_theta=1000000.0, rope_scaling=None,
-        max_position_embeddings=4194304, sliding_window=None, use_sliding_window=False, use_cache=True,
-        tie_word_embeddings=False, bos_token_id=256, eos_token_id=256,
-    )  # fmt: skip
+    config = config_of(shape)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     end = "<|endoftext|>"
     vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocabulary |= {end: 256} | {f"Ġt{i}": i for i in range(257, 151936)}
+    vocabulary |= {end: 256} | {f"Ġt{i}": i for i in range(257, config["vocab_size"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

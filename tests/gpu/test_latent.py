@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latent attention on Hopper GPUs. On one GPU: the vendor's kernels keep their promises; whole attention steps against
 float64, and against the error that stock attention itself makes on the same input, with tables of a step's size, with
-fixed ones, and replayed from a graph; memory. On two: the same over NCCL, and engines next to stock vLLM.
-
-``engine_config.refuse_latent_on_gpus`` refuses all of it until it has passed here.
-"""
+fixed ones, and replayed from a graph; memory. On two: the same over NCCL, and engines next to stock vLLM."""
 
 from __future__ import annotations
 
@@ -23,7 +20,6 @@ from tests.tiny_models import make_deepseek_v2
 from tests.unit.latent_steps import latent_shape
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
-from vllm_nanocp.entry import engine_config
 
 from . import FOUR_GPUS, ONE_GPU, TWO_GPUS
 from .test_exact import STEP, TIE, partings
@@ -187,7 +183,6 @@ def engines(request: pytest.FixtureRequest, deepseek: str) -> Iterator[tuple[str
     """Stock and nanocp, run the same way: compiled code rounds otherwise than eager code."""
     mode = request.param
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_config, "refuse_latent_on_gpus", lambda _: None)
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0" if mode == "v1" else "1")
         graphs = mode in ("graphs", "moves", "tensor parallel")
         args: dict[str, Any] = dict(

@@ -111,7 +111,7 @@ from vllm.v1.attention.backends.mla.flashattn_mla import FlashAttnMLAImpl, Flash
 from vllm.v1.attention.backends.mla.prefill.flash_attn import FlashAttnPrefillBackend  # noqa: E402
 
 from vllm_nanocp.attention.mla import flash_backend as flash_mla_backend  # noqa: E402
-from vllm_nanocp.attention.mla import latent_tables  # noqa: E402
+from vllm_nanocp.attention.mla import latent_fixed, latent_tables  # noqa: E402
 from vllm_nanocp.attention.mla.flash_backend import (  # noqa: E402
     LatentOnHopper,
     NanoCPFlashAttnMLABackend,
@@ -224,9 +224,10 @@ class GraphForward:
         """Nothing of the step at hand may be baked in: its tables are put away while the graph is captured. The
         engine's own batch buffers are persistent, the test's are not."""
         rows = metadata.sharded
-        tables = [rows.fixed.launch.lengths, rows.fixed.empty, rows.tokens, rows.pick, rows.send]
+        tables = [rows.tokens, rows.pick, rows.send]
+        tables += [x for work in rows.fixed for x in (work.launch.lengths, work.empty)]
         held = [x.clone() for x in tables]
-        for x, value in zip(tables, (0, True, -1, -1, 0), strict=True):
+        for x, value in zip(tables, (-1, -1, 0, *len(rows.fixed) * (0, True)), strict=True):
             x.fill_(value)
         longest = BLOCKS * static[3].shape[1]
         decode = dataclasses.replace(
@@ -280,6 +281,7 @@ def kernel_of(
     LatentSizes.absorbs = lambda _, rows: rows <= few  # type: ignore[method-assign, misc]
     latent_tables.queries_at_once = lambda *_: 7  # type: ignore[assignment]
     latent_tables.PROJECTED = 1  # a block at a time
+    latent_fixed.MOST_ROWS = 20  # two launches or three of places
     latent_tables.heads_together = lambda _, sizes, __: dataclasses.replace(  # type: ignore[assignment]
         sizes, num_heads=sizes.num_heads // groups
     )

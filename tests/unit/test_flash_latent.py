@@ -31,9 +31,9 @@ from tests.unit.processes import run_ranks
 from vllm.v1.attention.backends.mla import flashattn_mla  # isort: skip  # importable once there is a reference
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.flash_launches import ShardLaunch
-from vllm_nanocp.attention.mla import flash_latent, flash_mla
+from vllm_nanocp.attention.mla import flash_latent, flash_mla, latent_fixed
 from vllm_nanocp.attention.mla.flash_latent import Absorbed, Latents, Piece, Projected, attend
-from vllm_nanocp.attention.mla.latent_fixed import FixedLatentTables, empty_block_table, pieces_of
+from vllm_nanocp.attention.mla.latent_fixed import FixedLatentTables, empty_block_table, parts_of, pieces_of
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
 from vllm_nanocp.attention.mla.latent_tables import PROJECTED, heads_together, most_memory, projected_at_once
 from vllm_nanocp.attention.partial_rows import RowLayout
@@ -198,8 +198,17 @@ def test_pieces_of_a_fixed_launch_fit() -> None:
         sizes = LatentSizes(heads, 128, 64, 512, 128)
         for places in (2, 80, 320, 1280):
             pieces = pieces_of(places, sizes)
-            assert 1 <= pieces <= 32 and (pieces == 1 or pieces * places * heads * 512 * 4 <= 1 << 30)
-    assert pieces_of(80, LatentSizes(128, 128, 64, 512, 128)) == 32
+            assert 1 <= pieces <= 128 and (pieces == 1 or pieces * places * heads * 512 * 4 <= 1 << 30)
+    assert pieces_of(80, LatentSizes(128, 128, 64, 512, 128)) == 51
+    assert pieces_of(80, LatentSizes(16, 128, 64, 512, 128)) == 128
+
+
+@pytest.mark.parametrize("places", [1, 80, 991, 992, 993, 1280, 1984, 1985, 10_000])
+def test_launches_over_places_are_few_and_cut_into_pieces(places: int) -> None:
+    """FlashAttention cuts no row of a launch of more than 992."""
+    parts = parts_of(places)
+    assert [place for part in parts for place in range(part.start, part.stop)] == list(range(places))
+    assert len(parts) == -(-places // 992) and max(part.stop - part.start for part in parts) <= 992
 
 
 def test_heads_go_in_groups_where_much_travels() -> None:
@@ -246,25 +255,30 @@ def a_step(capacity: int, rows: dict[int, int]) -> tuple[ShardedStep, CommonAtte
     return step, common
 
 
-def test_fixed_tables_of_a_step_and_of_the_next() -> None:
+@pytest.mark.parametrize("most_rows", [992, 4])
+def test_fixed_tables_of_a_step_and_of_the_next(most_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is sent, seen and merged where; vLLM's own launch sees nothing of rows that visit. Tables of two capacities
-    share the block ids, and nothing is left of the step before."""
+    share the block ids, and nothing is left of the step before. In one launch, and in two or three."""
+    monkeypatch.setattr(latent_fixed, "MOST_ROWS", most_rows)
     shared = empty_block_table(3, 2, 80, 16, CPU)
     large, small = (FixedLatentTables(c, 2, 8, shared, sizes_of(SHAPES[0]), 16, torch.bfloat16) for c in (3, 2))
     large.fill(*a_step(3, {0: 30, 2: 16, 4: 1}))
     for tables, capacity, rows in ((small, 2, {3: 20, 1: 33}), (large, 3, {2: 17})):
         step, common = a_step(capacity, rows)
         made, lengths = tables.fill(step, common)
-        launch = made.fixed.launch
+        assert len(made.fixed) == (1 if most_rows == 992 else -(-3 * capacity // 4))
+        seen_at = torch.cat([work.launch.lengths for work in made.fixed]).tolist()
+        held_at = torch.cat([work.launch.block_table for work in made.fixed])
+        empty = torch.cat([work.empty for work in made.fixed]).tolist()
         here = [2 * capacity + i for i in range(len(rows))]
         seen = dict(zip(here, rows.values(), strict=True)) | {capacity: 37}  # the guest of rank 1
-        assert {place: n for place, n in enumerate(launch.lengths.tolist()) if n} == seen
-        assert (made.fixed.empty == (launch.lengths == 0)).all()
+        assert {place: n for place, n in enumerate(seen_at) if n} == seen
+        assert empty == [n == 0 for n in seen_at]
         for place, row in zip(here, rows, strict=True):
             blocks = -(-seen[place] // 16)
             expected = common.block_table_tensor[row, 2 : 2 + blocks]
-            assert launch.block_table[place, :blocks].tolist() == expected.tolist()
-        assert launch.block_table[capacity, :3].tolist() == [9, 8, 7]
+            assert held_at[place, :blocks].tolist() == expected.tolist()
+        assert held_at[capacity, :3].tolist() == [9, 8, 7]
         assert lengths.tolist() == [0 if row in rows else 70 + row for row in range(5)]
         places = [capacity + i for i in range(len(rows))]  # of what comes back from rank 1
         assert made.pick.tolist()[: len(rows)] == [[h, p, -1] for h, p in zip(here, places, strict=True)]

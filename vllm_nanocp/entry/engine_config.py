@@ -91,7 +91,6 @@ def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
             instead,
         )
     if cuda:
-        refuse_latent_on_gpus(instead)
         if vllm_config.compilation_config.pass_config.fuse_attn_quant:  # vLLM's default for quantised models
             refuse(
                 "latent attention whose output is quantised (fuse_attn_quant) with max_degree above 1",
@@ -112,12 +111,6 @@ def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
             "vLLM's kernel CPU_MLA takes 512 and 64 only, and fails at the first request",
             "serve the model on GPUs with --nanocp-config '{\"max_degree\": 1}'",
         )
-
-
-def refuse_latent_on_gpus(instead: str) -> None:
-    """The only place that does: ``attention/mla/flash_backend.py`` is there, but has not been run on a GPU. A test on
-    GPUs replaces this function."""
-    refuse("multi-head latent attention on GPUs with max_degree above 1", "only its CPU path was shown exact", instead)
 
 
 def check_graphs(vllm_config: Any, config: NanoCPConfig) -> None:

@@ -302,6 +302,7 @@ class _Layer:
             outputs, lses = self.impl.pieces(self.layer, query[part], self.kv_cache, launch)
             assert launch.pieces is not None
             pack_pieces(into[part], self.layout, outputs, lses, launch.pieces, launch.launch_row)
+            del outputs, lses  # before the next launch has its own: memory is set aside for one
             at = part.stop
 
 

@@ -9,7 +9,7 @@ come back in the space of values. A step without sharded rows runs stock code. I
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -221,10 +221,10 @@ class _Layer:
             answers = self.layout.empty(len(visiting), device)
             self._attend(visiting, rows.guests, answers)
             return answers
-        # At fixed places, guests and this rank's own rows attend in one launch.
+        # At fixed places, guests and this rank's own rows attend together.
         visiting = torch.cat([visiting, self.query.index_select(0, rows.send[rows.exchanged :])])
         answers = self.layout.empty(len(visiting), device)
-        self._attend(visiting, [rows.fixed], answers)
+        self._attend(visiting, rows.fixed, answers)
         self._mine.copy_(answers[rows.exchanged :])
         return answers[: rows.exchanged]
 
@@ -234,7 +234,7 @@ class _Layer:
             assert rows.tokens is not None
             merge_rows(rows.partials, self.layout, rows.pick, rows.tokens, self.output)
 
-    def _attend(self, queries: torch.Tensor, works: list[Work], into: torch.Tensor) -> None:
+    def _attend(self, queries: torch.Tensor, works: Sequence[Work], into: torch.Tensor) -> None:
         outputs, lses = self.layout.outputs(into), self.layout.lses(into)
         for work in works:
             attend_work(queries, self.held, work, outputs, lses)

@@ -104,6 +104,7 @@ def attend(queries: torch.Tensor, held: Latents, work: Work, outputs: torch.Tens
     for number, piece in enumerate(work.pieces):
         out, lse = _over_piece(queries[part], held, work.starts, piece)
         _take_in(out, lse, outputs[part], lses[part], first=not number)
+        del out, lse  # before the next piece has its own
 
 
 def _over_latents(

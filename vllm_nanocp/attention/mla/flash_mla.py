@@ -18,6 +18,8 @@ from ..merge import Partial
 from .latent_sizes import LatentSizes
 
 VERSION = 3
+# FlashAttention lays out as many rows in one block of threads, and cuts none of a launch of more.
+MOST_ROWS = 992
 
 
 def make_schedule(launch: ShardLaunch, sizes: LatentSizes, block_size: int, dtype: torch.dtype) -> None:

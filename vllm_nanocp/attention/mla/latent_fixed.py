@@ -11,19 +11,20 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..flash_launches import ShardLaunch, places_of, table_address
+from ..flash_launches import BUSY, ShardLaunch, places_of, table_address
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from .flash_latent import Absorbed
-from .flash_mla import make_schedule
+from .flash_mla import MOST_ROWS, make_schedule
 from .latent_sizes import LatentSizes
 from .latent_tables import LatentRows
 
-# Bytes of float32 results that a launch may take, and most pieces of a row: as many as vLLM allows in graphs.
-_ROOM, _MOST_PIECES = 1 << 30, 32
+# Bytes of float32 results that a launch may take.
+_ROOM = 1 << 30
 # Block ids that a program copies.
 _BLOCK = 1024
 
@@ -88,8 +89,14 @@ def warm_up(device: torch.device) -> None:
 
 
 def pieces_of(places: int, sizes: LatentSizes) -> int:
-    """Most pieces of a row for a launch of so many."""
-    return max(1, min(_MOST_PIECES, _ROOM // (4 * places * sizes.num_heads * sizes.rank)))
+    """Most pieces of a row for a launch of so many: with few heads one long row can take all SMs."""
+    return max(1, min(BUSY, _ROOM // (4 * places * sizes.num_heads * sizes.rank)))
+
+
+def parts_of(places: int) -> list[slice]:
+    """The places of each launch: as many in each, and so few that FlashAttention cuts long rows into pieces."""
+    size = cdiv(places, cdiv(places, MOST_ROWS))
+    return [slice(at, min(at + size, places)) for at in range(0, places, size)]
 
 
 class FixedLatentTables:
@@ -125,19 +132,28 @@ class FixedLatentTables:
         # What changes from step to step comes in one copy.
         self._ints = torch.zeros(sum(size + size % 2 for size in self._sizes), dtype=torch.int64, device=device)
         self._at = _Parts.of(self._ints, self._sizes)
-        self._launch = ShardLaunch(
-            num_queries=places,
-            query_starts=torch.arange(places + 1, dtype=torch.int32, device=device),
-            lengths=torch.zeros(places, dtype=torch.int32, device=device),
-            block_table=block_table[:places],
-            max_queries=1,
-            max_length=block_table.shape[1] * block_size,
-            causal=False,
-            max_pieces=pieces_of(places, sizes),
-        )
+        self._block_table = block_table[:places]
+        self._lengths = torch.zeros(places, dtype=torch.int32, device=device)
         self._empty = torch.ones(places, dtype=torch.bool, device=device)
+        self._fixed = [
+            Absorbed(part, self._make_launch(part.stop - part.start, part), self._empty[part])
+            for part in parts_of(places)
+        ]
         self._seq_lens = torch.zeros(max_reqs + 1, dtype=torch.int32, device=device)
         self._partials = layout.empty(places, device)
+
+    def _make_launch(self, count: int, part: slice) -> ShardLaunch:
+        sizes, block_size, _ = self._layers
+        return ShardLaunch(
+            num_queries=count,
+            query_starts=torch.arange(count + 1, dtype=torch.int32, device=self._lengths.device),
+            lengths=self._lengths[part],
+            block_table=self._block_table[part],
+            max_queries=1,
+            max_length=self._block_table.shape[1] * block_size,
+            causal=False,
+            max_pieces=pieces_of(count, sizes),
+        )
 
     def fill(self, step: ShardedStep, common: CommonAttentionMetadata) -> tuple[LatentRows, torch.Tensor]:
         """Write a step's tables. All rows that visit have one query.
@@ -150,15 +166,16 @@ class FixedLatentTables:
             The tables, without ``plain``; and the batch's lengths with 0 for rows that visit, int32 [num_reqs]. The
             same tensors each time.
         """
-        host, launch, at = np.zeros(len(self._ints), dtype=np.int64), self._launch, self._at
+        host, table, at = np.zeros(len(self._ints), dtype=np.int64), self._block_table, self._at
         copies = self._lay_out(step, common, _Parts.of(host, self._sizes))
         async_tensor_h2d(host, out=self._ints)
-        launch.lengths.copy_(at.lengths)
+        self._lengths.copy_(at.lengths)
         torch.eq(at.lengths, 0, out=self._empty)
         if len(copies):
             grid = (len(copies), triton.cdiv(int(copies[:, 2].max()), _BLOCK))
-            _copy_kernel[grid](at.copies, launch.block_table, launch.block_table.stride(0), BLOCK=_BLOCK)
-        make_schedule(launch, *self._layers)
+            _copy_kernel[grid](at.copies, table, table.stride(0), BLOCK=_BLOCK)
+        for work in self._fixed:
+            make_schedule(work.launch, *self._layers)
         n = common.num_reqs
         self._seq_lens[:n] = common.seq_lens[:n]
         self._seq_lens.index_fill_(0, at.visiting, 0)
@@ -173,7 +190,7 @@ class FixedLatentTables:
             partials=self._partials,
             tokens=at.tokens,
             pick=at.pick.view(self.capacity, -1),
-            fixed=Absorbed(slice(0, launch.num_queries), launch, self._empty),
+            fixed=self._fixed,
         ), self._seq_lens[:n]
 
     def _lay_out(self, step: ShardedStep, common: CommonAttentionMetadata, at: _Parts) -> np.ndarray:

@@ -4,6 +4,7 @@ the guests attend to, what is merged into what. ``latent_fixed.py`` has those th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,7 +51,7 @@ class LatentRows:
         partials: room for the rows that come back, and behind them those of this rank's own.
         tokens: int64, the indices in the batch of the queries that visit; -1 for an unused one; None without such.
         pick: int64 [num_results, num_partials], see ``merge_rows``.
-        fixed: at fixed places, all that is received and all of ``own``, in one launch.
+        fixed: at fixed places, all that is received and all of ``own``.
         plain: vLLM's metadata of the rows that visit nobody, or of the batch with length 0 for those that do; None when
             all visit.
         plain_tokens: int64, where their queries are; None: vLLM's metadata is of the whole batch.
@@ -66,7 +67,7 @@ class LatentRows:
     partials: torch.Tensor
     tokens: torch.Tensor | None
     pick: torch.Tensor | None
-    fixed: Absorbed | None = None
+    fixed: Sequence[Work] | None = None
     plain: Any = field(default=None)
     plain_tokens: torch.Tensor | None = field(default=None)
 

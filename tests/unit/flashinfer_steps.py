@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FlashInfer backend under ``attention_steps``: on GPUs with the real library; on CPU with a reference in its place,
-under vLLM's own code as well, so that all around the kernels runs on any machine."""
+"""The FlashInfer backend under ``attention_steps``: on GPUs with the real library; on CPU with a reference in its
+place, under vLLM's own code as well, so that all around the kernels runs on any machine."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import sys
 from types import ModuleType, SimpleNamespace
@@ -15,7 +16,14 @@ import torch
 
 from tests.unit import flash_steps  # sets up Triton's interpreter where there is no GPU
 from tests.unit.attention_steps import Kernel, Shape
-from tests.unit.flash_steps import MAX_REQS, make_routes, reference_attend, reference_merge, reference_pack_visits, write
+from tests.unit.flash_steps import (
+    MAX_REQS,
+    make_routes,
+    reference_attend,
+    reference_merge,
+    reference_pack_visits,
+    write,
+)
 
 CUDA = torch.cuda.is_available()
 NAN = float("nan")
@@ -28,8 +36,8 @@ class FlashInferShape(Shape):
 
 
 class ReferencePrefill:
-    """Signatures as the library's (``tests/gpu/test_flashinfer.py`` compares), of what is used here and by vLLM. What it
-    says of a query without keys is -inf, base 2, and NaN."""
+    """Signatures as the library's (``tests/gpu/test_flashinfer.py`` compares), of what is used here and by vLLM.
+    Log-sum-exps are base 2. What it says of a query without keys is -inf, and NaN."""
 
     def __init__(
         self,
@@ -70,7 +78,7 @@ class ReferencePrefill:
     ) -> None:
         on_host = (qo_indptr, paged_kv_indptr, paged_kv_last_page_len, seq_lens)
         assert all(x is not None and x.dtype == torch.int32 and x.device.type == "cpu" for x in on_host)
-        assert paged_kv_indices.dtype == torch.int32 and len(paged_kv_indices) == paged_kv_indptr[-1]
+        assert paged_kv_indices.dtype == torch.int32 and len(paged_kv_indices) >= paged_kv_indptr[-1]
         counts = paged_kv_indptr.diff()
         last = torch.where(counts > 0, paged_kv_last_page_len, 0)
         assert torch.equal((counts - 1).clamp(min=0) * page_size + last, seq_lens)
@@ -80,7 +88,9 @@ class ReferencePrefill:
         self._causal, self._sm_scale, self._window_left = causal, sm_scale, window_left
         self._logits_soft_cap = logits_soft_cap or 0.0
         self.starts, self.lengths = qo_indptr.tolist(), seq_lens.tolist()
-        self.pages, self.page_size = paged_kv_indices.split(counts.tolist()), page_size
+        bounds = paged_kv_indptr.tolist()
+        self.pages = [paged_kv_indices[first:end] for first, end in itertools.pairwise(bounds)]
+        self.page_size = page_size
         self.dtypes = q_data_type, kv_data_type or q_data_type, o_data_type or q_data_type
         self.heads = num_qo_heads, num_kv_heads, head_dim_qk
 
@@ -112,9 +122,7 @@ class ReferencePrefill:
                 out[part], found[part] = NAN, -math.inf
                 continue
             group = q.shape[1] // keys.shape[2]
-            k, v = (
-                x[pages.long()].flatten(0, 1)[:length].double().repeat_interleave(group, 1) for x in (keys, values)
-            )
+            k, v = (x[pages.long()].flatten(0, 1)[:length].double().repeat_interleave(group, 1) for x in (keys, values))
             scores = torch.einsum("qhd,khd->qhk", q[part].double(), k) * factor
             if self._causal:
                 shown = torch.ones(len(scores), length, dtype=torch.bool).tril(length - len(scores))

@@ -5,6 +5,7 @@ tables of a step's own size and as the fixed ones of captured graphs. On GPUs: `
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,5 +141,5 @@ def test_a_step_does_not_write_over_the_tables_of_the_last_one() -> None:
         row = flashinfer_launches.TableRow(1, 3, blocks.data_ptr())
         used.append([planners.plan([row], False).planner for _ in range(2)])
         planners.end()
-    assert all(len({id(p) for p in (*a, *b)}) == 4 for a, b in zip(used, used[1:], strict=False))
+    assert all(len({id(p) for p in (*a, *b)}) == 4 for a, b in itertools.pairwise(used))
     assert used[0] == used[2] and used[1] == used[3], "and makes none anew"

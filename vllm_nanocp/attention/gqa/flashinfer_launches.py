@@ -4,15 +4,20 @@
 
 Its kernel ``fa2`` runs from Ampere to Blackwell, cuts KV into pieces and merges them itself, and can write float32:
 rounded to 16 bits, partial results would make the error of the whole 1.3 times that of attention in one piece. Its
-generator of code only lacks a name for that type, which is added here (``name_float32``), so the kernel is compiled
-when a worker starts, by nvcc, and kept in FlashInfer's cache. Its log-sum-exps are base 2. None of that is documented,
-so ``self_check`` tries it.
+generator of code only lacks a name for that type, and one of its headers a variant for a head size that nobody asks
+for; both are added here (``float32_outputs``). So the kernel is compiled when a worker starts, by nvcc, and kept in
+FlashInfer's cache. Its log-sum-exps are base 2. None of that is documented, so ``self_check`` tries it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +26,7 @@ import triton
 import triton.language as tl
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from ...environment import variable
 from ...errors import UNSHARDED, NanoCPConfigError
 from ..flash_launches import TableRow, queries_at_once
 from ..partial_rows import RowLayout
@@ -34,6 +40,8 @@ PLAN_BYTES = (8 << 20) + (128 << 10)
 # Launches of so many steps are kept: the host may plan a step while the last one has yet to be copied.
 _TURNS = 2
 _CHECK_WORKSPACE = 128 << 20
+# FlashInfer hands these to nvcc.
+_NVCC_FLAGS = "FLASHINFER_EXTRA_CUDAFLAGS"
 
 
 @dataclass(frozen=True)
@@ -90,9 +98,9 @@ class Planners:
     """
 
     def __init__(self, shape: LaunchShape, workspace: torch.Tensor) -> None:
-        name_float32()
         self.shape, self.device, self._workspace = shape, workspace.device, workspace
         self._turns, self._step, self._used = [_Turn() for _ in range(_TURNS)], 0, 0
+        self._compiled = False
 
     def begin(self) -> None:
         """A step's launches come next. Those of two steps ago must have been copied: FlashInfer writes the next ones to
@@ -120,7 +128,7 @@ class Planners:
         queries = np.array([row.queries for row in rows], dtype=np.int32)
         lengths = np.array([row.length for row in rows], dtype=np.int32)
         pages = -(-lengths // shape.block_size)
-        planner.plan(
+        arguments: dict[str, Any] = dict(
             qo_indptr=self._host(_starts(queries)),
             paged_kv_indptr=self._host(_starts(pages)),
             paged_kv_indices=gather_pages([row.table for row in rows], pages, self.device),
@@ -136,6 +144,9 @@ class Planners:
             o_data_type=torch.float32,
             seq_lens=self._host(lengths),
         )
+        with contextlib.nullcontext() if self._compiled else float32_outputs():
+            planner.plan(**arguments)
+        self._compiled = True
         return PlannedLaunch(int(queries.sum()), planner, shape.scale, shape.dtype)
 
     def _next(self) -> BatchPrefillWithPagedKVCacheWrapper:
@@ -159,12 +170,17 @@ def _starts(counts: np.ndarray) -> np.ndarray:
     return starts
 
 
-def name_float32() -> None:
-    """Let FlashInfer write kernels with float32 outputs: ``write_o_reg_gmem`` of its ``fa2`` has a branch for them."""
+@contextlib.contextmanager
+def float32_outputs() -> Iterator[None]:
+    """What FlashInfer compiles meanwhile may have float32 outputs: ``write_o_reg_gmem`` of ``fa2`` has a branch for
+    them. Of no effect where it is compiled already."""
     from flashinfer.jit import utils
 
     utils.dtype_map.setdefault(torch.float32, "float")
     utils.filename_safe_dtype_map.setdefault(torch.float32, "f32")
+    header = shlex.join(["-include", str(Path(__file__).with_name("flashinfer_float32.cuh"))])
+    with variable(_NVCC_FLAGS, f"{os.environ.get(_NVCC_FLAGS, '')} {header}".strip()):
+        yield
 
 
 @triton.jit

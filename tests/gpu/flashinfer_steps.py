@@ -239,3 +239,19 @@ def many_rows(shape: Shape, device: torch.device) -> tuple[Planners, list[TableR
     ids = torch.randperm(4096, device=device).to(torch.int32)
     rows = [TableRow(1, 1 + 17 * i, ids.data_ptr()) for i in range(200)]
     return Planners(spec, workspace(device)), rows, ids
+
+
+def compile_one(backend: str, out_type: str, head_size: int, dtype: str, kv: str = "") -> None:
+    """Have the library compile a kernel, into its cache on disk: several processes do so at a time.
+
+    Args:
+        backend: of the library.
+        out_type, dtype, kv: of results, queries, and keys and values; of torch, by name.
+        head_size: of attention.
+    """
+    names = {name: getattr(torch, name) for name in (out_type, dtype, kv or dtype)}
+    q = torch.zeros((1, 8, head_size), dtype=names[dtype], device="cuda")
+    k = torch.zeros((32, 4, head_size), device="cuda").to(names[kv or dtype])
+    run_wrapper(q, k, k, scale=1.0, causal=True, backend=backend, out_type=names[out_type])
+    torch.cuda.synchronize()
+    print("compiled", backend, out_type, head_size, dtype, kv, flush=True)

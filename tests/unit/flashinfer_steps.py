@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tests.unit import flash_steps  # sets up Triton's interpreter where there is no GPU
-from tests.unit.attention_steps import Kernel, Shape
+from tests.unit.attention_steps import Kernel, Shape, run_scenarios
 from tests.unit.flash_steps import (
     MAX_REQS,
     make_routes,
@@ -224,7 +224,7 @@ def make_builder(
         "vllm_config": SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=max_reqs)),
         "model_config": SimpleNamespace(dtype=shape.dtype),
         "cache_config": SimpleNamespace(get_resolved_kv_cache_layout=lambda: KVCacheLayout.LBHNC),
-        "attention_config": SimpleNamespace(use_trtllm_attention=None if xqa else False),
+        "attention_config": SimpleNamespace(use_trtllm_attention=False),
         "global_hyperparameters": SimpleNamespace(has_same_window_lefts=True, has_same_all_params=True),
         "num_qo_heads": shape.num_heads,
         "num_kv_heads": shape.num_kv_heads,
@@ -343,10 +343,17 @@ def flashinfer_kernel(
     )
 
 
+def run_modes(
+    rank: int, size: int, modes: dict[str, tuple[dict[str, Any], list[Any]]]
+) -> dict[str, tuple[dict[str, int], list[tuple[int, float]]]]:
+    """``run_scenarios`` by mode, all in one start of the ranks: arguments of ``flashinfer_kernel``, and scenarios."""
+    return {
+        name: run_scenarios(rank, size, {name: specs}, functools.partial(flashinfer_kernel, **args))[name]
+        for name, (args, specs) in modes.items()
+    }
+
+
 def missing_parameters(real: Any, reference: Any) -> set[str]:
     """Parameters that a reference has and the library's function has not."""
     theirs = inspect.signature(real).parameters
     return {name for name in inspect.signature(reference).parameters if name not in theirs}
-
-
-__all__ = ["FlashInferShape", "flash_steps", "flashinfer_kernel", "make_builder", "make_impl", "make_layer"]

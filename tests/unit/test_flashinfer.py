@@ -4,7 +4,6 @@ tables of a step's own size and as the fixed ones of captured graphs. On GPUs: `
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,7 @@ import pytest
 import torch
 
 from tests.unit import flashinfer_steps
-from tests.unit.attention_steps import run_scenarios
-from tests.unit.flashinfer_steps import FlashInferShape, ReferencePrefill, flashinfer_kernel
+from tests.unit.flashinfer_steps import FlashInferShape, ReferencePrefill
 from tests.unit.processes import run_ranks
 from tests.unit.test_flash import RANKS, TOLERANCE, Results, check
 from vllm_nanocp.attention.gqa import flashinfer_launches
@@ -28,35 +26,27 @@ SHAPES = [
 ]
 
 
-def groups(name: str, first: int, count: int) -> dict[str, list[tuple[FlashInferShape, int, bool]]]:
-    return {name: [(SHAPES[seed % 2], seed, seed % 9 != 8) for seed in range(first, first + count)]}
+def scenarios(
+    first: int, count: int, shapes: list[FlashInferShape] = SHAPES
+) -> list[tuple[FlashInferShape, int, bool]]:
+    return [(shapes[seed % len(shapes)], seed, seed % 9 != 8) for seed in range(first, first + count)]
 
 
-def test_tables_of_a_step_s_size() -> None:
-    kernel = functools.partial(flashinfer_kernel, "cpu")
-    results: Results = run_ranks(RANKS, run_scenarios, groups("exact", 300, 24), kernel, seconds=150)
-    check(results, "exact")
-    for kind in ("plain decode", "plain prefill", "sharded decode", "sharded prefill", "guests"):
-        assert sum(result["exact"][0].get(kind, 0) for result in results) >= 5, kind
-
-
-def test_tables_of_fixed_size() -> None:
-    kernel = functools.partial(flashinfer_kernel, "cpu", 12)
-    results: Results = run_ranks(RANKS, run_scenarios, groups("fixed", 400, 16), kernel, seconds=150)
-    check(results, "fixed")
-    for kind in ("plain decode", "sharded decode", "guests"):
-        assert sum(result["fixed"][0].get(kind, 0) for result in results) >= 5, kind
-
-
-def test_the_routed_exchange(tmp_path: Path) -> None:
-    """What stock attention has nothing to do with is planned nowhere; where it has, rows that visit are not its own."""
-    shapes = FlashInferShape(4, 2, 64, torch.bfloat16, 16)
-    routed = {"routed": [(shapes, seed, seed % 9 != 8) for seed in range(600, 606)]}
-    kernel = functools.partial(flashinfer_kernel, "cpu", 5, 0, True, str(tmp_path))
-    results: Results = run_ranks(RANKS, run_scenarios, routed, kernel, seconds=150)
-    check(results, "routed", 2 * TOLERANCE)  # the interpreter cuts off bits where a GPU rounds
-    for kind in ("plain decode", "plain prefill", "sharded decode", "guests"):
-        assert sum(result["routed"][0].get(kind, 0) for result in results) >= 2, kind
+def test_steps(tmp_path: Path) -> None:
+    """With tables of a step's own size, with fixed ones, and with the routed exchange: what stock attention has nothing
+    to do with is planned nowhere then, and where it has, rows that visit are not among its own."""
+    small = [FlashInferShape(4, 2, 64, torch.bfloat16, 16)]
+    modes: dict[str, Any] = {
+        "exact": (dict(), scenarios(300, 14)),
+        "fixed": (dict(capacity=12), scenarios(400, 10)),
+        "routed": (dict(capacity=5, pad=0, routed=True, shared=str(tmp_path)), scenarios(600, 4, small)),
+    }
+    results: Results = run_ranks(RANKS, flashinfer_steps.run_modes, modes, seconds=250)
+    kinds = {"exact": ("plain prefill", "sharded prefill"), "fixed": (), "routed": ("plain prefill",)}
+    for mode, more in kinds.items():
+        check(results, mode, 2 * TOLERANCE if mode == "routed" else TOLERANCE)  # the interpreter cuts off bits
+        for kind in ("plain decode", "sharded decode", "guests", *more):
+            assert sum(result[mode][0].get(kind, 0) for result in results) >= 2, (mode, kind)
 
 
 SHAPE = LaunchShape(4, 2, 64, 16, 0.125, torch.bfloat16, torch.bfloat16)

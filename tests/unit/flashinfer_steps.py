@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from tests.unit import flash_steps  # sets up Triton's interpreter where there is no GPU
 from tests.unit.attention_steps import Kernel, Shape, run_scenarios
 from tests.unit.flash_steps import (
     MAX_REQS,

@@ -4,18 +4,25 @@ tables of a step's own size and as the fixed ones of captured graphs. On GPUs: `
 
 from __future__ import annotations
 
+import ast
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import vllm
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.unit import flashinfer_steps
 from tests.unit.flashinfer_steps import FlashInferShape, ReferencePrefill
 from tests.unit.processes import run_ranks
 from tests.unit.test_flash import RANKS, TOLERANCE, Results, check
+from vllm_nanocp.attention.families import flashinfer_chosen
 from vllm_nanocp.attention.gqa import flashinfer_launches
 from vllm_nanocp.attention.gqa.flashinfer_launches import LaunchShape
 from vllm_nanocp.errors import NanoCPConfigError
@@ -119,6 +126,50 @@ def test_float8_caches_are_read_with_their_scales() -> None:
     torch.testing.assert_close(layout.lses(rows)[0], scores.logsumexp(-1))
     expected = torch.einsum("hk,khd->hd", scores.softmax(-1), held[..., 64:] * 3.0)
     torch.testing.assert_close(layout.outputs(rows)[0], expected)
+
+
+def test_a_kernel_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton says when it loads a kernel, at start: shared memory and registers are the device's own."""
+    from triton.runtime.errors import OutOfResources
+
+    from vllm_nanocp.attention.gqa.gpu_layer import GroupedQueryOnGPU
+
+    def warm_up(*_: Any) -> None:
+        raise OutOfResources(74240, 65536, "shared memory")
+
+    family = object.__new__(GroupedQueryOnGPU)
+    family.dtype = torch.bfloat16
+    with pytest.raises(NanoCPConfigError, match="Required: 74240, Hardware limit: 65536"):
+        family.warm_up(SimpleNamespace(impl=SimpleNamespace(warm_up=warm_up), kv_cache=None))
+
+
+def chosen(backend: Any, major: int | None, monkeypatch: pytest.MonkeyPatch) -> bool:
+    capability = None if major is None else DeviceCapability(major, 0)
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda: capability)
+    return flashinfer_chosen(SimpleNamespace(attention_config=SimpleNamespace(backend=backend)))
+
+
+def vllm_order(major: int) -> list[Any]:
+    """Of vLLM's backends on CUDA, from the text of a module that wants its kernels."""
+    (path,) = (Path(root) / "platforms" / "cuda.py" for root in vllm.__path__)
+    tree = ast.parse(path.read_text())
+    (found,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "_get_backend_priorities")
+    found.decorator_list, found.returns = [], None
+    for argument in found.args.args:
+        argument.annotation = None
+    space: dict[str, Any] = {"AttentionBackendEnum": AttentionBackendEnum}
+    exec(compile(ast.Module([found], []), str(path), "exec"), space)
+    return list(space["_get_backend_priorities"](False, DeviceCapability(major, 0)))
+
+
+@pytest.mark.parametrize("major", [8, 9, 10, 12])
+def test_it_is_chosen_as_vllm_chooses(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = next(
+        b for b in vllm_order(major) if b in (AttentionBackendEnum.FLASHINFER, AttentionBackendEnum.FLASH_ATTN)
+    )
+    assert chosen(None, major, monkeypatch) == (first == AttentionBackendEnum.FLASHINFER)
+    assert chosen(AttentionBackendEnum.FLASHINFER, major, monkeypatch)
+    assert not chosen(AttentionBackendEnum.FLASH_ATTN, major, monkeypatch)
 
 
 def test_a_step_does_not_write_over_the_tables_of_the_last_one() -> None:

@@ -16,10 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from ...errors import UNSHARDED, refuse
 from ..context import context
 from ..family import attend
 from ..partial_rows import RowLayout, merge_rows
@@ -283,4 +285,9 @@ class GroupedQueryOnGPU:
         return CapturedTables(capacity, num_ranks, max_reqs, self.layout, self.num_kv_heads, device, routes)
 
     def warm_up(self, layer: Any) -> None:
-        layer.impl.warm_up(layer, layer.kv_cache, self.dtype)
+        try:
+            layer.impl.warm_up(layer, layer.kv_cache, self.dtype)
+        except OutOfResources as error:  # Triton has compared what its kernel takes with what the device has
+            refuse(
+                "this GPU with max_degree above 1", f"the kernel that attends to shards needs more: {error}", UNSHARDED
+            )

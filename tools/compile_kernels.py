@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from vllm_nanocp.attention import flash_launches, partial_rows
@@ -126,9 +127,9 @@ def signature(kernel: Any, args: dict[str, Any]) -> tuple[dict[str, str], dict[A
     return types, constants, attributes
 
 
-def registers(ptx: str, arch: str) -> tuple[int, int]:
+def registers(ptx: str, capability: int, arch: str) -> tuple[int, int]:
     """Registers a thread uses, and bytes that it spills."""
-    ptxas = triton.knobs.nvidia.ptxas.path
+    ptxas = get_ptxas(capability).path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -159,7 +160,7 @@ def main() -> None:
                     made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
                     arch = re.search(r"\.target (\S+)", made.asm["ptx"])
                     assert arch is not None and made.asm["cubin"]
-                    used, spilt = registers(made.asm["ptx"], arch[1].rstrip(","))
+                    used, spilt = registers(made.asm["ptx"], capability, arch[1].rstrip(","))
                     cells = (capability, shape, _TYPES[cache], kernel.__name__, made.metadata.shared, used, spilt)
                     print("|", " | ".join(map(str, cells)), "|", flush=True)
 

@@ -19,6 +19,7 @@ import torch
 
 from tests.tiny_models import make_mixtral
 from vllm_nanocp.config import NanoCPConfig
+from vllm_nanocp.entry import engine_config
 from vllm_nanocp.entry.engine_config import CPU_WORKER, EXECUTORS, SCHEDULER, check_flags, check_graphs, check_model
 from vllm_nanocp.errors import NanoCPConfigError
 
@@ -232,7 +233,9 @@ def fake_config(text: dict[str, Any] | None = None, cache_dtype: str = "auto", *
         hf_text_config=SimpleNamespace(**(text or {})),
     )
     return SimpleNamespace(
-        model_config=SimpleNamespace(**{**fields, **model}), cache_config=SimpleNamespace(cache_dtype=cache_dtype)
+        model_config=SimpleNamespace(**{**fields, **model}),
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+        attention_config=SimpleNamespace(backend=None),
     )
 
 
@@ -297,6 +300,26 @@ def test_latent_attention_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NanoCPConfigError) as caught:
         check_model(config, NanoCPConfig(ranks=2))
     assert_one_line(str(caught.value), "--kv-cache-dtype fp8")
+
+
+def test_flashinfer_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One place refuses it, whether it was named or vLLM would choose it; not on CPU, which has none."""
+    from vllm.platforms import current_platform
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    named = fake_config()
+    named.attention_config.backend = AttentionBackendEnum.FLASHINFER
+    check_model(named, NanoCPConfig(ranks=2))
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    for config, major in ((named, 9), (fake_config(), 10)):
+        monkeypatch.setattr(current_platform, "get_device_capability", lambda major=major: DeviceCapability(major, 0))
+        with pytest.raises(NanoCPConfigError) as caught:
+            check_model(config, NanoCPConfig(ranks=2))
+        assert_one_line(str(caught.value), "FLASHINFER", "not been run", '"max_degree": 1')
+        check_model(config, NanoCPConfig(ranks=2, max_degree=1))
+    monkeypatch.setattr(engine_config, "refuse_flashinfer", lambda _: None)
+    check_model(named, NanoCPConfig(ranks=2))
 
 
 def test_caches_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from vllm.v1.attention.backends import flash_attn
 
 from tests.unit.attention_steps import Kernel, Shape
 from vllm_nanocp.attention.flash_launches import ShardLaunch
-from vllm_nanocp.attention.gqa import flash_backend, flash_splits, flash_tables
+from vllm_nanocp.attention.gqa import flash_backend, flash_splits, flash_tables, gpu_layer
 from vllm_nanocp.attention.gqa import split_kv as decode_pieces
 from vllm_nanocp.attention.gqa.flash_backend import NanoCPFlashAttentionImpl, NanoCPFlashAttentionMetadataBuilder
 from vllm_nanocp.attention.gqa.routed_layer import Routes
@@ -234,10 +234,10 @@ def use_references() -> None:
     flash_attn.flash_attn_varlen_func = reference_flash  # type: ignore[attr-defined]
     flash_splits.make_schedule = reference_schedule  # type: ignore[assignment]
     flash_splits.attend_pieces = reference_pieces
-    flash_backend.attend_visits = reference_attend
-    flash_backend.pack = reference_pack_visits
+    gpu_layer.attend_visits = reference_attend
+    gpu_layer.pack = reference_pack_visits
     flash_backend.pack_pieces = reference_pack  # type: ignore[assignment]
-    flash_backend.merge_rows = reference_merge
+    gpu_layer.merge_rows = reference_merge
 
 
 def make_routes(shape: Shape, num_ranks: int, rank: int, capacity: int, shared: str | None) -> Routes:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.unit.flash_latent_steps import NanoCPFlashAttnMLABackend  # noqa: F401  # puts a reference for FlashAttention
-from vllm_nanocp.attention.gqa import flash_backend
+from vllm_nanocp.attention.gqa import flash_backend, gpu_layer
 from vllm_nanocp.attention.mla import flash_latent
 
 
@@ -30,10 +30,18 @@ class Results:
 
 
 def test_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, scale = Results(), torch.ones(1)
+    impl = object.__new__(flash_backend.NanoCPFlashAttentionImpl)
+    impl.num_heads, impl.num_kv_heads, impl.head_size, impl.scale = 2, 2, 2, 1.0
+    impl.supports_quant_query_input = False
+    monkeypatch.setattr(impl, "keys_and_values", lambda _: (None, None), raising=False)
+    monkeypatch.setattr(flash_backend.flash_splits, "attend_pieces", results)
     monkeypatch.setattr(flash_backend, "pack_pieces", lambda *_: None)
-    layer, results = object.__new__(flash_backend._Layer), Results()
-    layer.impl, layer.layer, layer.kv_cache, layer.layout = SimpleNamespace(pieces=results), None, None, None  # type: ignore[assignment]
-    launches: Any = [SimpleNamespace(num_queries=3, pieces=torch.ones(1), launch_row=None) for _ in range(3)]
+    layer = object.__new__(gpu_layer.ShardLayer)
+    layer.impl, layer.layer, layer.kv_cache = impl, SimpleNamespace(_k_scale=scale, _v_scale=scale), None  # type: ignore[assignment]
+    launches: Any = [
+        SimpleNamespace(num_queries=3, lengths=[7], pieces=torch.ones(1), launch_row=None) for _ in range(3)
+    ]
     layer._attend(torch.zeros(9, 2), launches, torch.zeros(9, 4))
     assert len(results.made) == 6 and results.most == 2
 

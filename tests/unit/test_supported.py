@@ -250,6 +250,35 @@ def flash_layer(impl: dict[str, Any] | None = None, **layer: Any) -> Attention:
     return made
 
 
+def test_flashinfer_as_vllm_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All attributes that its own ``__init__`` sets, on a Hopper GPU that may download."""
+    from tests.unit import flashinfer_steps
+    from vllm_nanocp.attention.gqa.flashinfer_backend import (
+        GroupedQueryWithFlashInfer,
+        NanoCPFlashInferBackend,
+        NanoCPFlashInferImpl,
+    )
+
+    monkeypatch.setattr(flashinfer_steps.stock, "can_use_trtllm_attention", lambda *_, **__: True)
+
+    def judge(scale: float = 0.1, **args: Any) -> None:
+        made: dict[str, Any] = dict(num_heads=8, head_size=64, scale=0.1, num_kv_heads=2, alibi_slopes=None)
+        made |= {"sliding_window": None, "kv_cache_dtype": "auto", **args}
+        layer = flash_layer(attn_backend=NanoCPFlashInferBackend, impl=NanoCPFlashInferImpl(**made))
+        sizes = dict(get_num_attention_heads=lambda _: 8, get_num_kv_heads=lambda _: 2, get_head_size=lambda: 64)
+        model = SimpleNamespace(dtype=torch.bfloat16, **sizes)
+        config = SimpleNamespace(model_config=model, parallel_config=None, cache_config=None)
+        family = GroupedQueryWithFlashInfer(config)
+        other = flash_layer(attn_backend=NanoCPFlashInferBackend, impl=NanoCPFlashInferImpl(**made | {"scale": scale}))
+        family.attach(check_layers({"l": layer, "m": other}, family))
+
+    judge()
+    judge(kv_cache_dtype="fp8")
+    for args in (dict(sliding_window=128), dict(logits_soft_cap=30.0), dict(alibi_slopes=[0.5] * 8), dict(scale=0.2)):
+        with pytest.raises(NanoCPConfigError):
+            judge(**args)
+
+
 def test_a_cache_without_attention_beside_latent_attention() -> None:
     """An indexer's keys come before the layer that uses them. They have no implementation to ask."""
     from vllm.model_executor.models.deepseek_v2 import DeepseekV32IndexerCache

@@ -9,6 +9,23 @@ if TYPE_CHECKING:
     from .family import Family
 
 
+def flashinfer_chosen(vllm_config: Any) -> bool:
+    """Whether vLLM attends with FlashInfer on CUDA: told so (``--attention-backend``), or by its own order on the first
+    generation of Blackwell (``vllm/platforms/cuda.py``).
+
+    Args:
+        vllm_config: finished, of a model without latent attention.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    chosen = vllm_config.attention_config.backend
+    if chosen is not None:
+        return bool(chosen == AttentionBackendEnum.FLASHINFER)
+    capability = current_platform.get_device_capability()
+    return capability is not None and capability.major == 10
+
+
 def family_of(vllm_config: Any) -> Family:
     """The family whose backend and partial attention serve a model here. ``check_model`` has refused the others.
 
@@ -22,6 +39,10 @@ def family_of(vllm_config: Any) -> Family:
             from .mla.flash_backend import LatentOnHopper
 
             return LatentOnHopper(vllm_config)
+        if flashinfer_chosen(vllm_config):
+            from .gqa.flashinfer_backend import GroupedQueryWithFlashInfer
+
+            return GroupedQueryWithFlashInfer(vllm_config)
         from .gqa.flash_backend import GroupedQueryOnHopper
 
         return GroupedQueryOnHopper(vllm_config)

@@ -10,6 +10,7 @@ from typing import Any
 from .. import config as nanocp_config
 from .. import patches
 from ..attention.cache_dtypes import CACHE_DTYPES
+from ..attention.families import flashinfer_chosen
 from ..config import NanoCPConfig
 from ..errors import UNSHARDED, refuse
 from .refusals import CPU_WORKER, EXECUTORS, GPU_WORKER, SCHEDULER, check_environment, check_flags, check_settings
@@ -42,6 +43,8 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
         refuse("an encoder-decoder model with max_degree above 1", "cross-attention has no shards", instead)
     if model.use_mla:
         _check_latent(vllm_config, cuda, instead)
+    elif cuda and flashinfer_chosen(vllm_config):
+        refuse_flashinfer(instead)
     if model.is_hybrid or model.is_attention_free:
         refuse(
             "a hybrid or attention-free model with max_degree above 1",
@@ -111,6 +114,16 @@ def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
             "vLLM's kernel CPU_MLA takes 512 and 64 only, and fails at the first request",
             "serve the model on GPUs with --nanocp-config '{\"max_degree\": 1}'",
         )
+
+
+def refuse_flashinfer(instead: str) -> None:
+    """The only place that does: ``attention/gqa/flashinfer_backend.py`` is there, but has not been run on a GPU. A test
+    on GPUs replaces this function."""
+    refuse(
+        "the attention backend FLASHINFER with max_degree above 1",
+        "it has not been run on a GPU yet",
+        "add --attention-backend FLASH_ATTN on a Hopper GPU, or " + instead,
+    )
 
 
 def check_graphs(vllm_config: Any, config: NanoCPConfig) -> None:

@@ -7,7 +7,9 @@ with. They know no requests: rows, lengths, blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,10 +18,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ...exchange.base import Counts
 from ..flash_launches import (
-    ShardLaunch,
     TableRow,
     groups_of,
-    make_launch,
     picks_of,
     pieces_that_fit,
     queries_at_once,
@@ -29,6 +29,16 @@ from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from .routed_layer import Route, Routes
 from .split_kv import Visits
+
+
+class Launch(Protocol):
+    """One launch of attention over shards, as a backend has prepared it for all layers of a step.
+
+    Attributes:
+        num_queries: of all rows.
+    """
+
+    num_queries: int
 
 
 @dataclass
@@ -57,8 +67,8 @@ class StepTables:
     exchanged: int
     send_counts: Counts
     recv_counts: Counts
-    guests: list[ShardLaunch]
-    own: list[ShardLaunch]
+    guests: Sequence[Launch]
+    own: Sequence[Launch]
     partials: torch.Tensor
     tokens: torch.Tensor | None
     pick: torch.Tensor | None
@@ -87,16 +97,18 @@ def most_memory(num_ranks: int, max_tokens: int, layout: RowLayout, num_kv_heads
 
 
 def exact_tables(
-    step: ShardedStep, common: CommonAttentionMetadata, block_size: int, layout: RowLayout, num_kv_heads: int
+    step: ShardedStep,
+    common: CommonAttentionMetadata,
+    layout: RowLayout,
+    make: Callable[[list[TableRow], bool], Launch],
 ) -> tuple[StepTables, torch.Tensor]:
     """Tables of the step's own size.
 
     Args:
         step: this rank's part of the step.
         common: vLLM's metadata of the batch.
-        block_size: tokens a block holds.
         layout: of partial results.
-        num_kv_heads: of this worker.
+        make: prepares a launch of some rows, which is causal or not.
 
     Returns:
         The tables, and the batch's lengths with 0 for rows that visit: int32 [num_reqs].
@@ -120,15 +132,14 @@ def exact_tables(
         pick = async_tensor_h2d(picks_of(visits, queries, step.num_sent), device)
     most = queries_at_once(layout.num_heads, layout.head_size)
     guests = [TableRow(g.num_queries, g.length, g.blocks.data_ptr()) for g in step.guests]
-    rest = (layout, num_kv_heads, block_size, device)
     return StepTables(
         plain=len(rows) < common.num_reqs,
         send=async_tensor_h2d(send, device),
         exchanged=step.num_sent,
         send_counts=step.send_counts,
         recv_counts=step.recv_counts,
-        guests=[make_launch(group, False, *rest) for group in groups_of(guests, most, False)],
-        own=[make_launch(group, True, *rest) for group in groups_of(held, most, True)],
+        guests=[make(group, False) for group in groups_of(guests, most, False)],
+        own=[make(group, True) for group in groups_of(held, most, True)],
         partials=layout.empty(step.num_sent + sum(queries), device),
         tokens=tokens,
         pick=pick,

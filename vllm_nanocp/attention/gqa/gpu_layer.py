@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer of grouped-query attention over shards on GPUs: what is the same whichever of vLLM's backends attends.
+
+A step without sharded rows runs stock code. In one with them, tables are of the step's own size or fixed. With the
+first, and with the collective exchange, rows that visit nobody are vLLM's launch, with length 0 for the rows that
+visit; those, and all guests, attend to shards beside it and are merged. With fixed tables single queries attend to
+shards in this package's own kernel (``split_kv.py``), with both backends; with these and the routed exchange, all
+attention of a layer is one kernel (``routed_layer.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from triton.runtime.errors import OutOfResources
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+
+from ...errors import UNSHARDED, refuse
+from ..context import context
+from ..family import attend
+from ..partial_rows import RowLayout, merge_rows
+from ..sharded_step import ShardedStep
+from ..supported import grouped_query_problem
+from .fixed_tables import CapturedTables
+from .flash_tables import Launch, StepTables
+from .routed_layer import LocalBatch, Route
+from .split_kv import KV, Visits, pack
+from .split_kv import attend as attend_visits
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionImpl
+
+    _Base = AttentionImpl[Any]
+else:
+    _Base = object
+
+_layers = itertools.count()
+
+
+def captured_tables(builder: Any, step: ShardedStep, layout: RowLayout, num_kv_heads: int) -> CapturedTables:
+    """The worker's tables for the step's capacity; made here where there are none.
+
+    Args:
+        builder: vLLM's builder of metadata, which keeps them.
+        step: this rank's part, with a capacity.
+        layout: of partial results.
+        num_kv_heads: of this worker.
+    """
+    made: dict[int, CapturedTables] = builder.__dict__.setdefault("nanocp_tables", dict(context.tables))
+    if step.capacity not in made:
+        made[step.capacity] = CapturedTables(
+            step.capacity,
+            step.num_ranks,
+            builder.vllm_config.scheduler_config.max_num_seqs,
+            layout,
+            num_kv_heads,
+            builder.device,
+            context.routes.get(step.capacity),
+        )
+    return made[step.capacity]
+
+
+class ShardedAttention(_Base):
+    """Mixed in before vLLM's implementation: plain rows, guests, own rows, merge. The KV of a rank's new tokens is in
+    its cache before ``forward`` runs, so before it serves guests."""
+
+    kv_cache_dtype: str
+    supports_quant_query_input: bool
+
+    def over_shards(
+        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, launch: Any, rows: torch.Tensor
+    ) -> None:
+        """Partial results of queries over shards held here.
+
+        Args:
+            layer: vLLM's, for its scales.
+            query: [launch.num_queries, num_heads, head_size].
+            kv_cache: of the layer.
+            launch: one of those that the backend's builder has made.
+            rows: [launch.num_queries, layout size], to write to; see ``RowLayout``.
+        """
+        raise NotImplementedError
+
+    def forward(  # type: ignore[override]
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As the stock backend's; in a sharded step with what the rank's rows see elsewhere, and for guests.
+
+        Three ways: no shard is visited anywhere, which is vLLM's own; the collective exchange (``attend``), outside of
+        graphs or within; the routed one, which is one kernel but for rows of several queries.
+
+        Args:
+            attn_metadata: with ``sharded`` in a sharded step; None while vLLM measures how much memory a step takes.
+            output: [tokens, num_heads, head_size], written to.
+        """
+        rows: StepTables | None = getattr(attn_metadata, "sharded", None)
+        if attn_metadata is None and context.reserve is not None:
+            context.reserve()
+        args = (layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        if rows is None:
+            return super().forward(*args)  # type: ignore[safe-super]
+        stock = super().forward
+        if rows.routed is None:
+            assert context.exchange is not None
+            attend(
+                ShardLayer(self, functools.partial(stock, *args), layer, query, kv_cache, rows, output),
+                context.exchange,
+            )
+            return output
+        # The same as one kernel, but for what it leaves to vLLM's.
+        if rows.plain:
+            stock(*args)
+        assert rows.visits is not None
+        routes, route = rows.routed
+        batch = LocalBatch(query, output, attn_metadata.block_table, attn_metadata.seq_lens)
+        routes.attend(batch, self.kv(layer, query, kv_cache), rows.visits, route, self._number)
+        return output
+
+    @functools.cached_property
+    def _number(self) -> int:
+        """Of this layer: all ranks run the same layers in the same order."""
+        return next(_layers)
+
+    def keys_and_values(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of a cache: [num_blocks, block_size, num_kv_heads, head_size]."""
+        keys, values = (
+            canonicalize_singleton_dim_strides(part) for part in kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        )
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            keys, values = keys.view(current_platform.fp8_dtype()), values.view(current_platform.fp8_dtype())
+        return keys, values
+
+    def kv(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor) -> KV:
+        """What queries attend to outside of the vendor's kernels."""
+        scales: Any = (None, None, None)
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            quantized = query.dtype == current_platform.fp8_dtype()
+            scales = (layer._q_scale if quantized else None, layer._k_scale, layer._v_scale)
+        return KV(*self.keys_and_values(kv_cache), self.scale, scales)
+
+    def warm_up(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> None:
+        """Compile the kernels of sharded decode steps now, not in front of the first long request. Nothing is sent.
+
+        Args:
+            layer: this implementation's.
+            kv_cache: of the layer.
+            dtype: of the output.
+        """
+        device, layout = kv_cache.device, RowLayout(self.num_heads, self.head_size)
+        output = torch.zeros((1, self.num_heads, self.head_size), dtype=dtype, device=device)
+        quantized = is_quantized_kv_cache(self.kv_cache_dtype) and self.supports_quant_query_input
+        query = output.to(current_platform.fp8_dtype()) if quantized else output
+        routes = next(iter(context.routes.values()), None)
+        places = 1 if routes is None else routes.places
+        visits = Visits.empty(1, places, self.num_heads, self.num_kv_heads, self.head_size, device)
+        kv = self.kv(layer, query, kv_cache)
+        if routes is None:
+            attend_visits(query, kv, visits, dtype)
+            pack(layout.empty(1, device), layout, visits)
+            return
+        none = torch.zeros((places, 2), dtype=torch.int64, device=device)
+        nowhere = torch.full((1, routes.num_ranks + 1), -1, dtype=torch.int64, device=device)
+        route = Route(none, none[:, 0], none.new_zeros(4), nowhere, nowhere[0, :1])
+        batch = LocalBatch(query, output, visits.done, visits.done[0])
+        routes.attend(batch, kv, visits, route, 0)
+
+
+class ShardLayer:
+    """One layer of a sharded step with the collective exchange; see ``ShardedLayer``.
+
+    Args:
+        impl: vLLM's implementation of the layer's attention.
+        stock: runs it over the batch.
+        layer: vLLM's, for its scales.
+        query, kv_cache, output: as of ``forward``.
+        rows: the step's tables.
+    """
+
+    def __init__(
+        self,
+        impl: ShardedAttention,
+        stock: Callable[[], Any],
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: StepTables,
+        output: torch.Tensor,
+    ) -> None:
+        self.impl, self.stock, self.layer, self.query, self.kv_cache = impl, stock, layer, query, kv_cache
+        self.rows, self.output, self.layout = rows, output, RowLayout(impl.num_heads, impl.head_size)
+        self.send_counts, self.recv_counts = rows.send_counts, rows.recv_counts
+        self.partials, self._mine = rows.partials[: rows.exchanged], rows.partials[rows.exchanged :]
+
+    def queries(self) -> torch.Tensor:
+        return self.query.index_select(0, self.rows.send[: self.rows.exchanged])
+
+    def plain(self) -> None:
+        if self.rows.plain:
+            self.stock()
+
+    def own(self) -> None:
+        if self.rows.own:
+            assert self.rows.tokens is not None
+            self._attend(self.query.index_select(0, self.rows.tokens), self.rows.own, self._mine)
+
+    def serve(self, visiting: torch.Tensor) -> torch.Tensor:
+        rows = self.rows
+        if rows.visits is None:
+            answers = self.layout.empty(len(visiting), self.output.device)
+            self._attend(visiting, rows.guests, answers)
+            return answers
+        # At fixed places, guests and this rank's own rows attend in one launch.
+        visiting = torch.cat([visiting, self.query.index_select(0, rows.send[rows.exchanged :])])
+        answers = self.layout.empty(len(visiting), self.output.device)
+        attend_visits(visiting, self.impl.kv(self.layer, self.query, self.kv_cache), rows.visits, self.output.dtype)
+        pack(answers, self.layout, rows.visits)
+        self._mine.copy_(answers[rows.exchanged :])
+        return answers[: rows.exchanged]
+
+    def finish(self, partials: torch.Tensor) -> None:
+        rows = self.rows
+        if rows.pick is not None:
+            assert rows.tokens is not None
+            merge_rows(rows.partials, self.layout, rows.pick, rows.tokens, self.output)
+
+    def _attend(self, query: torch.Tensor, launches: Sequence[Launch], into: torch.Tensor) -> None:
+        """Partial results of queries over shards held here, as rows."""
+        at = 0
+        for launch in launches:
+            part = slice(at, at + launch.num_queries)
+            self.impl.over_shards(self.layer, query[part], self.kv_cache, launch, into[part])
+            at = part.stop
+
+
+class GroupedQueryOnGPU:
+    """What ``GPUFamily`` asks and the backends answer alike.
+
+    Attributes:
+        backend: this package's, which all layers must be built on.
+    """
+
+    backend: type[Any]
+    unrouted = ""
+
+    def __init__(self, vllm_config: Any) -> None:
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        assert isinstance(model.dtype, torch.dtype)
+        self.dtype, self.num_kv_heads = model.dtype, model.get_num_kv_heads(parallel)
+        self.layout = RowLayout(model.get_num_attention_heads(parallel), model.get_head_size())
+        self.query_bytes = self.layout.query_bytes(self.dtype)
+
+    def problem(self, layer: Any) -> tuple[str, str] | None:
+        found = grouped_query_problem(layer, self.backend)
+        mine = (self.layout.num_heads, self.num_kv_heads, self.layout.head_size)
+        if found is None and self.shape(layer) != mine:
+            found = (
+                "attention whose layers differ in heads or head size",
+                f"the exchange and its memory are laid out for one shape, not {mine}, {self.shape(layer)}",
+            )
+        return found
+
+    def shape(self, layer: Any) -> tuple[Any, ...]:
+        return layer.impl.num_heads, layer.impl.num_kv_heads, layer.impl.head_size
+
+    def attach(self, layers: Mapping[str, Any]) -> None:
+        pass
+
+    def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device) -> CapturedTables:
+        routes = context.routes.get(capacity)
+        return CapturedTables(capacity, num_ranks, max_reqs, self.layout, self.num_kv_heads, device, routes)
+
+    def warm_up(self, layer: Any) -> None:
+        try:
+            layer.impl.warm_up(layer, layer.kv_cache, self.dtype)
+        except OutOfResources as error:  # Triton has compared what its kernel takes with what the device has
+            refuse(
+                "this GPU with max_degree above 1", f"the kernel that attends to shards needs more: {error}", UNSHARDED
+            )

@@ -29,11 +29,11 @@ demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py $(DEMO_ARGS)
 
 PYTEST := $(VENV)/bin/python -m pytest -q -m "not gpu"
-# Tests without engines use one core each: two halves at a time.
+# Engines are idle while they start and end, and tests without engines use one core each: two halves at a time, which
+# take about as long as each other. Together they need about 16 GiB.
 test: lint
-	$(PYTEST) --ignore=tests/unit $(TEST_ARGS)
-	@$(PYTEST) tests/unit/test_[a-m]*.py $(TEST_ARGS) & first=$$!; \
-	$(PYTEST) tests/unit/test_[n-z]*.py $(TEST_ARGS); second=$$?; wait $$first && exit $$second
+	@$(PYTEST) tests/engine tests/unit/test_[a-m]*.py $(TEST_ARGS) & first=$$!; \
+	$(PYTEST) --ignore=tests/engine --ignore-glob='*/unit/test_[a-m]*' $(TEST_ARGS); second=$$?; wait $$first && exit $$second
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check

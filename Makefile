@@ -28,12 +28,8 @@ help:
 demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py $(DEMO_ARGS)
 
-PYTEST := $(VENV)/bin/python -m pytest -q -m "not gpu"
-# Engines are idle while they start and end, and tests without engines use one core each: two halves at a time, which
-# take about as long as each other. Together they need about 16 GiB.
 test: lint
-	@$(PYTEST) tests/engine tests/unit/test_[a-m]*.py $(TEST_ARGS) & first=$$!; \
-	$(PYTEST) --ignore=tests/engine --ignore-glob='*/unit/test_[a-m]*' $(TEST_ARGS); second=$$?; wait $$first && exit $$second
+	$(VENV)/bin/python -m tools.run_tests $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check

@@ -14,7 +14,7 @@ import triton.language as tl
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..flash_launches import ShardLaunch, places_of, table_address
+from ..flash_launches import ShardLaunch, lengths_without, places_of, table_address
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from .flash_latent import Absorbed
@@ -159,9 +159,6 @@ class FixedLatentTables:
             grid = (len(copies), triton.cdiv(int(copies[:, 2].max()), _BLOCK))
             _copy_kernel[grid](at.copies, launch.block_table, launch.block_table.stride(0), BLOCK=_BLOCK)
         make_schedule(launch, *self._layers)
-        n = common.num_reqs
-        self._seq_lens[:n] = common.seq_lens[:n]
-        self._seq_lens.index_fill_(0, at.visiting, 0)
         return LatentRows(
             sizes=self._layers[0],
             send=at.send,
@@ -174,7 +171,7 @@ class FixedLatentTables:
             tokens=at.tokens,
             pick=at.pick.view(self.capacity, -1),
             fixed=Absorbed(slice(0, launch.num_queries), launch, self._empty),
-        ), self._seq_lens[:n]
+        ), lengths_without(at.visiting, common, out=self._seq_lens)
 
     def _lay_out(self, step: ShardedStep, common: CommonAttentionMetadata, at: _Parts) -> np.ndarray:
         """Which places a step uses, and what is attended to at them.

@@ -15,6 +15,7 @@ from . import config as nanocp_config
 from .wrapping import to_wrap, wraps
 
 if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.request import Request
 
 _HINT = "_nanocp_preferred_rank"
@@ -49,7 +50,7 @@ def install_front_end() -> None:
         ranks = nanocp_config.of(self.vllm_config).ranks
         if not 0 <= data_parallel_rank < ranks:
             raise VLLMValidationError(f"data_parallel_rank {data_parallel_rank} is out of range [0, {ranks}).")
-        request = process(self, *args, **kwargs)
+        request: EngineCoreRequest = process(self, *args, **kwargs)
         request.data_parallel_rank = data_parallel_rank
         return request
 

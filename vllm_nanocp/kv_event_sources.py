@@ -8,10 +8,10 @@ Touches vLLM 0.32's ``EngineCoreProc._make_ready_response`` and ``MPClient._appl
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-_MARK = "_nanocp_installed"
+from .wrapping import to_wrap, wraps
+
 _FIELD = "nanocp_kv_event_sources"
 
 
@@ -23,14 +23,14 @@ def install_engine() -> None:
     from vllm.v1.engine import EngineCoreReadyResponse
     from vllm.v1.engine.core import EngineCoreProc
 
-    make = EngineCoreProc._make_ready_response
-    if hasattr(make, _MARK):
+    make = to_wrap(EngineCoreProc, "_make_ready_response", __name__)
+    if make is None:
         return
     sources = (_FIELD, list[KVEventsConfig | None])
     message = make_dataclass("NanoCPReadyResponse", [sources], bases=(EngineCoreReadyResponse,), kw_only=True)
     names = [field.name for field in fields(EngineCoreReadyResponse)]
 
-    @functools.wraps(make)
+    @wraps(make, __name__)
     def make_ready_response(self: Any) -> Any:
         response = make(self)
         tell = getattr(self.scheduler, "kv_event_publisher_configs", None)
@@ -38,7 +38,6 @@ def install_engine() -> None:
             return response
         return message(**{name: getattr(response, name) for name in names}, **{_FIELD: tell()})
 
-    setattr(make_ready_response, _MARK, True)
     EngineCoreProc._make_ready_response = make_ready_response  # type: ignore[method-assign]
 
 
@@ -48,12 +47,12 @@ def install_front_end() -> None:
     from vllm.config.kv_events import KVEventsConfig
     from vllm.v1.engine.core_client import MPClient
 
-    apply = MPClient._apply_ready_response
-    if hasattr(apply, _MARK):
+    apply = to_wrap(MPClient, "_apply_ready_response", __name__)
+    if apply is None:
         return
     message = msgspec.defstruct("Sources", [(_FIELD, list[KVEventsConfig | None], msgspec.field(default_factory=list))])
 
-    @functools.wraps(apply)
+    @wraps(apply, __name__)
     def apply_ready_response(self: Any, payload: bytes) -> None:
         apply(self, payload)
         if payload:
@@ -61,5 +60,4 @@ def install_front_end() -> None:
                 if source is not None:
                     self._kv_event_sources[rank] = source
 
-    setattr(apply_ready_response, _MARK, True)
     MPClient._apply_ready_response = apply_ready_response  # type: ignore[method-assign]

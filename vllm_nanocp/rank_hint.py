@@ -9,15 +9,15 @@ of one rank. Touches vLLM 0.32's ``InputProcessor.process_inputs``, which every 
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from . import config as nanocp_config
+from .wrapping import to_wrap, wraps
 
 if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.request import Request
 
-_MARK = "_nanocp_installed_rank_hint"
 _HINT = "_nanocp_preferred_rank"
 
 
@@ -37,21 +37,20 @@ def install_front_end() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    if getattr(InputProcessor, _MARK, False):
+    process = to_wrap(InputProcessor, "process_inputs", __name__)
+    if process is None:
         return
-    setattr(InputProcessor, _MARK, True)
-    process = InputProcessor.process_inputs
 
-    @functools.wraps(process)
+    @wraps(process, __name__)
     def process_inputs(self: Any, *args: Any, data_parallel_rank: int | None = None, **kwargs: Any) -> Any:
         """All callers name the rank."""
         additional = self.vllm_config.additional_config
         if data_parallel_rank is None or not nanocp_config.wanted(additional):
-            return process(self, *args, **kwargs, data_parallel_rank=data_parallel_rank)  # type: ignore[misc]
+            return process(self, *args, **kwargs, data_parallel_rank=data_parallel_rank)
         ranks = nanocp_config.of(self.vllm_config).ranks
         if not 0 <= data_parallel_rank < ranks:
             raise VLLMValidationError(f"data_parallel_rank {data_parallel_rank} is out of range [0, {ranks}).")
-        request = process(self, *args, **kwargs)
+        request: EngineCoreRequest = process(self, *args, **kwargs)
         request.data_parallel_rank = data_parallel_rank
         return request
 
@@ -62,12 +61,11 @@ def install_engine() -> None:
     """Let this process's engine keep the number. Idempotent."""
     from vllm.v1.request import Request
 
-    if getattr(Request, _MARK, False):
+    make = to_wrap(Request, "from_engine_core_request", __name__)
+    if make is None:
         return
-    setattr(Request, _MARK, True)
-    make = Request.from_engine_core_request.__func__  # type: ignore[attr-defined]
 
-    @functools.wraps(make)
+    @wraps(make, __name__)
     def from_engine_core_request(cls: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         made = make(cls, request, *args, **kwargs)
         prefer_rank(made, request.data_parallel_rank)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines are slow to start: each is shared by all tests, and must be as empty after a test as before it."""
+"""Engines are slow to start: each is shared by all tests, and must be as empty after a test as before it.
+
+All that these tests have at once is about 10 GiB; other tests run at the same time.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,12 +19,55 @@ from .harness import RESTLESS, Engine
 SMALL_BLOCKS = 49
 # Whether each engine has its ranks' schedulers where it has them not by default: in processes, or in the engine's own.
 OTHER_FORM = os.environ.get("NANOCP_OTHER_FORM", "0") == "1"
+# Engines that are closed after a module of tests, since no later one uses them: each has half a GiB for each process.
+# One that is asked for all the same is started again.
+LAST_USED = {
+    "test_for_trainers": ["tensor-parallel"],
+    "test_latent": ["latent-stock"],
+    "test_lifecycle": ["two", "three", "small-stock"],
+    "test_moves": ["round-robin"],
+    "test_soak": ["small-caching"],
+}
+
+
+class Engines:
+    """Starts engines by name, once.
+
+    Args:
+        recipes: what each is made of.
+    """
+
+    def __init__(self, recipes: dict[str, dict[str, Any]]) -> None:
+        self._recipes = recipes
+        self._running: dict[str, Engine] = {}
+
+    def __call__(self, name: str) -> Engine:
+        if name not in self._running:
+            recipe = self._recipes[name]
+            if OTHER_FORM and recipe["ranks"] > 1:
+                apart = recipe["nanocp"].get("scheduler_processes", False)
+                recipe = recipe | {"nanocp": recipe["nanocp"] | {"scheduler_processes": not apart}}
+            self._running[name] = Engine(**recipe)
+        return self._running[name]
+
+    def close(self, names: Iterable[str] | None = None) -> None:
+        """Close these, or all."""
+        names = list(self._running) if names is None else names
+        ending = [self._running.pop(name) for name in names if name in self._running]
+        with ThreadPoolExecutor() as pool:  # each takes some seconds
+            list(pool.map(Engine.close, ending))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close_what_is_used_no_more(request: pytest.FixtureRequest, engines: Engines) -> Iterator[None]:
+    """``LAST_USED``."""
+    yield
+    engines.close(LAST_USED.get(request.module.__name__.rsplit(".", 1)[-1], ()))
 
 
 @pytest.fixture(scope="package")  # then their memory is free for the servers
-def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Callable[..., Engine]]:
+def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Engines]:
     """Starts engines by name, once."""
-    running: dict[str, Engine] = {}
     recipes: dict[str, dict[str, Any]] = {
         # Stock on latent attention: each prompt at once, no prefix caching. Without a repair its rotary embeddings are
         # wrong.
@@ -77,18 +123,9 @@ def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Callable[..., Engin
         ),
     }
 
-    def get(name: str) -> Engine:
-        if name not in running:
-            recipe = {"model": tiny_model, **recipes[name]}
-            if OTHER_FORM and recipe["ranks"] > 1:
-                apart = recipe["nanocp"].get("scheduler_processes", False)
-                recipe["nanocp"] = recipe["nanocp"] | {"scheduler_processes": not apart}
-            running[name] = Engine(**recipe)
-        return running[name]
-
-    yield get
-    with ThreadPoolExecutor() as pool:  # each takes some seconds
-        list(pool.map(Engine.close, running.values()))
+    engines = Engines({name: {"model": tiny_model, **recipe} for name, recipe in recipes.items()})
+    yield engines
+    engines.close()
 
 
 @pytest.fixture

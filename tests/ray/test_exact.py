@@ -37,6 +37,7 @@ def compare(stock: Engine, ours: Engine, lengths: list[int]) -> None:
 
 
 @pytest.mark.every_run
+@pytest.mark.timeout(600)  # a cluster and two engines start, beside other tests
 def test_three_ranks(nodes: Nodes, engines: Callable[..., Engine]) -> None:
     """Two on the engine's node, one on the other."""
     stock, ours = engines("stock"), engines("three")

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,11 @@ def serve(handle: int) -> None:
             os.environ.update(json.loads(message))
             RankServer.do_inspect = inspect  # type: ignore[attr-defined]
             rank_process.run(*handles)
+        except Exception:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(0)
 
 

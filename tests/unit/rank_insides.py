@@ -42,6 +42,13 @@ def leftovers(rank: Any) -> list[Any]:
 
 
 @inside
+def views(rank: Any) -> tuple[Any, Any]:
+    """The numbers that its scheduler keeps, and those taken now from all that it has."""
+    scheduler = scheduler_of(rank)
+    return scheduler.view, scheduler.take_view()
+
+
+@inside
 def kept(rank: Any) -> list[str]:
     """Ids that its scheduler and the server before it still know."""
     server = getattr(rank, "channel", rank)

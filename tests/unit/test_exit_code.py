@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import subprocess
 import sys
@@ -38,9 +39,9 @@ def monitored(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threadi
         assert ended.wait(LIMIT_S)
 
     monkeypatch.setattr(CoreEngineProcManager, "monitor_engine_liveness", monitor)
-    monkeypatch.setattr(BackgroundResources, "validate_alive", BackgroundResources.validate_alive)
-    monkeypatch.setattr(cli_serve, "wait_for_completion_or_failure", cli_serve.wait_for_completion_or_failure)
-    monkeypatch.setattr(BackgroundResources, exit_code._MARK, False, raising=False)
+    # As if nothing were installed in this process.
+    for owner, name in ((BackgroundResources, "validate_alive"), (cli_serve, "wait_for_completion_or_failure")):
+        monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
     monkeypatch.setattr(exit_code, "_failed", False)
     monkeypatch.setattr(exit_code, "_managers", [])
     return seen, ended

@@ -136,7 +136,6 @@ def front_end(monkeypatch: pytest.MonkeyPatch) -> Any:
         return SimpleNamespace(data_parallel_rank=None)
 
     monkeypatch.setattr(InputProcessor, "process_inputs", process)
-    monkeypatch.setattr(InputProcessor, rank_hint._MARK, False, raising=False)
     rank_hint.install_front_end()
     return SimpleNamespace(vllm_config=SimpleNamespace(additional_config={"nanocp": {"ranks": 2}}))
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.core import EngineCore
 
 from vllm_nanocp.errors import NanoCPError
@@ -172,6 +173,19 @@ def test_who_is_told_of_a_death(
     other.shutdown()
     time.sleep(0.2)
     assert (first.deaths, second.deaths) == (1, 0), "one that was told to end has not died"
+
+
+def test_what_nobody_waits_for_fails(vllm_config: Any, started: Started) -> None:  # noqa: F811
+    """An ending that cannot be sent, while no step comes whose answer could tell of it: the engine is told at once."""
+    told = Told()
+    rank_process.launch(4, told.note)
+    scheduler = make_scheduler(vllm_config)
+    no_such_client = 7
+    scheduler.ranks[0].forward({no_such_client: [EngineCoreOutput("r", [], finish_reason=FinishReason.ABORT)]})
+    wait_until("it is told", lambda: told.deaths == 1)
+    with pytest.raises(NanoCPError, match="rank 0 has died"):
+        scheduler.schedule()
+    scheduler.shutdown()
 
 
 @pytest.mark.parametrize("handles_of_processes", [True, False])

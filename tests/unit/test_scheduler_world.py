@@ -8,7 +8,9 @@ any: ``scheduler_world`` keeps what the workers would, and finds every KV entry 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -18,9 +20,11 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_nanocp.errors import NanoCPConfigError
+from vllm_nanocp.sched.rank.rank_view import RankView
 from vllm_nanocp.sched.scheduler import NanoCPScheduler
 
-from . import rank_insides
+from . import loopback, rank_insides
+from .world_runners import WorldError
 from .world_shapes import MODES, Shape, vllm_config
 from .worlds import InMode, World, in_mode, run_worlds  # noqa: F401
 
@@ -46,6 +50,35 @@ def test_worlds_in_processes(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) 
     for version in (1, 2):
         counts += run_worlds(World, vllm_config, version, True, 2, monkeypatch, processes=True)
     assert counts["moves"] and counts["spills"] and counts["preemptions"] and counts["together"], counts
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_worlds_find_each_number_that_is_kept_wrong(
+    vllm_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    apart: bool,
+) -> None:
+    """Also where both ends of a rank behind messages agree on it."""
+    loopback.use(monkeypatch, apart)
+    world = World(vllm_config, 1, 1, False)
+    for _, request in world.arrivals()[:8]:
+        world.scheduler.add_request(request)
+    world.scheduler.schedule()
+    world.check_loads()
+    rank = world.scheduler.ranks[-1]
+    scheduler = rank_insides.scheduler_of(rank)
+    right = scheduler.view
+    for name in (field.name for field in fields(RankView)):
+        value = getattr(right, name)
+        wrong = frozenset([99]) if name == "adapters" else 7 if value is None else type(value)(not value)
+        scheduler._view = replace(right, **{name: wrong})
+        if apart:
+            rank.refresh()
+            scheduler._view = replace(right, **{name: wrong})
+        with pytest.raises(WorldError, match=rf": {name} is kept as {re.escape(repr(wrong))}, it is"):
+            world.check_loads()
+    scheduler._view = right
+    world.scheduler.shutdown()
 
 
 @pytest.mark.parametrize("moves", [False, True])

@@ -368,7 +368,18 @@ def test_patience_ends(config: Any) -> None:
     scheduler.prefixes.observe(idle, True)
     assert [r.request_id for r in scheduler.waiting] == ["r1", "r2", "r3", "r4", "r5"]
     scheduler.schedule()
-    assert len(scheduler.sharded) == 6
+    # The next one computes the prefix anew, and the others wait for that one: not each of them computes it.
+    assert list(scheduler.sharded) == ["r0", "r1"] and list(scheduler.unplaced) == ["r2", "r3", "r4", "r5"]
+    prefixes = scheduler.prefixes
+    assert {leader.request.request_id for leader in prefixes._followed.values()} == {"r1"}
+    # Whoever of the two goes, what the other computes is known still.
+    scheduler.finish_requests("r1", RequestStatus.FINISHED_ABORTED)
+    scheduler.schedule()
+    assert list(scheduler.sharded) == ["r0", "r2"]
+    scheduler.finish_requests("r0", RequestStatus.FINISHED_ABORTED)
+    assert {leader.request.request_id for leader in prefixes._followed.values()} == {"r2"}
+    scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+    assert not prefixes.leftovers()
 
 
 @pytest.mark.parametrize("seed", range(12))

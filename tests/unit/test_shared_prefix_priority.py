@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.request import Request
 
+from vllm_nanocp.placement import Prefix, Run, ShardMap
+
 from .scheduler_world import Device, Truth
-from .test_shared_prefix import BLOCK, shape, words
+from .test_shared_prefix import BLOCK, BLOCKS, Load, other, requests_of, shape, words
 from .test_shared_prefix import config as config
 from .world_shapes import vllm_config as vllm_config
 
@@ -82,3 +85,41 @@ def test_room_is_not_kept_for_less_important_ones(config: Any) -> None:
             queue.step()
         answered[aside] = queue.first.get("important", queue.steps)
     assert answered[True] <= answered[False] + 1 < 80, answered
+
+
+@pytest.mark.parametrize("priorities", [False, True])
+def test_room_is_asked_for_those_before_one_only(config: Any, priorities: bool) -> None:
+    """However many are set aside, a placement looks at those whose turn is before, until there is no room left."""
+    scheduler = shape(blocks=4 * BLOCKS, segment=1024, max_reqs=64, priorities=priorities).scheduler(config, False)
+    dice = random.Random(7)
+    stem = words(dice, 1400)
+    load = Load([stem + words(dice, dice.randint(40, 400)) for _ in range(150)], [1] * 150)
+    requests, _ = requests_of(load)
+    for request in requests:
+        request.priority = dice.randrange(3)
+        scheduler.add_request(request)
+    scheduler.schedule()
+    prefixes = scheduler.prefixes
+    aside = [follower for leader in prefixes._leaders.values() for follower in leader.followers.values()]
+    assert len(aside) > 100
+    looks, before = Counter[str](), prefixes._before
+
+    def counted(*args: Any) -> bool:
+        looks["asked"] += 1
+        return bool(before(*args))
+
+    prefixes._before = counted
+    for number in range(200):
+        arrival, blocks = dice.uniform(-5, 155), dice.randint(1, 60)
+        late = other(f"late {number}", blocks * BLOCK)
+        late.arrival_time, late.priority = arrival, dice.randrange(3)
+        for rank in scheduler.ranks:
+            rank.view.free_blocks = dice.randint(0, 700)
+        free = sum(rank.view.free_blocks for rank in scheduler.ranks)
+        taken = [f.own_blocks for f in aside if not before(late, f.request)]
+        looks.clear()
+        claimed = prefixes.claim(late, ShardMap(BLOCK, (Run(0, 0, blocks),)), Prefix())
+        assert claimed == (bool(taken) and free < sum(taken) + blocks)
+        assert looks["asked"] <= min(len(taken), max(0, free - blocks) // min([1, *taken]) + 1) + 2
+        if not taken:
+            assert looks["asked"] == 1

@@ -24,6 +24,7 @@ FLOORS = [
     ("attention", "metrics", "rank_hint.py"),
     ("exchange", "config.py", "step_messages.py", "sim"),
     ("placement", "plan.py", "errors.py", "environment.py", "compat.py", "kv_event_sources.py"),
+    ("wrapping.py",),
 ]
 
 

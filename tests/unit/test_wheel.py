@@ -54,7 +54,10 @@ def test_its_version_is_that_of_the_package_and_of_the_change_log(wheel: Path) -
         metadata = email.message_from_bytes(archive.read(name))
     newest = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[0]
     assert metadata["Version"] == vllm_nanocp.__version__ == newest
-    assert metadata.get_all("Requires-Dist", []) == ['flashinfer-python; extra == "gpu"', 'ray; extra == "ray"']
+    needed = {"gpu": ["flashinfer-python"], "ray": ["ray"], "sim": ["numpy"], "plot": ["numpy", "matplotlib"]}
+    assert metadata.get_all("Requires-Dist", []) == [
+        f'{name}; extra == "{extra}"' for extra, names in needed.items() for name in names
+    ]
 
 
 def test_entry_points_load_from_it(wheel: Path) -> None:

@@ -54,6 +54,31 @@ class ShardLaunch:
     schedule: torch.Tensor | None = None
     pieces: torch.Tensor | None = None
 
+    def keep_schedule(self, made: torch.Tensor) -> torch.Tensor:
+        """Keep a schedule; where there is one, at its address, which a graph may know. Returns what is kept."""
+        if self.schedule is None:
+            self.schedule = made
+        else:
+            self.schedule.copy_(made)
+        return self.schedule
+
+
+def lengths_without(visiting: torch.Tensor, common: CommonAttentionMetadata, out: torch.Tensor) -> torch.Tensor:
+    """Lengths for a launch over a whole batch that leaves out the rows that visit.
+
+    Args:
+        visiting: int64, their numbers; others behind the batch, but within ``out``.
+        common: vLLM's metadata of the batch.
+        out: int32, to write to, at an address that graphs know.
+
+    Returns:
+        int32 [num_reqs], a view of ``out``.
+    """
+    n = common.num_reqs
+    out[:n] = common.seq_lens[:n]
+    out.index_fill_(0, visiting, 0)
+    return out[:n]
+
 
 def pieces_that_fit(num_queries: int, num_heads: int, head_size: int, num_kv_heads: int) -> int:
     """Most pieces for a launch: all that can be of use for few queries, two for many."""

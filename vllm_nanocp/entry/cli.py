@@ -18,9 +18,8 @@ from typing import Any
 from .. import config as nanocp_config
 from ..compat import unsupported_reason
 from ..errors import NanoCPConfigError
+from ..wrapping import to_wrap, wraps
 from . import exit_code
-
-_MARK = "_nanocp_installed"
 
 
 def _json_object(text: str) -> Any:
@@ -119,12 +118,11 @@ def install() -> None:
     """Wrap vLLM's entry points. Every wrapper passes through unless the user asked for nanocp."""
     from vllm.engine.arg_utils import EngineArgs
 
-    if getattr(EngineArgs, _MARK, False):
+    create = to_wrap(EngineArgs, "create_engine_config", __name__)
+    if create is None:
         return
-    setattr(EngineArgs, _MARK, True)
     add_cli_args = EngineArgs.add_cli_args
     from_cli_args = EngineArgs.from_cli_args.__func__  # type: ignore[attr-defined]
-    create = EngineArgs.create_engine_config
 
     @functools.wraps(add_cli_args)
     def add(parser: Any) -> Any:
@@ -142,7 +140,7 @@ def install() -> None:
             engine_args.data_parallel_size = 1
         return engine_args
 
-    @functools.wraps(create)
+    @wraps(create, __name__)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not nanocp_config.wanted(self.additional_config):
             return create(self, *args, **kwargs)
@@ -160,12 +158,11 @@ def _install_serve() -> None:
     """``vllm serve``: fold before its command runs; a refusal while it starts is one line."""
     serve = sys.modules.get("vllm.entrypoints.cli.serve")
     command = getattr(serve, "ServeSubcommand", None)
-    if command is None or getattr(command, _MARK, False):
+    validate = None if command is None else to_wrap(command, "validate", __name__)
+    if command is None or validate is None:
         return
-    setattr(command, _MARK, True)
-    validate = command.validate
 
-    @functools.wraps(validate)
+    @wraps(validate, __name__)
     def validate_and_fold(self: Any, args: argparse.Namespace) -> None:
         _or_exit(lambda: fold(args))
         if nanocp_config.wanted(getattr(args, "additional_config", None)):

@@ -20,8 +20,8 @@ from multiprocessing import connection
 from typing import IO, Any
 
 from ..errors import REFUSAL_FILE, NanoCPConfigError
+from ..wrapping import to_wrap, wraps
 
-_MARK = "_nanocp_installed"
 # How long an engine that has failed takes to end, behind its API servers.
 _MOMENT_S = 5.0
 _failed = False
@@ -89,13 +89,12 @@ def _install() -> None:
     from vllm.v1.engine.exceptions import EngineDeadError
     from vllm.v1.engine.utils import CoreEngineProcManager
 
-    if getattr(BackgroundResources, _MARK, False):
+    validate = to_wrap(BackgroundResources, "validate_alive", __name__)
+    if validate is None:
         return
-    setattr(BackgroundResources, _MARK, True)
-    validate, monitor = BackgroundResources.validate_alive, CoreEngineProcManager.monitor_engine_liveness
-    wait = serve.wait_for_completion_or_failure
+    monitor, wait = CoreEngineProcManager.monitor_engine_liveness, serve.wait_for_completion_or_failure
 
-    @functools.wraps(validate)
+    @wraps(validate, __name__)
     def validate_alive(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             validate(self, *args, **kwargs)

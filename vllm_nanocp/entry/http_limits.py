@@ -9,13 +9,11 @@ every request.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from .. import config as nanocp_config
 from ..sched.sharded_request import can_shard
-
-_MARK = "_nanocp_installed"
+from ..wrapping import to_wrap, wraps
 
 
 def check(request: Any, max_model_len: int, rank_tokens: int, degree_limit: int) -> None:
@@ -53,12 +51,11 @@ def install() -> None:
     """Check requests in this process's front-end. Idempotent; engines without nanocp are left alone."""
     from vllm.v1.engine.input_processor import InputProcessor
 
-    if getattr(InputProcessor, _MARK, False):
+    process = to_wrap(InputProcessor, "process_inputs", __name__)
+    if process is None:
         return
-    setattr(InputProcessor, _MARK, True)
-    process = InputProcessor.process_inputs
 
-    @functools.wraps(process)
+    @wraps(process, __name__)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
         vllm_config = self.vllm_config

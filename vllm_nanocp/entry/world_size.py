@@ -18,8 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import config as nanocp_config
+from ..wrapping import to_wrap, wraps
 
-_MARK = "_nanocp_installed"
 _RANKS = "_nanocp_ranks"
 
 
@@ -33,11 +33,11 @@ def install(parallel_config: Any, ranks: int) -> None:
     from vllm.config import ParallelConfig
 
     setattr(parallel_config, _RANKS, ranks)
-    if getattr(ParallelConfig, _MARK, False):
+    across = to_wrap(ParallelConfig, "world_size_across_dp", __name__)
+    if across is None:
         return
-    setattr(ParallelConfig, _MARK, True)
-    across = ParallelConfig.world_size_across_dp.fget  # type: ignore[attr-defined]
 
+    @wraps(across, __name__)
     def world_size_across_dp(self: Any) -> int:
         """Process world size across TP, PCP, PP, and DP."""
         ranks = getattr(self, _RANKS, None)

@@ -8,22 +8,20 @@ workers and the ranks' scheduler processes of the first would wait for work for 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-_MARK = "_nanocp_installed_failed_start"
+from ..wrapping import to_wrap, wraps
 
 
 def install() -> None:
     """Have engines of this process end what they have started. Idempotent; engines without nanocp are left alone."""
     from vllm.v1.engine.core import EngineCore
 
-    if getattr(EngineCore, _MARK, False):
+    start = to_wrap(EngineCore, "__init__", __name__)
+    if start is None:
         return
-    setattr(EngineCore, _MARK, True)
-    start = EngineCore.__init__
 
-    @functools.wraps(start)
+    @wraps(start, __name__)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             start(self, *args, **kwargs)

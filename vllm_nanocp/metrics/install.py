@@ -12,24 +12,21 @@ Touches, in vLLM 0.32: ``StatLoggerManager.__init__`` (``vllm/v1/metrics/loggers
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from .. import config as nanocp_config
-
-_MARK = "_nanocp_installed"
+from ..wrapping import to_wrap, wraps
 
 
 def install() -> None:
     """From now on, engines with nanocp export its metrics if they export vLLM's. Idempotent."""
     from vllm.v1.metrics.loggers import StatLoggerManager
 
-    if getattr(StatLoggerManager, _MARK, False):
+    init = to_wrap(StatLoggerManager, "__init__", __name__)
+    if init is None:
         return
-    setattr(StatLoggerManager, _MARK, True)
-    init = StatLoggerManager.__init__
 
-    @functools.wraps(init)
+    @wraps(init, __name__)
     def init_and_add(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         init(self, vllm_config, *args, **kwargs)
         if nanocp_config.wanted(vllm_config.additional_config):

@@ -13,8 +13,8 @@ are released together would else compute what they share once for each.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # When a request has waited in vain for so many, it waits for nobody.
 PATIENT_WITH = 4
 
-_arrival = attrgetter("arrival_time")
+_arrival, _turn = attrgetter("arrival_time"), attrgetter("turn")
 
 
 @dataclass(eq=False, slots=True)
@@ -46,12 +46,14 @@ class Follower:
         until: tokens of it that the leader will have computed.
         own_blocks: that it will take once it is placed.
         patience: steps without a token for the leader that it still waits.
+        turn: what those that are set aside are sorted by.
     """
 
     request: Request
     until: int
     own_blocks: int
     patience: int
+    turn: tuple[int, float, str]
 
 
 @dataclass(eq=False, slots=True)
@@ -65,7 +67,7 @@ class Leader:
         end: tokens of it that are computed when all of these are.
         computed: tokens of it after the last step.
         stuck: whether it waits for room: it got nothing in the last step although its rank had tokens to give.
-        followers: that are set aside for it.
+        followers: that are set aside for it, by id.
     """
 
     request: Request
@@ -74,7 +76,7 @@ class Leader:
     end: int
     computed: int = 0
     stuck: bool = False
-    followers: list[Follower] = field(default_factory=list)
+    followers: dict[str, Follower] = field(default_factory=dict)
 
 
 class SharedPrefixes:
@@ -107,10 +109,12 @@ class SharedPrefixes:
         self._by_priority = by_priority
         self._budget = ranks[0].max_num_scheduled_tokens
         self._leaders: dict[str, Leader] = {}
-        # Block hash -> who computes it.
-        self._pending: dict[BlockHash, Leader] = {}
+        # Block hash -> who computes it: the first that was placed, and those that would not wait for it.
+        self._pending: dict[BlockHash, tuple[Leader, ...]] = {}
         # Requests that are set aside -> whom they follow.
         self._followed: dict[str, Leader] = {}
+        # Those that are set aside, in the order of their turns.
+        self._line: list[Follower] = []
         # Requests that have waited long enough, until they are placed -> for whom.
         self._impatient: dict[str, list[str]] = {}
         self.num_set_aside = 0
@@ -128,18 +132,14 @@ class SharedPrefixes:
 
     def claim(self, request: Request, shard_map: ShardMap, prefix: Prefix) -> bool:
         """Whether a request, so placed, would take the room that those who come before it, and are set aside, need."""
-        if not self._followed:
+        if not self._line or self._before(request, self._line[0].request):
             return False
-        taken = sum(
-            follower.own_blocks
-            for leader in set(self._followed.values())
-            for follower in leader.followers
-            if not self._before(request, follower.request)
-        )
-        if not taken:
-            return False
-        needed = taken + shard_map.num_blocks - sum(prefix.held)
-        return sum(rank.view.free_blocks for rank in self.ranks) < needed
+        left = sum(rank.view.free_blocks for rank in self.ranks) - shard_map.num_blocks + sum(prefix.held)
+        for follower in self._line:  # no further than needed
+            if left < 0 or self._before(request, follower.request):
+                break
+            left -= follower.own_blocks
+        return left < 0
 
     def _before(self, request: Request, other: Request) -> bool:
         """Whether a request's turn is before another one's."""
@@ -147,16 +147,16 @@ class SharedPrefixes:
 
     def _follow(self, request: Request, hashes: Sequence[BlockHash], prefix: Prefix) -> Prefix | None:
         """The prefix, longer perhaps by what others compute; None if the request has been set aside."""
-        known = prefix.num_blocks
-        end = self._end(hashes, known)
-        if end == known:
+        known, given_up = prefix.num_blocks, self._impatient.get(request.request_id, ())
+        if len(given_up) >= PATIENT_WITH:
             return prefix
-        leader, given_up = self._pending[hashes[end - 1]], self._impatient.get(request.request_id, ())
-        if leader.request.request_id in given_up or len(given_up) >= PATIENT_WITH:
+        end = self._end(hashes, known, given_up)
+        leader = self._leader_of(hashes[end - 1], given_up) if end > known else None
+        if leader is None:
             return prefix
         one_rank = self.placer.one_rank(request)
         if one_rank or request.num_tokens <= self.segment_size:
-            longer = self._on_first_rank(request, hashes, prefix, end)
+            longer = self._on_first_rank(request, hashes, prefix, end, given_up)
             lost = end - longer.runs[0].end_block
             if one_rank or not worthwhile(lost, request.num_tokens, self.block_size):
                 return longer if self._in_time(longer, (end - known) * self.block_size) else prefix
@@ -167,26 +167,38 @@ class SharedPrefixes:
             return prefix  # one that is less important may not come to its turn for long
         own = cdiv(request.num_tokens, self.block_size) + 1 - end
         patience = cdiv(until - known * self.block_size, self._budget)
-        leader.followers.append(Follower(request, until, own, patience))
+        turn = (request.priority if self._by_priority else 0, request.arrival_time, request.request_id)
+        follower = leader.followers[request.request_id] = Follower(request, until, own, patience, turn)
         self._followed[request.request_id] = leader
+        insort(self._line, follower, key=_turn)
         self.num_set_aside += 1
         return None
 
-    def _end(self, hashes: Sequence[BlockHash], known: int) -> int:
+    def _leader_of(self, block_hash: BlockHash, given_up: Collection[str]) -> Leader | None:
+        """Who computes a block, for one that has waited in vain for those ``given_up``."""
+        for leader in self._pending.get(block_hash, ()):
+            if not leader.stuck and leader.request.request_id not in given_up:
+                return leader
+        return None
+
+    def _end(self, hashes: Sequence[BlockHash], known: int, given_up: Collection[str]) -> int:
         """The end of the blocks from ``known`` on that somebody computes."""
 
         def nobody(block_hash: BlockHash) -> bool:
-            leader = self._pending.get(block_hash)
-            return leader is None or leader.stuck
+            return self._leader_of(block_hash, given_up) is None
 
         if not self._pending or known >= len(hashes) or nobody(hashes[known]):
             return known
         return bisect_left(hashes, True, lo=known, key=nobody)
 
-    def _on_first_rank(self, request: Request, hashes: Sequence[BlockHash], prefix: Prefix, end: int) -> Prefix:
+    def _on_first_rank(
+        self, request: Request, hashes: Sequence[BlockHash], prefix: Prefix, end: int, given_up: Collection[str]
+    ) -> Prefix:
         """The prefix with the blocks that its rank, or if there is none the leader's first, will have up to ``end``."""
         known = prefix.num_blocks
-        shard_map = self._pending[hashes[known]].shard_map
+        leader = self._leader_of(hashes[known], given_up)
+        assert leader is not None
+        shard_map = leader.shard_map
         rank = shard_map.rank_of(known)
         if len(prefix.runs) > 1 or (prefix.runs and prefix.runs[0].rank != rank):
             return prefix
@@ -217,8 +229,11 @@ class SharedPrefixes:
             self.ranks[shard_map.home].watch(request)
             leader.stuck = self.ranks[shard_map.home].view.free_blocks < shard_map.num_blocks - known_blocks
         self._leaders[request.request_id] = leader
+        alone = (leader,)
         for block_hash in hashes:
-            self._pending.setdefault(block_hash, leader)
+            others = self._pending.setdefault(block_hash, alone)
+            if others is not alone:
+                self._pending[block_hash] = (*others, leader)
 
     def leads_no_more(self, request_id: str) -> None:
         """A request has computed all it had to, has ended, or has been preempted."""
@@ -228,9 +243,12 @@ class SharedPrefixes:
         if request_id not in self.members.sharded:
             self.ranks[leader.shard_map.home].unwatch(request_id)
         for block_hash in leader.hashes:
-            if self._pending.get(block_hash) is leader:
+            others = tuple(other for other in self._pending[block_hash] if other is not leader)
+            if others:
+                self._pending[block_hash] = others
+            else:
                 del self._pending[block_hash]
-        self._release(leader, leader.followers)
+        self._release(leader, list(leader.followers.values()))
 
     def leave(self, request_id: str) -> bool:
         """A request that waits to be placed has ended; whether it was set aside."""
@@ -238,8 +256,7 @@ class SharedPrefixes:
         leader = self._followed.get(request_id)
         if leader is None:
             return False
-        follower = next(f for f in leader.followers if f.request.request_id == request_id)
-        self._drop(leader, [follower])
+        self._drop(leader, [leader.followers[request_id]])
         return True
 
     # -- a step ------------------------------------------------------------------------------------------------
@@ -271,7 +288,7 @@ class SharedPrefixes:
     def _let_go(self, leader: Leader, lost: bool) -> None:
         """Release those who need wait no longer, or will not."""
         ready: list[Follower] = []
-        for follower in leader.followers:
+        for follower in leader.followers.values():
             follower.patience -= lost
             if leader.stuck or follower.patience < 0:
                 given_up = self._impatient.setdefault(follower.request.request_id, [])
@@ -292,16 +309,16 @@ class SharedPrefixes:
         return rank, request.status != RequestStatus.RUNNING
 
     def _release(self, leader: Leader, ready: Sequence[Follower]) -> None:
-        ready = list(ready)
         self._drop(leader, ready)
         for request in sorted((follower.request for follower in ready), key=_arrival, reverse=True):
             self._requeue(request)
 
     def _drop(self, leader: Leader, gone: Sequence[Follower]) -> None:
         for follower in gone:
-            leader.followers.remove(follower)
-            del self._followed[follower.request.request_id]
+            del leader.followers[follower.request.request_id], self._followed[follower.request.request_id]
+            del self._line[bisect_left(self._line, follower.turn, key=_turn)]
 
     def leftovers(self) -> list[str]:
         """Ids that are still remembered; for tests, when no request is left."""
-        return [*self._leaders, *self._followed, *self._impatient, *(str(h) for h in self._pending)]
+        aside = [follower.request.request_id for follower in self._line]
+        return [*self._leaders, *self._followed, *aside, *self._impatient, *(str(h) for h in self._pending)]

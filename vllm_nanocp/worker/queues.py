@@ -9,11 +9,10 @@ vLLM 0.32's ``WorkerProc._init_message_queues`` and ``RayWorkerProc._init_messag
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
-_MARK = "_nanocp_installed"
+from ..wrapping import to_wrap, wraps
 
 
 @contextlib.contextmanager
@@ -35,14 +34,13 @@ def install() -> None:
     """Let the worker processes of vLLM's multiprocessing executor make their queues so. Idempotent."""
     from vllm.v1.executor.multiproc_executor import WorkerProc
 
-    make = WorkerProc._init_message_queues
-    if hasattr(make, _MARK):
+    make = to_wrap(WorkerProc, "_init_message_queues", __name__)
+    if make is None:
         return
 
-    @functools.wraps(make)
+    @wraps(make, __name__)
     def init_message_queues(self: Any, *args: Any, **kwargs: Any) -> None:
         with in_the_world(self.worker.worker):
             make(self, *args, **kwargs)
 
-    setattr(init_message_queues, _MARK, True)
     WorkerProc._init_message_queues = init_message_queues  # type: ignore[method-assign]

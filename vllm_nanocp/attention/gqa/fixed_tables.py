@@ -12,7 +12,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..flash_launches import places_of, table_address
+from ..flash_launches import lengths_without, places_of, table_address
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from ..stream_k import cut
@@ -132,8 +132,6 @@ class CapturedTables:
             at.pieces[: pieces.size] = pieces.reshape(-1)
             at.first[:] = np.cumsum(at.count) - at.count
         async_tensor_h2d(host, out=self._ints)
-        self._seq_lens[:n] = common.seq_lens[:n]
-        self._seq_lens.index_fill_(0, self._visiting, 0)
         return StepTables(
             plain=plain,
             send=self._send,
@@ -147,7 +145,7 @@ class CapturedTables:
             pick=self._route.pick,
             visits=self._visits,
             routed=None if routes is None else (routes, self._route),
-        ), self._seq_lens[:n]
+        ), lengths_without(self._visiting, common, out=self._seq_lens)
 
     def _lay_out(self, step: ShardedStep, common: CommonAttentionMetadata, at: _Parts, lengths: np.ndarray) -> None:
         """Which places a step uses, and what is attended to at them.

@@ -46,13 +46,10 @@ def make_schedule(
         causal=launch.causal,
         num_splits=launch.max_pieces,
     )
-    if launch.schedule is None:
-        launch.schedule = made
+    kept = launch.keep_schedule(made)
+    if launch.pieces is None:
         second = -(-num_rows // 4) * 4
-        launch.pieces = made[second : second + num_rows]
-    else:
-        launch.schedule.copy_(made)
-    assert launch.pieces is not None
+        launch.pieces = kept[second : second + num_rows]
     launch.pieces.clamp_(min=MIN_PIECES)
 
 

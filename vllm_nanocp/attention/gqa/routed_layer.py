@@ -28,6 +28,7 @@ after it was asked, and the home asks again only after it has merged.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import triton
@@ -170,11 +171,7 @@ def _parts(places: int, layout: RowLayout, query_bytes: int) -> tuple[int, int, 
 
 def _offsets(parts: tuple[int, ...]) -> list[int]:
     """Where each part begins, at multiples of 128 bytes, and where all end."""
-    at, offsets = 0, []
-    for part in parts:
-        offsets.append(at)
-        at += -(-part // 128) * 128
-    return [*offsets, at]
+    return [0, *accumulate(-(-part // 128) * 128 for part in parts)]
 
 
 @triton.jit

@@ -46,10 +46,7 @@ def make_schedule(launch: ShardLaunch, sizes: LatentSizes, block_size: int, dtyp
         causal=launch.causal,
         num_splits=launch.max_pieces,
     )
-    if launch.schedule is None:
-        launch.schedule = made
-    else:
-        launch.schedule.copy_(made)
+    launch.keep_schedule(made)
 
 
 def attend_latents(

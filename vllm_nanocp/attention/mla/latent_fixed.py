@@ -15,7 +15,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..flash_launches import BUSY, ShardLaunch, places_of, table_address
+from ..flash_launches import BUSY, ShardLaunch, lengths_without, places_of, table_address
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from .flash_latent import Absorbed
@@ -176,9 +176,6 @@ class FixedLatentTables:
             _copy_kernel[grid](at.copies, table, table.stride(0), BLOCK=_BLOCK)
         for work in self._fixed:
             make_schedule(work.launch, *self._layers)
-        n = common.num_reqs
-        self._seq_lens[:n] = common.seq_lens[:n]
-        self._seq_lens.index_fill_(0, at.visiting, 0)
         return LatentRows(
             sizes=self._layers[0],
             send=at.send,
@@ -191,7 +188,7 @@ class FixedLatentTables:
             tokens=at.tokens,
             pick=at.pick.view(self.capacity, -1),
             fixed=self._fixed,
-        ), self._seq_lens[:n]
+        ), lengths_without(at.visiting, common, out=self._seq_lens)
 
     def _lay_out(self, step: ShardedStep, common: CommonAttentionMetadata, at: _Parts) -> np.ndarray:
         """Which places a step uses, and what is attended to at them.

@@ -19,6 +19,7 @@ from vllm.utils.network_utils import make_zmq_socket
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from ...wrapping import to_wrap, wraps
 from .remote_rank import RemoteRank
 
 if TYPE_CHECKING:
@@ -187,17 +188,18 @@ def install_engine() -> None:
     """Have the engine's scheduler know where the API servers listen, and send what the engine ends. Idempotent."""
     from vllm.v1.engine.core import EngineCoreProc
 
-    original, abort = EngineCoreProc.process_output_sockets, EngineCoreProc._send_abort_outputs
-    if getattr(original, "nanocp", False):
+    original = to_wrap(EngineCoreProc, "process_output_sockets", __name__)
+    if original is None:
         return
+    abort = EngineCoreProc._send_abort_outputs
 
+    @wraps(original, __name__)
     def process_output_sockets(self: Any, output_paths: list[str], *args: Any, **kwargs: Any) -> Any:
         outlets = getattr(self.scheduler, "outlets", None)
         if isinstance(outlets, EngineOutlets):
             outlets.note_paths(self, output_paths)
         return original(self, output_paths, *args, **kwargs)
 
-    process_output_sockets.nanocp = True  # type: ignore[attr-defined]
     EngineCoreProc.process_output_sockets = process_output_sockets  # type: ignore[method-assign]
 
     def _send_abort_outputs(self: Any, aborted_reqs: list[Request]) -> None:

@@ -80,16 +80,22 @@ class RankServer:
 
         Returns:
             The answer, pickled, with the last command's result; None if there is to be none.
+
+        Raises:
+            Exception: what went wrong, where nobody waits for an answer that could say so: the process is to end.
         """
-        result, name = None, ""
+        result, commands = None, pickle.loads(message)
+        answered = commands[-1][0] != UNANSWERED
         try:
-            for name, args in pickle.loads(message):
+            for name, args in commands:
                 own = getattr(self, f"do_{name}", None)
                 result = (own or getattr(self.scheduler, name))(*args)
         except Exception as error:
+            if not answered:
+                raise
             news = News(error=f"{error!r}\n{traceback.format_exc()}")
             return Answer(None, self.scheduler.view.pack(), {}, tuple(news)).encode()
-        if name == UNANSWERED:
+        if not answered:
             return None
         return Answer(result, self.scheduler.view.pack(), self._states(), self._news()).encode()
 

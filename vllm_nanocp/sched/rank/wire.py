@@ -23,7 +23,7 @@ from .grammars import grammar_begins, note_grammar_begins
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
 
-# A command that nobody waits for. If something goes wrong with it, that is an answer to the next one.
+# A command that nobody waits for. If something goes wrong with it, the process ends, and so the engine.
 UNANSWERED = "forward"
 # Of a request, what is made anew at the other end.
 _REMADE = (

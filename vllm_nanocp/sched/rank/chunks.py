@@ -85,6 +85,14 @@ class ChunkDoors(_Base):
             if rest > 0:  # it bounds short ones, too
                 self.scheduler_config.long_prefill_token_threshold = max(rest // len(long), kept)
 
+    @property
+    def kept_blocks(self) -> int:
+        """Free blocks that are not for requests that wait."""
+        kept = self._watermark if self.running else 0
+        if self._keeps_blocks and self._inflight_prefills:
+            kept += self._inflight_prefill_reserved_blocks()
+        return kept
+
     def _reserve_prefill_lookahead(self, request: Request, *args: Any) -> int:
         """vLLM's scheduler asks this of each request right before it takes blocks for it. To one that waits are given
         none of those that prompts have yet to take, of which all that run have had theirs for this step."""

@@ -17,10 +17,10 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from ...placement import cdiv
 from .chunks import ChunkDoors
 from .interface import Decoding, Part
 from .stats import Updated, take_stats
+from .taken_prompts import TakenDoors
 from .view_doors import ViewDoors
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-class RankDoors(ViewDoors, ChunkDoors):
+class RankDoors(ViewDoors, ChunkDoors, TakenDoors):
     """Mixed into vLLM's scheduler: hooks on leaving, and shards that no queue knows of."""
 
     # The rank's scheduler has preempted a request, or freed a finished one, of this id.
@@ -89,6 +89,7 @@ class RankDoors(ViewDoors, ChunkDoors):
         result = super()._free_request(request, *args, **kwargs)
         self._strangers.discard(request.request_id)
         self.to_share.pop(request.request_id, None)
+        self.forget_taken(request.request_id)
         self._left(request)
         self.refresh()
         self.on_free(request.request_id)
@@ -201,13 +202,10 @@ class RankDoors(ViewDoors, ChunkDoors):
         Args:
             request: waits nowhere.
             to_share: blocks that others hold and that it will share when it is scheduled.
-            taken: tokens of it to take as computed, if its blocks are free.
+            taken: tokens of it to take as computed, once its blocks are free.
         """
         request_id = request.request_id
-        if taken and self.num_free_blocks >= (blocks := cdiv(request.num_tokens, self._manager.block_size)):
-            self.adopt_cached(request_id, [])
-            self.allocate(request_id, blocks)
-            request.num_computed_tokens = taken
+        self.take_as_computed(request, taken)
         if to_share:
             self.to_share[request_id] = to_share
         events = len(request.events)
@@ -221,7 +219,7 @@ class RankDoors(ViewDoors, ChunkDoors):
         del request.events[events:]
         if self._view is not None:
             held = len(self.held_blocks.get(request_id, ()))
-            self._view.note_entered(request, held, to_share, self._manager.block_size)
+            self._view.note_entered(request, held, to_share, self._manager.block_size, taken)
             self.on_change()
 
     def add_chunk(self, chunk: Request) -> None:
@@ -322,6 +320,7 @@ class RankDoors(ViewDoors, ChunkDoors):
         self.waiting.remove_requests([request])
         self.kv_holding_waiting.remove_requests([request])
         self.deferred_waiting.discard(request)
+        self.forget_taken(request_id)
         self.refresh()
 
     def _forget(self, member: Request) -> None:

@@ -210,7 +210,7 @@ class RemoteRank:
         if taken and self.view.free_blocks >= needed:
             self.view.free_blocks -= needed
             held = needed
-        self.view.note_entered(request, held, to_share, self.block_size)
+        self.view.note_entered(request, held, to_share, self.block_size, taken)
         self.on_change()
 
     def _tell_none_hash(self) -> None:

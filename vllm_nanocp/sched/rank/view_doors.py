@@ -47,7 +47,7 @@ class ViewDoors(SessionDoors, AdapterDoors):
     def take_view(self) -> RankView:
         """The numbers, taken anew. Walks over this rank's requests, each once."""
         held, block_size = self.held_blocks, self.block_size
-        shared = self.to_share
+        shared, taken = self.to_share, self.to_take_as_computed
         tokens = computed = left = to_take = 0
         only_chunks = True
         for request in self.running:
@@ -62,6 +62,7 @@ class ViewDoors(SessionDoors, AdapterDoors):
         prompts = sum(request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills)
         for request in chain(self.waiting, self.kv_holding_waiting):
             have, done = len(request._all_token_ids), request.num_computed_tokens
+            done = max(done, taken.get(request.request_id, 0))
             tokens += have
             left += max(0, have - done)
             prompts += have - done

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which steps compute prompts, on all ranks alike, and how much of them: so that decodes beside them wait a bounded time.
+"""Which steps compute prompts, on all ranks alike, and how much of them: decodes beside them wait a bounded time.
 
-All ranks step together, so the slowest one counts: one rank's chunk deep in a long prompt keeps all others waiting. Here
-a step is a decode step on all ranks or a prefill step on all. In a prefill step each rank computes as much as is
-predicted to end within a given gap, and so all of them end at about the same time. A prefill step is entered when prompts
-would fill a part of it, or have waited long enough, or nobody decodes; so many decode steps at least lie between two.
+All ranks step together, so the slowest one counts: one rank's chunk deep in a long prompt keeps all others waiting.
+Here a step is a decode step on all ranks or a prefill step on all. In a prefill step each rank computes as much as is
+predicted to end within a given gap, and so all of them end at about the same time. A prefill step is entered when
+prompts would fill a part of it, or have waited long enough, or nobody decodes; so many decode steps at least lie
+between two.
 
 A prefill step is taken to last as long as a decode step, and ``token`` for each prompt token of all ranks (experts and
-their exchange), and ``pair`` for each (query, key) pair of the rank with most of them (attention). Both are fitted to the
-steps that were measured. A bad fit costs longer or shorter steps and nothing else.
+their exchange), and ``pair`` for each (query, key) pair of the rank with most of them (attention). Both are fitted to
+the steps that were measured. A bad fit costs longer or shorter steps and nothing else.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ LEAST = 64
 # these.
 _GAIN, _PART_LEAST, _PART_MOST = 0.2, 0.2, 0.9
 # Weight of a measured prefill step after each further one, and of the prior in such steps.
-_FORGETTING, _PRIOR = 0.95, 0.25
+_FORGETTING, _PRIOR = 0.95, 0.05
 _DECODE_GAIN = 0.1
+# Part of the prior that a coefficient has at least.
+_LOW = 0.01
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,16 @@ class Allowance:
         self.first = False
         self.tokens -= chunk
         self.pairs -= pairs_of(at, chunk)
+        return chunk
+
+    def take_part(self, part: float, at: int, most: int) -> int:
+        """The same, of only a part of what is left: the rest is for others."""
+        mine = Allowance(int(part * self.tokens), part * self.pairs, self.first)
+        chunk = mine.take(at, most)
+        if chunk:
+            self.first = False
+            self.tokens -= chunk
+            self.pairs -= pairs_of(at, chunk)
         return chunk
 
 
@@ -153,8 +166,9 @@ class PrefillSteps:
         assert self._since is not None
         if self._decode_steps < self.config.decode_steps:
             return False
-        filled = sum(min(tokens, allowed.tokens) for tokens in backlog)
-        return filled >= self.config.fill * allowed.tokens * self.ranks or now - self._since >= self.config.late_ms / 1e3
+        if now - self._since >= self.config.late_ms / 1e3:
+            return True
+        return sum(min(tokens, allowed.tokens) for tokens in backlog) >= self.config.fill * allowed.tokens * self.ranks
 
     def observe(self, tokens: int, pairs: float, seconds: float) -> None:
         """Learn from a measured step.
@@ -171,7 +185,8 @@ class PrefillSteps:
             self.decode += _DECODE_GAIN * (min(seconds, 4 * self.decode) - self.decode)
             return
         x, y = tokens * self._prior[0], pairs * self._prior[1]
-        time = min(max(0.0, seconds - self.decode), 10 * (x + y))
+        # Nor is it what prompts take.
+        time = min(max(0.0, seconds - self.decode), 4 * (self.token * tokens + self.pair * pairs))
         new = (x * x, x * y, y * y, x * time, y * time)
         self._sums = [_FORGETTING * old + one for old, one in zip(self._sums, new, strict=True)]
         self._fit()
@@ -180,15 +195,15 @@ class PrefillSteps:
         self._part += _GAIN * (min(max(share, _PART_LEAST), _PART_MOST) - self._part)
 
     def _fit(self) -> None:
-        """Least squares of two coefficients, drawn to the prior, and not below a tenth of it."""
+        """Least squares of two coefficients, drawn to the prior, and not below a part of it."""
         xx, xy, yy, xt, yt = self._sums
         # The prior counts as much as a part of a step of the typical size.
         ridge = _PRIOR * (xx + yy) / 2 * (1 - _FORGETTING) + 1e-12
         xx, yy, xt, yt = xx + ridge, yy + ridge, xt + ridge, yt + ridge
         determinant = xx * yy - xy * xy
         a, b = (yy * xt - xy * yt) / determinant, (xx * yt - xy * xt) / determinant
-        if a < 0.1:
-            a, b = 0.1, (yt - 0.1 * xy) / yy
-        if b < 0.1:
-            a, b = max(0.1, (xt - 0.1 * xy) / xx), 0.1
+        if a < _LOW:
+            a, b = _LOW, max(_LOW, (yt - _LOW * xy) / yy)
+        if b < _LOW:
+            a, b = max(_LOW, (xt - _LOW * xy) / xx), _LOW
         self.token, self.pair = a * self._prior[0], b * self._prior[1]

@@ -72,7 +72,8 @@ class Machine:
         ranks = ranks + self.pair * pairs + self.guest * guests
         slowest = float((ranks + self.opened * opened).max())
         experts = self.expert * (1.0 - (1.0 - self.active / self.experts) ** float((decodes + computed).sum()))
-        return self.base + experts + slowest + self.spread * float(computed.sum()) + (self.exchange if guests.any() else 0.0)
+        spread = self.spread * float(computed.sum())
+        return self.base + experts + slowest + spread + (self.exchange if guests.any() else 0.0)
 
     def with_capacity(self, tokens: int) -> Machine:
         """The same with so many KV tokens of a rank."""

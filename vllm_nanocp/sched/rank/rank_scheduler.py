@@ -17,8 +17,9 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from .allowance import AllowanceDoors
 from .chunks import ChunkDoors
-from .interface import Decoding, Part
+from .interface import Allowed, Decoding, Part
 from .stats import Updated, take_stats
 from .taken_prompts import TakenDoors
 from .view_doors import ViewDoors
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-class RankDoors(ViewDoors, ChunkDoors, TakenDoors):
+class RankDoors(ViewDoors, ChunkDoors, TakenDoors, AllowanceDoors):
     """Mixed into vLLM's scheduler: hooks on leaving, and shards that no queue knows of."""
 
     # The rank's scheduler has preempted a request, or freed a finished one, of this id.
@@ -52,7 +53,7 @@ class RankDoors(ViewDoors, ChunkDoors, TakenDoors):
         idle = not (self.running or self._coming or self._leaving)
         output = super().schedule(*args, **kwargs)
         self.keep_no_more()
-        if idle and not self.running:
+        if idle and not self.running and not self.held_back:
             self.give_way_if_stuck()
         for request_id in self.to_share.keys() & output.num_scheduled_tokens.keys():
             del self.to_share[request_id]
@@ -246,8 +247,7 @@ class RankDoors(ViewDoors, ChunkDoors, TakenDoors):
 
     def stay(self, request_id: str) -> None:
         """Take back one that was about to leave."""
-        request = self.requests[request_id]
-        self._left(request)
+        self._left(request := self.requests[request_id])
         self.running.append(request)
         self.refresh()
 
@@ -364,11 +364,12 @@ class RankDoors(ViewDoors, ChunkDoors, TakenDoors):
 
     # -- a step, in two halves, as ranks elsewhere do it ---------------------------------------------------------
 
-    def begin_schedule(self, throttle_prefills: bool) -> None:
+    def begin_schedule(self, throttle_prefills: bool, allowed: Allowed) -> None:
         self._throttle = throttle_prefills
+        self.allow(allowed)
 
     def end_schedule(self) -> Part:
-        return Part.of(self.schedule(self._throttle))
+        return self.part_of(self.schedule(self._throttle))
 
     def begin_update(self, part: Part, output: Any) -> None:
         self._update = part, output

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 class ViewDoors(SessionDoors, AdapterDoors):
     """Mixed into vLLM's scheduler: what is known of it between two steps."""
 
+    # See ``TakenDoors``.
+    to_take_as_computed: dict[str, int]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # The numbers are others now, or may be.
         self.on_change: Callable[[], object] = do_nothing

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
@@ -49,18 +50,25 @@ CLIENTS = 4  # processes: one would be late with the chunks of hundreds of strea
 Gaps = list[tuple[float, float]]
 
 
-async def _play(url: str, streams: Sequence[Stream], starts: Sequence[float], limit: float) -> None:
+async def _play(
+    url: str, streams: Sequence[Stream], starts: Sequence[float], limit: float, end: float | None = None
+) -> None:
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=limit)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
 
         async def one(stream: Stream, start: float) -> None:
             await asyncio.sleep(max(0.0, start - time.perf_counter()))
-            await stream.run(session, f"{url}/v1/completions")
+            left = None if end is None else max(0.0, end - time.perf_counter())
+            with contextlib.suppress(TimeoutError):  # the stream says itself that it is not complete
+                async with asyncio.timeout(left):
+                    await stream.run(session, f"{url}/v1/completions")
 
         await asyncio.gather(*map(one, streams, starts))
 
 
-def play(url: str, specs: list[tuple[float, tuple[Any, ...]]], begin: float, limit: float) -> list[dict[str, Any]]:
+def play(
+    url: str, specs: list[tuple[float, tuple[Any, ...]]], begin: float, limit: float, end: float | None = None
+) -> list[dict[str, Any]]:
     """Play some streams of a load, in a process of its own; clocks are the machine's.
 
     Args:
@@ -68,9 +76,11 @@ def play(url: str, specs: list[tuple[float, tuple[Any, ...]]], begin: float, lim
         specs: of each stream, the second at which it is sent, and ``make_stream``'s arguments.
         begin: second 0.
         limit: seconds until a stream is given up.
+        end: second at which all that have not ended are given up.
     """
     streams = [make_stream(*spec) for _, spec in specs]
-    asyncio.run(_play(url, streams, [begin + at for at, _ in specs], limit))
+    at_last = None if end is None else begin + end
+    asyncio.run(_play(url, streams, [begin + at for at, _ in specs], limit, at_last))
     return [{"name": s.name, "sent": s.sent, "times": s.times, "error": s.error, "tokens": s.tokens} for s in streams]
 
 
@@ -116,12 +126,15 @@ class Loads:
         self.number += 1
         return (name, self.number, prompt, tokens, str(self.args.model), self.vocab, self.args.seed, 1, compute)
 
-    def play(self, specs: list[tuple[float, tuple[Any, ...]]], lead: float = 1.0) -> list[dict[str, Any]]:
-        """All streams, over several processes, ``lead`` seconds from now."""
+    def play(
+        self, specs: list[tuple[float, tuple[Any, ...]]], lead: float = 1.0, end: float | None = None
+    ) -> list[dict[str, Any]]:
+        """All streams, over several processes, ``lead`` seconds from now; those that have not ended ``end`` seconds
+        later are given up."""
         # Bodies are made before any clock runs.
         begin = time.perf_counter() + lead + sum(prompt for _, (_, _, prompt, *_) in specs) / CLIENTS / 1e6
         parts = [specs[i::CLIENTS] for i in range(CLIENTS)]
-        asked = [self.pool.submit(play, self.url, part, begin, self.args.limit) for part in parts if part]
+        asked = [self.pool.submit(play, self.url, part, begin, self.args.limit, end) for part in parts if part]
         return [stream for future in asked for stream in future.result()]
 
     def decode(self, n: int, tokens: int, beside: int = 0) -> dict[str, Any]:
@@ -226,8 +239,7 @@ def command(args: argparse.Namespace, port: int, gpu: bool) -> tuple[list[str], 
     """Default flags, but for what the loads need: no weights, KV that is taken as there."""
     flags = [f"--data-parallel-size={args.ranks}", "--enable-expert-parallel"] if gpu or args.system != "stock" else []
     if args.system == "stock":
-        connector = serving.CONNECTOR | {"kv_connector_extra_config": {"fill_mean": args.fill}}
-        flags += ["--kv-transfer-config", json.dumps(connector)]
+        flags += ["--kv-transfer-config", serving.connector(args.fill)]
     else:
         flags += ["--nanocp", "--nanocp-config", json.dumps({"decode_bench": True, **args.settings})]
     flags += ["--load-format=dummy", f"--max-model-len={args.max_model_len}", "--no-enable-prefix-caching"]

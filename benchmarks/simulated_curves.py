@@ -11,7 +11,9 @@ front-ends that requests come through): the median and the range. A percentile o
 largest values, which may be one gap of a request of two tokens.
 
 ``computed``: as ``loads.py computed:5x0`` to ``5x2``, whose prompts are computed (gpu_scheduler_processes_4xH200.json).
-Nothing was fitted to it.
+How a prompt token's time is divided between its rank and all ranks was fitted to the plugin's three times for all.
+
+``gap``: the same loads with ``prefill_gap``, over simulated stock. Never measured.
 
 ``larger``: the same load a rank, on more of them. No step of more than four ranks was measured.
 """
@@ -36,6 +38,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from vllm_nanocp.placement.prefill_steps import PrefillGap
 from vllm_nanocp.sim.figures import Run, simulate
 from vllm_nanocp.sim.machine import PRESETS
 from vllm_nanocp.sim.nanocp import Settings
@@ -55,6 +58,13 @@ WINDOW, SETTLE = 25.0, 8.0
 # The load of computed prompts: requests a second, seconds of arrivals, and those after which requests count; KV tokens.
 COMPUTED_RATE, COMPUTED_WINDOW, COMPUTED_SETTLE, COMPUTED_CAPACITY = 5.0, 20.0, 4.0, 406_901
 BESIDE = ("tpot_p50", "ttft_p50", "ttft_p99", "preemptions")
+GAPS = {
+    "off": None,
+    "on": PrefillGap(),
+    "200 ms": PrefillGap(ms=200.0),
+    "400 ms, no decode steps": PrefillGap(decode_steps=0),
+    "200 ms, 2 decode steps": PrefillGap(ms=200.0, decode_steps=2),
+}
 FIGURES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99")
 # A rank's share of these rates on four.
 LARGER, LARGER_WINDOW = (4.0, 6.0, 8.0), 60.0
@@ -110,17 +120,38 @@ def computed_load(seed: int) -> Requests:
     return Requests(np.array(at[1:]), np.array(prompt), np.clip(output, 2, 600))
 
 
-def computed(measured: dict[str, Any], system: str, seed: int) -> dict[str, Any]:
+def _computed(system: str, seed: int, seeds: Sequence[int], settings: Settings) -> dict[str, float]:
+    """Medians over the simulator's own seeds; ``all_s``: from the first arrival to the last token."""
+    machine, requests = PRESETS["h200-qwen3-30b-a3b"], computed_load(seed)
+    run = Run(machine, 4, capacity=COMPUTED_CAPACITY, slots=1024, settle=COMPUTED_SETTLE, noise=0.05, settings=settings)
+    found = [simulate(replace(run, seed=one), system, requests) for one in seeds]
+    for one in found:
+        one["all_s"] = round(float(requests.output.sum()) / one["tokens_per_s"], 2)
+    return {key: statistics.median(one[key] for one in found) for key in (*FIGURES, "all_s")}
+
+
+def computed(measured: dict[str, Any], system: str, seed: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Measured and simulated, prompts computed."""
-    machine = PRESETS["h200-qwen3-30b-a3b"]
-    run = Run(machine, 4, capacity=COMPUTED_CAPACITY, slots=1024, settle=COMPUTED_SETTLE, noise=0.05, seed=seed)
-    found = simulate(run, system, computed_load(seed))
+    found = _computed(system, seed, seeds, Settings())
     (row,) = measured["raw"][system][f"computed:5x{seed}"]
+    row = row | {"all_s": COMPUTED_WINDOW + row["drain_s"]}
     figures = {
-        key: {"measured": row[key], "simulated": found[key], "ratio": round(found[key] / row[key], 2)}
-        for key in FIGURES
+        key: {"measured": row[key], "simulated": value, "ratio": round(value / row[key], 2)}
+        for key, value in found.items()
     }
     return {"system": system, "seed": seed, **figures}
+
+
+def gap(seed: int, seeds: Sequence[int]) -> dict[str, Any]:
+    """Simulated only: settings of the plugin's over stock, with and without ``prefill_gap``."""
+    stock = _computed("stock", seed, seeds, Settings())
+    found: dict[str, Any] = {"seed": seed, "stock": stock}
+    for segment in (65536, 16384):
+        for name, rule in GAPS.items():
+            ours = _computed("nanocp", seed, seeds, Settings(segment, prefill_gap=rule))
+            ratios = {key: round(value / stock[key], 2) for key, value in ours.items()}
+            found[f"segment_size {segment}, prefill_gap {name}"] = {"simulated": ours, "over_stock": ratios}
+    return found
 
 
 def larger(trace: Requests, ranks: int, rate: float, system: str) -> dict[str, Any]:
@@ -156,6 +187,7 @@ def main() -> None:
         "machine": asdict(run_of("stock")[0].machine),
         "curves": [],
         "computed": [],
+        "gap": [],
         "larger": [],
     }
     for system, rates in MEASURED.items():
@@ -165,8 +197,10 @@ def main() -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / "gpu_scheduler_processes_4xH200.json").read_text())
     for seed in range(3):
         for system in ("stock", "nanocp"):
-            result["computed"].append(computed(measured, system, seed))
+            result["computed"].append(computed(measured, system, seed, range(args.seeds)))
             print(result["computed"][-1], file=sys.stderr, flush=True)
+        result["gap"].append(gap(seed, range(args.seeds)))
+        print(result["gap"][-1], file=sys.stderr, flush=True)
     for ranks in args.ranks:
         for rate in LARGER:
             for system in ("nanocp 65536", "nanocp 65536 moves", "stock", "round-robin"):

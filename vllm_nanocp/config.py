@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 from .errors import NanoCPConfigError
 from .placement.moves import MoveConfig
+from .placement.prefill_steps import PrefillGap
 
 KEY = "nanocp"
 PLACEMENTS = ("balanced", "round_robin")
@@ -46,6 +47,8 @@ class NanoCPConfig:
             has more, see ``worker.sharded_graphs.capacities``.
         scheduler_processes: whether each rank's vLLM scheduler runs in a process of its own. None: where that is
             faster, see ``engine_config.apart``.
+        prefill_gap: whether all ranks compute prompts in the same steps, which are predicted to end within a gap, and
+            when: fields of ``placement.prefill_steps.PrefillGap``.
         decode_bench: take prompts as computed, whatever their KV blocks contain, to time decoding alone. Refused
             unless the environment has ``NANOCP_DECODE_BENCH=1``.
     """
@@ -60,6 +63,7 @@ class NanoCPConfig:
     graph_capacities: tuple[int, ...] | None = None
     decode_bench: bool = False
     scheduler_processes: bool | None = None
+    prefill_gap: bool | dict[str, Any] = False
 
     @property
     def degree_limit(self) -> int:
@@ -72,6 +76,13 @@ class NanoCPConfig:
         if self.moves is False:
             return None
         return MoveConfig(max_degree=self.degree_limit, **(self.moves if isinstance(self.moves, dict) else {}))
+
+    @property
+    def gap(self) -> PrefillGap | None:
+        """When prompts are computed; None: as vLLM's schedulers do."""
+        if self.prefill_gap is False:
+            return None
+        return PrefillGap(**(self.prefill_gap if isinstance(self.prefill_gap, dict) else {}))
 
     @property
     def chunk_tokens(self) -> int | None:
@@ -164,6 +175,8 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
             f"nanocp: scheduler_processes must be true or false, got {processes!r}; leave it out for the default"
         )
     values["scheduler_processes"] = processes
+    if raw.get("prefill_gap") is not None:
+        values["prefill_gap"] = _prefill_gap(raw["prefill_gap"])
     if "decode_bench" in raw:
         values["decode_bench"] = _decode_bench(raw["decode_bench"])
     return NanoCPConfig(**values)
@@ -182,6 +195,22 @@ def _moves(value: Any) -> bool | dict[str, Any]:
         MoveConfig(**value)
     except (TypeError, ValueError) as error:
         raise NanoCPConfigError(f"nanocp: moves: {error}; leave it out") from error
+    return dict(value)
+
+
+def _prefill_gap(value: Any) -> bool | dict[str, Any]:
+    if isinstance(value, bool):
+        return value
+    known = [f.name for f in fields(PrefillGap)]
+    if not isinstance(value, Mapping) or any(key not in known for key in value):
+        raise NanoCPConfigError(
+            f"nanocp: prefill_gap must be true, false or an object with keys of {', '.join(known)}, got {value!r}; "
+            "leave it out for the default"
+        )
+    try:
+        PrefillGap(**value)
+    except ValueError as error:
+        raise NanoCPConfigError(f"nanocp: prefill_gap: {error}; leave it out for the default") from error
     return dict(value)
 
 

@@ -81,7 +81,11 @@ def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Engines]:
         # Chunks large enough for all: stock vLLM on CPU dies of a seeded request that takes more than one.
         "stock": dict(ranks=1, max_num_batched_tokens=1 << 17, num_gpu_blocks_override=4096),
         "two": dict(ranks=2, nanocp={"segment_size": 1024, "parallel_prefill": False}),  # ranks take turns
-        "three": dict(ranks=3, nanocp={"segment_size": 512, "scheduler_processes": True}, enable_prefix_caching=True),
+        "three": dict(
+            ranks=3,
+            nanocp={"segment_size": 512, "scheduler_processes": True, "prefill_gap": {"ms": 60, "late_ms": 20}},
+            enable_prefix_caching=True,
+        ),
         # Stock that preempts: 3,072 tokens for all requests together.
         "small-stock": dict(ranks=1, num_gpu_blocks_override=2 * SMALL_BLOCKS - 1, max_model_len=2048),
         "small": dict(

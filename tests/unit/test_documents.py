@@ -14,6 +14,7 @@ import pytest
 
 from vllm_nanocp.config import NanoCPConfig
 from vllm_nanocp.placement.moves import MoveConfig
+from vllm_nanocp.placement.prefill_steps import PrefillGap
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -87,3 +88,8 @@ def test_every_key_of_moves_has_a_row_with_its_default() -> None:
     table = rows("Home moves")
     wanted = {field.name: default(field) for field in fields(MoveConfig) if field.name != "max_degree"}
     assert {name: cells[1].strip("`") for name, cells in table.items()} == wanted
+
+
+def test_every_key_of_prefill_gap_has_a_row_with_its_default() -> None:
+    wanted = {field.name: default(field) for field in fields(PrefillGap)}
+    assert {name: cells[1].strip("`") for name, cells in rows("Prompts beside decodes").items()} == wanted

@@ -173,7 +173,7 @@ def test_popular_prefixes_do_not_draw_everything_to_one_rank(monkeypatch: pytest
     # A rank here is a part of a real one, and so are the tokens whose reading does not count.
     monkeypatch.setattr(prefix, "KV_SLACK_TOKENS", prefix.KV_SLACK_TOKENS * run.capacity // MACHINE.capacity)
     found = simulate(run, "nanocp", with_prefixes(load_of(600, 50.0), 40))
-    assert found["kv_ratio"] < 1.35 and found["batch_ratio"] < 1.35
+    assert found["kv_ratio"] < 1.42 and found["batch_ratio"] < 1.35
 
 
 def test_moves_and_placement_keep_the_ranks_even() -> None:

@@ -233,7 +233,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     patches.apply_all(patches.CONFIG_PATCHES)
     vllm_config = create()
     engine_args.data_parallel_size = 1
-    check_settings(vllm_config, config.degree_limit)
+    check_settings(vllm_config, config.degree_limit, config.gap is not None)
     check_model(vllm_config, config)
     check_graphs(vllm_config, config)
     vllm_config.additional_config[nanocp_config.KEY] = replace(

@@ -269,15 +269,23 @@ SHARDED_SETTINGS = (
 )  # fmt: skip
 
 
-def check_settings(vllm_config: Any, degree_limit: int) -> None:
+PACED_SETTINGS = (
+    Setting(lambda c: c.scheduler_config.prefill_schedule_interval > 1, "--prefill-schedule-interval with prefill_gap",
+            "both say which steps compute prompts", "leave one of them out"),
+)  # fmt: skip
+
+
+def check_settings(vllm_config: Any, degree_limit: int, paced: bool = False) -> None:
     """Refuse what cannot work, in the configuration that vLLM has derived.
 
     Args:
         vllm_config: with the data-parallel size that the user gave.
         degree_limit: most ranks one request may use.
+        paced: whether ``prefill_gap`` is set.
 
     Raises:
         NanoCPConfigError
     """
-    for setting in (*SETTINGS, *(SHARDED_SETTINGS if degree_limit > 1 else ())):
+    sharded, pacing = SHARDED_SETTINGS if degree_limit > 1 else (), PACED_SETTINGS if paced else ()
+    for setting in (*SETTINGS, *sharded, *pacing):
         setting.check(vllm_config)

@@ -19,7 +19,7 @@ from .step_output import NanoCPSchedulerOutput
 
 if TYPE_CHECKING:
     from .failures import Failures
-    from .rank.interface import Rank
+    from .rank.interface import Allowed, Rank
     from .shard_lifecycle import Members
     from .state import Moves
 
@@ -35,10 +35,12 @@ class RanksTogether(SchedulerInterface):
     failures: Failures
     kv_cache_config: KVCacheConfig
     _pause_state: PauseState
+    # What may be computed of prompts in the step at hand.
+    _allowed: Allowed = None
 
     def begin_schedule(self, ranks: Iterable[int], throttle_prefills: bool) -> None:
         for rank in ranks:
-            self.ranks[rank].begin_schedule(throttle_prefills)
+            self.ranks[rank].begin_schedule(throttle_prefills, self._allowed)
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> NanoCPGrammarOutput | None:  # type: ignore[override]
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)

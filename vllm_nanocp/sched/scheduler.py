@@ -38,6 +38,7 @@ from .admission import Admission
 from .cadence import PrefillCadence
 from .failures import Failures
 from .home_moves import Mover
+from .pacing import Pacing
 from .placer import Placer, stripe_blocks
 from .rank import outlets, sessions
 from .rank.interface import Part
@@ -92,6 +93,7 @@ class NanoCPScheduler(RanksTogether):
         self.apart = bool(self.config.scheduler_processes)
         interval = vllm_config.scheduler_config.prefill_schedule_interval
         self.cadence = PrefillCadence(interval) if interval > 1 else None
+        self.pacing = None if self.config.gap is None else Pacing(self.config.gap, self.ranks)
         self.collector = Collector()
         self.mover = Mover(
             self,
@@ -299,10 +301,13 @@ class NanoCPScheduler(RanksTogether):
         self.mover.step()
         self.admission.step()
         now = time.monotonic()
+        if self.pacing is not None:
+            self._allowed = self.pacing.begin(self.ranks)
         parts = self._schedule_ranks(throttle_prefills)
         self.mover.last_work = work = self.mover.work()
         self._settle()
-        self.prefixes.observe(parts, not throttle_prefills and self._pause_state == PauseState.UNPAUSED)
+        prompts = not throttle_prefills and (self._allowed is None or self._allowed[0] > 0)
+        self.prefixes.observe(parts, prompts and self._pause_state == PauseState.UNPAUSED)
         if self.cadence is not None:
             self.cadence.note_backlog(bool(self.waiting) and not self.admission.cut_short)
         plan = self.members.take_plan()
@@ -363,6 +368,8 @@ class NanoCPScheduler(RanksTogether):
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)
         if self.mover.moves:
             self.mover.observe(scheduler_output.plan.batches, scheduler_output.work, scheduler_output.scheduled)
+        if self.pacing is not None:
+            self.pacing.observe(scheduler_output.parts, scheduler_output.scheduled)
         merged: dict[int, EngineCoreOutputs] = {}
         stats: list[SchedulerStats | PlainStats] = []
         reader = 0  # who is to have them

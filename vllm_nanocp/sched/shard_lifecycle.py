@@ -126,9 +126,12 @@ class Members:
     # -- requests ----------------------------------------------------------------------------------------------
 
     def taken_as_computed(self, request: Request) -> bool:
-        """Whether a benchmark times decoding alone; a request of it may still want its prompt computed."""
+        """Whether a benchmark times decoding alone; a request of it may still want its prompt computed, and one that
+        was preempted is computed again, as with vLLM's DecodeBenchConnector."""
+        if not self.decode_bench or request.num_preemptions:
+            return False
         params = request.sampling_params
-        return self.decode_bench and not (params and (params.extra_args or {}).get("compute_prompt"))
+        return not (params and (params.extra_args or {}).get("compute_prompt"))
 
     def open(self, request: Request, shard_map: ShardMap, hashes: Sequence[BlockHash]) -> tuple[int, int]:
         """Take or allocate the blocks of all shards of a request, and let its first member with work enter.

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..placement.prefill_steps import PrefillGap
 from .figures import SYSTEMS, Run, simulate
 from .machine import MEASURED_RANKS, PRESETS, Machine
 from .nanocp import Settings
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--moves", action="store_true", help="homes move")
     add("--no-parallel-prefill", action="store_true", help="ranks of a long prompt compute one after another")
     add("--chunk-tokens", type=count, help="most tokens of a chunk that ranks compute together")
+    add("--prefill-gap", type=positive, metavar="MS", help="prefill_gap: ms of a step with prompts (default: off)")
     vllm = parser.add_argument_group("vLLM's settings")
     add = vllm.add_argument
     add("--capacity", type=count, help="KV tokens of a GPU (default: the preset's)")
@@ -199,7 +201,12 @@ def _points(args: argparse.Namespace) -> list[dict[str, Any]]:
         for system in dict.fromkeys(args.systems):
             for segment in args.segment_size if system == "nanocp" else [0]:
                 settings = Settings(
-                    segment or 65536, args.max_degree, args.moves, not args.no_parallel_prefill, args.chunk_tokens
+                    segment or 65536,
+                    args.max_degree,
+                    args.moves,
+                    not args.no_parallel_prefill,
+                    args.chunk_tokens,
+                    PrefillGap(ms=args.prefill_gap) if args.prefill_gap else None,
                 )
                 began = time.perf_counter()
                 found = simulate(replace(run, settings=settings), system, requests)

@@ -13,8 +13,8 @@ class Machine:
     """A step takes, in seconds,
 
         ``base + expert * (1 - (1 - active / experts) ** tokens of all ranks)``, with guests ``+ exchange``,
-        ``+ max over ranks(kv_token * KV tokens read + query * tokens computed + pair * (query, KV) pairs of prompts
-        + guest * guests + opened * prompt tokens taken as computed)``
+        ``+ max over ranks(kv_token * KV tokens read + query * decodes + prompt * tokens of prompts computed
+        + pair * (query, KV) pairs of prompts + guest * guests + opened * prompt tokens taken as computed)``
 
     The second term is the experts whose weights a step reads, if tokens choose theirs at random. All ranks step
     together, so the slowest one counts.
@@ -22,7 +22,7 @@ class Machine:
     Attributes:
         name: of the preset.
         source: where its figures come from.
-        base, expert, kv_token, query, pair, guest, exchange: see above.
+        base, expert, kv_token, query, prompt, pair, guest, exchange: see above.
         opened: stock's time a prompt token for filling the KV of a prompt taken as computed; decode-only loads.
         frontend: seconds a prompt token before a request is at the scheduler.
         experts, active: of a layer, and how many a token takes.
@@ -41,6 +41,8 @@ class Machine:
     kv_token: float
     split_kv_token: float
     query: float
+    prompt: float
+    spread: float
     pair: float
     guest: float
     exchange: float
@@ -58,17 +60,20 @@ class Machine:
     def seconds(
         self,
         kv: np.ndarray,
+        decodes: np.ndarray,
         computed: np.ndarray,
         pairs: np.ndarray,
         guests: np.ndarray,
         opened: np.ndarray,
     ) -> float:
-        """Of a step; each argument has a number a rank: KV tokens read, tokens computed, pairs, guests, tokens taken
-        as computed."""
-        ranks = self.kv_token * kv + self.query * computed + self.pair * pairs + self.guest * guests
+        """Of a step; each argument has a number a rank: KV tokens read, decodes, tokens of prompts computed, pairs,
+        guests, tokens taken as computed."""
+        ranks = self.kv_token * kv + self.query * decodes + self.prompt * computed
+        ranks = ranks + self.pair * pairs + self.guest * guests
         slowest = float((ranks + self.opened * opened).max())
-        experts = self.expert * (1.0 - (1.0 - self.active / self.experts) ** float(computed.sum()))
-        return self.base + experts + slowest + (self.exchange if guests.any() else 0.0)
+        experts = self.expert * (1.0 - (1.0 - self.active / self.experts) ** float((decodes + computed).sum()))
+        spread = self.spread * float(computed.sum())
+        return self.base + experts + slowest + spread + (self.exchange if guests.any() else 0.0)
 
     def with_capacity(self, tokens: int) -> Machine:
         """The same with so many KV tokens of a rank."""
@@ -88,6 +93,8 @@ class Machine:
             kv_token=self.tensor_kv_token * measured / shares,
             pair=self.pair / ranks,
             query=self.query / ranks,
+            prompt=(self.prompt + self.spread) / ranks,
+            spread=0.0,
             opened=self.opened / shares,
             capacity=self.capacity * shares,
         )
@@ -109,7 +116,9 @@ _SPREAD = Machine(
     kv_token=29e-9,
     split_kv_token=22.9e-9,
     query=18e-6,
-    pair=1.28e-9,
+    prompt=1e-6,
+    spread=8e-6,
+    pair=1.31e-9,
     guest=37e-6,
     exchange=0.25e-3,
     opened=0.5e-6,

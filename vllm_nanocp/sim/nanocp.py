@@ -15,6 +15,7 @@ from ..placement import Prefix, RankLoad, ShardMap, Want, cdiv, place, place_aft
 from ..placement.cost import CostModel, StepLoad
 from ..placement.moves import KV_WEIGHT, Candidate, MoveConfig, drifted, plan_moves, spill_target, with_reserve
 from ..placement.place import start_degree, stripe_blocks
+from ..placement.prefill_steps import Allowance, PrefillGap, PrefillSteps
 from ..placement.queue import ENDS_OVER, LOOKS, WINDOW, Blocked, as_overtaken, most_starts, ranks_for
 from .ranks import World
 from .setup import Prompt
@@ -29,6 +30,7 @@ class Settings:
     moves: bool = False
     parallel_prefill: bool = True
     chunk_tokens: int | None = None
+    prefill_gap: PrefillGap | None = None
 
 
 class Plugin:
@@ -46,6 +48,8 @@ class Plugin:
         self.limit = min(settings.max_degree or setup.ranks, setup.ranks)
         self.rules = MoveConfig(max_degree=self.limit)
         self.model = CostModel()
+        gap = settings.prefill_gap
+        self.steps = None if gap is None else PrefillSteps(gap, setup.ranks, setup.budget)
         self.queue: deque[int] = deque()
         # Requests that wait at a rank for its next room, and what they need.
         self.parked: dict[int, tuple[int, ShardMap]] = {}
@@ -238,9 +242,17 @@ class Plugin:
             world.move(int(move.request_id), move.target)
 
     def measured(
-        self, kv_tokens: np.ndarray, decodes: np.ndarray, guests: np.ndarray, seconds: float, prompts: bool
+        self,
+        kv_tokens: np.ndarray,
+        decodes: np.ndarray,
+        guests: np.ndarray,
+        seconds: float,
+        tokens: int,
+        pairs: float,
     ) -> None:
-        if self.settings.moves and not prompts:
+        if self.steps is not None:
+            self.steps.observe(tokens, pairs, seconds)
+        if self.settings.moves and not tokens:
             exchange = bool(guests.any())
             rows = zip(kv_tokens.tolist(), decodes.tolist(), guests.tolist(), strict=True)
             self.model.observe([StepLoad(*row, exchange) for row in rows], seconds)
@@ -253,6 +265,11 @@ class Plugin:
         return spill_target(loads, self._candidate(request), block_size=size, config=self.rules)
 
     # -- prompts -------------------------------------------------------------------------------------------------
+
+    def prompts(self, decodes: bool) -> Allowance | None:
+        if self.steps is None:
+            return None
+        return self.steps.begin(self.world.to_compute.tolist(), decodes, self.world.clock)
 
     def order(self, prompts: Sequence[Prompt], budget: int) -> list[tuple[Prompt, int]]:
         """Short prompts have a part of each step beside long ones, as ``sched.rank.chunks`` gives it."""

@@ -6,11 +6,13 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ..placement import RankLoad, ShardMap
 from ..placement.cost import StepLoad
+from ..placement.prefill_steps import Allowance
 from .prefixes import PrefixCaches
 from .setup import Counts, Policy, Prompt, Setup
 from .trace import PREFIX_TOKENS, InputError, Requests
@@ -209,10 +211,12 @@ class World:
         if not any(self.prompts):
             return computed, pairs
         budgets = np.maximum(0, self.setup.budget - decodes).tolist()
+        allowed = self.policy.prompts(bool(decodes.any()))
+        left = None if allowed is None else [replace(allowed) for _ in self.prompts]
         gone: list[tuple[int, Prompt]] = []
         for rank, prompts in enumerate(self.prompts):
             for prompt, most in self.policy.order(prompts, budgets[rank]) if prompts else ():
-                self._chunks(prompt, most, budgets, computed, pairs)
+                self._chunks(prompt, most, budgets, computed, pairs, left)
                 if prompt.at >= prompt.end or prompt.rank != rank:
                     gone.append((rank, prompt))
         for rank, prompt in gone:
@@ -225,10 +229,20 @@ class World:
             self.to_compute[rank] = sum(prompt.left(self.setup.block_size) for prompt in prompts)
         return computed, pairs
 
-    def _chunks(self, prompt: Prompt, most: int, budgets: list[int], computed: np.ndarray, pairs: np.ndarray) -> None:
+    def _chunks(
+        self,
+        prompt: Prompt,
+        most: int,
+        budgets: list[int],
+        computed: np.ndarray,
+        pairs: np.ndarray,
+        allowed: list[Allowance] | None,
+    ) -> None:
         """A prompt's chunk at its rank, and those that follow on others in the same step, as long as they are whole."""
         size = self.setup.block_size
         while (tokens := min(most, budgets[prompt.rank], prompt.left(size))) > 0:
+            if allowed is not None and not (tokens := allowed[prompt.rank].take(prompt.at, tokens)):
+                return
             budgets[prompt.rank] -= tokens
             computed[prompt.rank] += tokens
             # Its queries attend where the KV is.
@@ -292,10 +306,10 @@ class World:
                 raise InputError(f"{self.policy.waiting()} requests find no room on empty ranks; use a larger capacity")
             self.clock = max(self.clock, float(self.ready[self.arrivals[self.next]]))
             return
-        seconds = self.setup.machine.seconds(work, decodes + computed, pairs, guests, self.opened)
+        seconds = self.setup.machine.seconds(work, decodes, computed, pairs, guests, self.opened)
         seconds *= self._noise()
         self.opened[:] = 0
-        self.policy.measured(work, decodes, guests, seconds, bool(computed.any()))
+        self.policy.measured(work, decodes, guests, seconds, int(computed.sum()), float(pairs.max()))
         self._note(seconds)
         self.clock += seconds
         self.step_number += 1

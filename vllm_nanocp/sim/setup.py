@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from ..placement import Run
+from ..placement.prefill_steps import Allowance
 from .machine import Machine
 
 
@@ -104,12 +105,21 @@ class Policy(Protocol):
         """A request has ended."""
 
     def measured(
-        self, kv_tokens: np.ndarray, decodes: np.ndarray, guests: np.ndarray, seconds: float, prompts: bool
+        self,
+        kv_tokens: np.ndarray,
+        decodes: np.ndarray,
+        guests: np.ndarray,
+        seconds: float,
+        tokens: int,
+        pairs: float,
     ) -> None:
-        """What a step took, and whether any prompt was computed in it."""
+        """What a step took, how many tokens of prompts were computed in it, and the pairs of the rank with most."""
 
     def waiting(self) -> int:
         """Requests that have not entered."""
+
+    def prompts(self, decodes: bool) -> Allowance | None:
+        """What each rank may compute of prompts in the step at hand; None: as much as fits."""
 
     def order(self, prompts: Sequence[Prompt], budget: int) -> list[tuple[Prompt, int]]:
         """Which of a rank's prompts get how many tokens of a step at most, in this order."""

@@ -118,5 +118,8 @@ class Stock:
     def waiting(self) -> int:
         return sum(map(len, self.queues))
 
+    def prompts(self, decodes: bool) -> None:
+        """As much as fits."""
+
     def order(self, prompts: Sequence[Prompt], budget: int) -> list[tuple[Prompt, int]]:
         return [(prompt, budget) for prompt in prompts]

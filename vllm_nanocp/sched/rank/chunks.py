@@ -46,6 +46,8 @@ class ChunkDoors(_Base):
 
     # Whether a member of a sharded request needs its whole chunk in a step, since others go on from there in the same.
     whole_chunks = False
+    # Part of what prompts may take of a step that is for short ones, while there are any.
+    short_part = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -69,6 +71,7 @@ class ChunkDoors(_Base):
         if not self._shares_steps:
             return
         self.scheduler_config.long_prefill_token_threshold = 0
+        self.short_part = 0.0
         if not self._inflight_prefills:
             return
         share = self._share
@@ -79,11 +82,24 @@ class ChunkDoors(_Base):
         short = sum(_left(request) for request in prompts if _left(request) <= share)
         short += self._bring_forward(share - short)
         if short > 0:
+            self.short_part = 1 / PARTS
             others = len(self.running) - len(self._inflight_prefills)
             kept = min(share, short)
             rest = self.max_num_scheduled_tokens - others - kept
             if rest > 0:  # it bounds short ones, too
                 self.scheduler_config.long_prefill_token_threshold = max(rest // len(long), kept)
+
+    def is_long(self, request: Request) -> bool:
+        """Whether a prompt leaves a part of a step to short ones."""
+        return _left(request) > self._share
+
+    @property
+    def kept_blocks(self) -> int:
+        """Free blocks that are not for requests that wait."""
+        kept = self._watermark if self.running else 0
+        if self._keeps_blocks and self._inflight_prefills:
+            kept += self._inflight_prefill_reserved_blocks()
+        return kept
 
     def _reserve_prefill_lookahead(self, request: Request, *args: Any) -> int:
         """vLLM's scheduler asks this of each request right before it takes blocks for it. To one that waits are given

@@ -66,6 +66,8 @@ class Part:
         pending: whether their bitmask waits for tokens in flight.
         payload: for the rank's workers: vLLM's output, or the same pickled.
         serial: by which the rank knows it, if it is elsewhere.
+        prompt_tokens: of these, of prompts.
+        prompt_pairs: of a query of a prompt and a key.
     """
 
     tokens: int
@@ -75,6 +77,8 @@ class Part:
     pending: bool
     payload: SchedulerOutput | bytes = field(repr=False)
     serial: int = 0
+    prompt_tokens: int = 0
+    prompt_pairs: float = 0.0
 
     @classmethod
     def of(cls, output: SchedulerOutput) -> Part:
@@ -90,6 +94,10 @@ class Part:
 
 def do_nothing() -> None:
     """Where nobody has asked to be called."""
+
+
+# What may be computed of prompts in a step: tokens, and pairs of a query and a key. None: as much as fits.
+Allowed = tuple[int, float] | None
 
 
 class Rank(Protocol):
@@ -116,7 +124,7 @@ class Rank(Protocol):
 
     # A step. What begins on all ranks runs at once if they are elsewhere. To wait before it is ended is optional.
     def wait(self) -> None: ...
-    def begin_schedule(self, throttle_prefills: bool) -> None: ...
+    def begin_schedule(self, throttle_prefills: bool, allowed: Allowed) -> None: ...
     def end_schedule(self) -> Part: ...
     def begin_update(self, part: Part, output: Any) -> None: ...
     def end_update(self) -> Updated: ...

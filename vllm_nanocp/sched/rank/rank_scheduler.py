@@ -17,10 +17,11 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from ...placement import cdiv
+from .allowance import AllowanceDoors
 from .chunks import ChunkDoors
-from .interface import Decoding, Part
+from .interface import Allowed, Decoding, Part
 from .stats import Updated, take_stats
+from .taken_prompts import TakenDoors
 from .view_doors import ViewDoors
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-class RankDoors(ViewDoors, ChunkDoors):
+class RankDoors(ViewDoors, ChunkDoors, TakenDoors, AllowanceDoors):
     """Mixed into vLLM's scheduler: hooks on leaving, and shards that no queue knows of."""
 
     # The rank's scheduler has preempted a request, or freed a finished one, of this id.
@@ -52,7 +53,7 @@ class RankDoors(ViewDoors, ChunkDoors):
         idle = not (self.running or self._coming or self._leaving)
         output = super().schedule(*args, **kwargs)
         self.keep_no_more()
-        if idle and not self.running:
+        if idle and not self.running and not self.held_back:
             self.give_way_if_stuck()
         for request_id in self.to_share.keys() & output.num_scheduled_tokens.keys():
             del self.to_share[request_id]
@@ -89,6 +90,7 @@ class RankDoors(ViewDoors, ChunkDoors):
         result = super()._free_request(request, *args, **kwargs)
         self._strangers.discard(request.request_id)
         self.to_share.pop(request.request_id, None)
+        self.forget_taken(request.request_id)
         self._left(request)
         self.refresh()
         self.on_free(request.request_id)
@@ -201,13 +203,10 @@ class RankDoors(ViewDoors, ChunkDoors):
         Args:
             request: waits nowhere.
             to_share: blocks that others hold and that it will share when it is scheduled.
-            taken: tokens of it to take as computed, if its blocks are free.
+            taken: tokens of it to take as computed, once its blocks are free.
         """
         request_id = request.request_id
-        if taken and self.num_free_blocks >= (blocks := cdiv(request.num_tokens, self._manager.block_size)):
-            self.adopt_cached(request_id, [])
-            self.allocate(request_id, blocks)
-            request.num_computed_tokens = taken
+        self.take_as_computed(request, taken)
         if to_share:
             self.to_share[request_id] = to_share
         events = len(request.events)
@@ -221,7 +220,7 @@ class RankDoors(ViewDoors, ChunkDoors):
         del request.events[events:]
         if self._view is not None:
             held = len(self.held_blocks.get(request_id, ()))
-            self._view.note_entered(request, held, to_share, self._manager.block_size)
+            self._view.note_entered(request, held, to_share, self._manager.block_size, taken)
             self.on_change()
 
     def add_chunk(self, chunk: Request) -> None:
@@ -248,8 +247,7 @@ class RankDoors(ViewDoors, ChunkDoors):
 
     def stay(self, request_id: str) -> None:
         """Take back one that was about to leave."""
-        request = self.requests[request_id]
-        self._left(request)
+        self._left(request := self.requests[request_id])
         self.running.append(request)
         self.refresh()
 
@@ -322,6 +320,7 @@ class RankDoors(ViewDoors, ChunkDoors):
         self.waiting.remove_requests([request])
         self.kv_holding_waiting.remove_requests([request])
         self.deferred_waiting.discard(request)
+        self.forget_taken(request_id)
         self.refresh()
 
     def _forget(self, member: Request) -> None:
@@ -365,11 +364,12 @@ class RankDoors(ViewDoors, ChunkDoors):
 
     # -- a step, in two halves, as ranks elsewhere do it ---------------------------------------------------------
 
-    def begin_schedule(self, throttle_prefills: bool) -> None:
+    def begin_schedule(self, throttle_prefills: bool, allowed: Allowed) -> None:
         self._throttle = throttle_prefills
+        self.allow(allowed)
 
     def end_schedule(self) -> Part:
-        return Part.of(self.schedule(self._throttle))
+        return self.part_of(self.schedule(self._throttle))
 
     def begin_update(self, part: Part, output: Any) -> None:
         self._update = part, output

@@ -16,7 +16,7 @@ from vllm.v1.request import Request
 
 from .cached_blocks import CacheRecorder
 from .grammars import RankGrammars, end_by_grammar, grammar_begins
-from .interface import Part
+from .interface import Allowed
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 from .stats import take_stats
 from .wire import UNANSWERED, Answer, News, RequestState, Scheduled, SessionState, state_of, unpack
@@ -218,12 +218,13 @@ class RankServer:
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def do_schedule(self, throttle_prefills: bool) -> tuple[Any, ...]:
+    def do_schedule(self, throttle_prefills: bool, allowed: Allowed) -> tuple[Any, ...]:
         """Returns a ``Scheduled``, plain."""
+        self.scheduler.allow(allowed)
         output = self.scheduler.schedule(throttle_prefills)
         self._serial += 1
         self._steps.append((self._serial, output))
-        part = Part.of(output)
+        part = self.scheduler.part_of(output)
         scheduled = Scheduled(
             serial=self._serial,
             tokens=part.tokens,
@@ -234,6 +235,7 @@ class RankServer:
             introduced=self.scheduler.introduced,
             # Now, for the output is changed later on, by structured output for one.
             payload=pickle.dumps(output, -1),
+            prompts=(part.prompt_tokens, part.prompt_pairs),
         )
         return tuple(scheduled)
 

@@ -104,7 +104,7 @@ class RankView:
             backlog=2 * max(0, self.prompt_tokens) // self.budget,
         )
 
-    def note_entered(self, request: Request, held: int, to_share: int, block_size: int) -> None:
+    def note_entered(self, request: Request, held: int, to_share: int, block_size: int, taken: int = 0) -> None:
         """A request waits there now.
 
         Args:
@@ -112,6 +112,7 @@ class RankView:
             held: blocks that it has there.
             to_share: blocks that it will share with others.
             block_size: tokens a block holds.
+            taken: tokens of it that are taken as computed.
         """
         tokens, adapter = request.num_tokens, adapter_of(request)
         self.waiting += 1
@@ -119,7 +120,7 @@ class RankView:
         self.unfinished += 1
         self.promised += max(0, -(-tokens // block_size) - held - to_share)
         self.tokens += tokens
-        left = max(0, tokens - request.num_computed_tokens) - to_share * block_size
+        left = max(0, tokens - max(taken, request.num_computed_tokens)) - to_share * block_size
         self.to_compute += left
         self.prompt_tokens += left
         if not request.num_computed_tokens:  # else it is in the queue of those that have blocks

@@ -21,7 +21,7 @@ from ...plan import Batch
 from ...step_messages import PackedOutput
 from .cached_blocks import CachedBlocks, Changes, Whereabouts
 from .grammars import note_grammar_begins
-from .interface import Decoding, Part, do_nothing
+from .interface import Allowed, Decoding, Part, do_nothing
 from .rank_view import RankView
 from .sessions import keep_chunk
 from .stats import Updated
@@ -168,14 +168,15 @@ class RemoteRank:
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def begin_schedule(self, throttle_prefills: bool) -> None:
-        self._ask("schedule", throttle_prefills)
+    def begin_schedule(self, throttle_prefills: bool, allowed: Allowed) -> None:
+        self._ask("schedule", throttle_prefills, allowed)
 
     def end_schedule(self) -> Part:
         step = Scheduled._make(self._hear())
         self.introduced = step.introduced
         batch = Batch._make(step.batch)
-        return Part(step.tokens, batch, step.scheduled, step.structured, step.pending, step.payload, step.serial)
+        facts = (step.tokens, batch, step.scheduled, step.structured, step.pending, step.payload, step.serial)
+        return Part(*facts, *step.prompts)
 
     def begin_update(self, part: Part, output: Any) -> None:
         message = output.data if isinstance(output, PackedOutput) else pickle.dumps(output, -1)
@@ -210,7 +211,7 @@ class RemoteRank:
         if taken and self.view.free_blocks >= needed:
             self.view.free_blocks -= needed
             held = needed
-        self.view.note_entered(request, held, to_share, self.block_size)
+        self.view.note_entered(request, held, to_share, self.block_size, taken)
         self.on_change()
 
     def _tell_none_hash(self) -> None:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 class ViewDoors(SessionDoors, AdapterDoors):
     """Mixed into vLLM's scheduler: what is known of it between two steps."""
 
+    # See ``TakenDoors``.
+    to_take_as_computed: dict[str, int]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # The numbers are others now, or may be.
         self.on_change: Callable[[], object] = do_nothing
@@ -47,7 +50,7 @@ class ViewDoors(SessionDoors, AdapterDoors):
     def take_view(self) -> RankView:
         """The numbers, taken anew. Walks over this rank's requests, each once."""
         held, block_size = self.held_blocks, self.block_size
-        shared = self.to_share
+        shared, taken = self.to_share, self.to_take_as_computed
         tokens = computed = left = to_take = 0
         only_chunks = True
         for request in self.running:
@@ -62,6 +65,7 @@ class ViewDoors(SessionDoors, AdapterDoors):
         prompts = sum(request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills)
         for request in chain(self.waiting, self.kv_holding_waiting):
             have, done = len(request._all_token_ids), request.num_computed_tokens
+            done = max(done, taken.get(request.request_id, 0))
             tokens += have
             left += max(0, have - done)
             prompts += have - done

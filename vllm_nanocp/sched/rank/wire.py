@@ -131,6 +131,7 @@ class Scheduled(NamedTuple):
 
     Attributes:
         batch: the values of a ``Batch``.
+        prompts: tokens and pairs, see ``Part``.
     """
 
     serial: int
@@ -141,6 +142,7 @@ class Scheduled(NamedTuple):
     pending: bool
     introduced: dict[str, list[int]]
     payload: bytes
+    prompts: tuple[int, float]
 
 
 def pack(request: Request) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``decode_bench`` next to vLLM's scheduler with its DecodeBenchConnector: who is computed in a full cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm import SamplingParams
+from vllm.config import KVTransferConfig
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_nanocp.config import DECODE_BENCH
+
+from . import rank_insides
+from .scheduler_world import payloads
+from .world_shapes import Shape, vllm_config  # noqa: F401
+
+RANKS, BLOCKS, BUDGET = 2, 30, 64
+# Prompt and output tokens: three fill the cache, those behind wait for room, and two that grow do not fit any more.
+FILL = [
+    (150, 60), (130, 50), (140, 40), (100, 20), (150, 30), (120, 3), (33, 40), (1, 5), (200, 9), (210, 60), (150, 60),
+    (130, 50), (140, 40), (100, 20), (120, 3), (33, 40), (1, 5), (190, 9),
+]  # fmt: skip
+Steps = list[dict[str, int]]
+
+
+class BenchShape(Shape):
+    """With prompts that are taken as computed."""
+
+    def config(self, vllm_config: Any, asynchronous: bool) -> Any:  # noqa: F811
+        config = super().config(vllm_config, asynchronous)
+        config.additional_config["nanocp"]["decode_bench"] = True
+        return config
+
+
+def shape(**changes: Any) -> BenchShape:
+    sizes: dict[str, Any] = dict(
+        seed=0, ranks=RANKS, block_size=16, blocks=BLOCKS, max_reqs=8, budget=BUDGET, segment=4096, degree=1,
+        moves=False, caching=False, priorities=False, chunk=0, reserve=0,
+    )  # fmt: skip
+    return BenchShape(**{**sizes, **changes})
+
+
+def requests(compute: bool = False) -> list[Request]:
+    extra = {"compute_prompt": 1} if compute else None
+    return [
+        Request(
+            f"r{n}",
+            [10 + n] * prompt,
+            SamplingParams(temperature=0.0, max_tokens=out, ignore_eos=True, extra_args=extra),
+            None,
+            arrival_time=float(n),
+        )
+        for n, (prompt, out) in enumerate(FILL)
+    ]
+
+
+def answer(scheduler: Any, output: Any) -> ModelRunnerOutput:
+    """A token of each whose tokens are all computed with this step."""
+    ids = list(output.num_scheduled_tokens)
+    done = [scheduler.requests[i].num_computed_tokens >= scheduler.requests[i].num_tokens for i in ids]
+    return ModelRunnerOutput(ids, {name: at for at, name in enumerate(ids)}, [[20] if d else [] for d in done])
+
+
+def steps_of_stock(config: Any, ranks: Sequence[Sequence[str]]) -> tuple[list[Steps], int]:
+    """Of vLLM's schedulers, each of which has these requests."""
+    sizes = shape()
+    config = sizes.config(config, False)
+    kv_cache_config = sizes.scheduler(config, False).kv_cache_config
+    config.kv_transfer_config = KVTransferConfig(
+        kv_connector="DecodeBenchConnector", kv_role="kv_both", kv_connector_extra_config={"startup_fill": True}
+    )
+    found, preempted = [], 0
+    for names in ranks:
+        scheduler = Scheduler(
+            vllm_config=config,
+            kv_cache_config=kv_cache_config,
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=16,
+            hash_block_size=16,
+        )
+        asked = {request.request_id: request for request in requests()}
+        for name in names:
+            scheduler.add_request(asked[name])
+        steps: Steps = []
+        while scheduler.has_requests():
+            output = scheduler.schedule()
+            steps.append(dict(output.num_scheduled_tokens))
+            scheduler.update_from_output(output, answer(scheduler, output))
+        found.append([step for step in steps if step])
+        preempted += sum(request.num_preemptions for request in asked.values())
+    return found, preempted
+
+
+def steps_here(config: Any, compute: bool = False) -> tuple[list[Steps], list[list[str]], int]:
+    """Scheduled tokens by rank, step and request; the requests of each rank as they began; and preemptions."""
+    scheduler = shape().scheduler(config, False)
+    for request in requests(compute):
+        scheduler.add_request(request)
+    steps: list[Steps] = [[] for _ in range(RANKS)]
+    while scheduler.has_requests():
+        output = scheduler.schedule()
+        parts = payloads(output)
+        for mine, part in zip(steps, parts, strict=True):
+            if part.num_scheduled_tokens:
+                mine.append(dict(part.num_scheduled_tokens))
+        known = [rank_insides.scheduler_of(rank) for rank in scheduler.ranks]
+        scheduler.update_from_output(output, [answer(rank, part) for rank, part in zip(known, parts, strict=True)])
+    began = [list(dict.fromkeys(name for step in mine for name in step)) for mine in steps]
+    return steps, began, scheduler.num_preemptions
+
+
+@pytest.fixture(autouse=True)
+def meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DECODE_BENCH, "1")
+
+
+def computed(steps: Sequence[Steps]) -> tuple[set[str], set[str]]:
+    """Requests that were computed when they began, and those that were after they had begun."""
+    begun: set[str] = set()
+    fresh: set[str] = set()
+    again: set[str] = set()
+    for name, tokens in (one for mine in steps for step in mine for one in step.items()):
+        if tokens > 1:
+            (again if name in begun else fresh).add(name)
+        begun.add(name)
+    assert begun == {f"r{n}" for n in range(len(FILL))}
+    return fresh, again
+
+
+def test_the_same_prompts_are_computed_as_with_the_connector(vllm_config: Any) -> None:  # noqa: F811
+    """Those that wait for room never are, those that were preempted are."""
+    here, began, preempted = steps_here(vllm_config)
+    stock, their = steps_of_stock(vllm_config, began)
+    for steps in (stock, here):
+        fresh, again = computed(steps)
+        assert not fresh and again
+    assert preempted and their and sum(len(mine[0]) for mine in here) < len(FILL) - 2, "else this load shows nothing"
+
+
+def test_a_prompt_that_is_to_be_computed_is(vllm_config: Any) -> None:  # noqa: F811
+    steps, _, _ = steps_here(vllm_config, compute=True)
+    first: dict[str, int] = {}
+    for name, tokens in (one for mine in steps for step in mine for one in step.items()):
+        first.setdefault(name, tokens)
+    assert all(first[f"r{n}"] > 1 for n, (prompt, _) in enumerate(FILL) if prompt > 1)
+
+
+def test_what_waits_at_a_rank_is_not_counted_as_work(vllm_config: Any) -> None:  # noqa: F811
+    """Else placement would keep others away from it for as long as that prompt would take."""
+    scheduler = shape().scheduler(vllm_config, False)
+    for request in requests():
+        scheduler.add_request(request)
+    scheduler.schedule()
+    waiting = [rank.view.waiting for rank in scheduler.ranks]
+    assert any(waiting)
+    for rank in scheduler.ranks:
+        assert rank.view.prompt_tokens <= rank.view.waiting and rank.view.load().backlog == 0

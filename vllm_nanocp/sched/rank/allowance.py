@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Doors for prefill steps (``placement.prefill_steps``): how much of prompts a rank may compute in a step.
+
+Touches vLLM 0.32's ``Scheduler._reserve_prefill_lookahead``, which its scheduler asks of each request, running or
+waiting, how many of so many tokens it may compute: none lets a running one be passed over, and those that wait go on
+waiting.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from ...placement.prefill_steps import Allowance, pairs_of
+from .interface import Allowed, Part
+
+if TYPE_CHECKING:
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+class AllowanceDoors(_Base):
+    """Mixed into vLLM's scheduler: what is computed of prompts."""
+
+    # Part of what is allowed that is for prompts which are short, while there are any; ``ChunkDoors`` knows.
+    short_part = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._allowance: Allowance | None = None
+
+    def is_long(self, request: Request) -> bool:
+        """Whether a prompt leaves a part of a step to short ones; ``ChunkDoors`` knows."""
+        raise NotImplementedError
+
+    def allow(self, allowed: Allowed) -> None:
+        """Before a step."""
+        self._allowance = None if allowed is None else Allowance(*allowed, first=allowed[0] > 0)
+
+    @property
+    def held_back(self) -> bool:
+        """Whether the step at hand computes no prompts."""
+        return self._allowance is not None and self._allowance.tokens == 0 and not self._allowance.first
+
+    def _reserve_prefill_lookahead(self, request: Request, *args: Any) -> int:
+        tokens: int = super()._reserve_prefill_lookahead(request, *args)
+        computed: int = args[0]
+        # Chunks of models with a recurrent state end where it is kept, and an encoder's input is chosen for its chunk.
+        if self._allowance is None or self.need_mamba_block_aligned_split or request.has_encoder_inputs:
+            return tokens
+        if request.num_tokens - computed <= 1:  # it decodes
+            return tokens
+        if self.short_part and self.is_long(request):
+            return self._allowance.take_part(1 - self.short_part, computed, tokens)
+        return self._allowance.take(computed, tokens)
+
+    def part_of(self, output: SchedulerOutput) -> Part:
+        """The step as the other ranks' scheduler sees it."""
+        part = Part.of(output)
+        if output.total_num_scheduled_tokens > len(output.num_scheduled_tokens):
+            for request_id, tokens in output.num_scheduled_tokens.items():
+                at = self.requests[request_id].num_computed_tokens - tokens
+                if tokens > 1:
+                    part.prompt_tokens += tokens
+                    part.prompt_pairs += pairs_of(at, tokens)
+        return part

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeGuard
 
 from .errors import NanoCPConfigError
+from .placement.auto import AUTO, Segments, fixed
 from .placement.moves import MoveConfig
 
 KEY = "nanocp"
@@ -30,7 +31,7 @@ class NanoCPConfig:
         ranks: number of data-parallel ranks in the one engine. Set by ``--data-parallel-size``; a key of its own
             for ``LLM(...)``, which vLLM refuses with a data-parallel size.
         segment_size: tokens a shard should hold before another rank is used. A request of T tokens starts with
-            ``ceil(T / segment_size)`` ranks, at most ``max_degree``.
+            ``ceil(T / segment_size)`` ranks, at most ``max_degree``. ``auto``: as ``placement.auto`` says.
         max_degree: most ranks one request may use; None means all.
         placement: ``balanced`` (least batch, then most room, water filling) or ``round_robin`` (a baseline).
         moves: whether decoding requests change their home, to even out the ranks' loads and where a rank's blocks run
@@ -51,7 +52,7 @@ class NanoCPConfig:
     """
 
     ranks: int
-    segment_size: int = 65536
+    segment_size: int | str = 65536
     max_degree: int | None = None
     placement: str = "balanced"
     moves: bool | dict[str, Any] | None = None
@@ -65,6 +66,11 @@ class NanoCPConfig:
     def degree_limit(self) -> int:
         """The most ranks one request may use, resolved."""
         return self.ranks if self.max_degree is None else self.max_degree
+
+    @property
+    def segments(self) -> Segments | None:
+        """How requests are cut; None if that is found at the time."""
+        return fixed(self.segment_size) if isinstance(self.segment_size, int) else None
 
     @property
     def move_config(self) -> MoveConfig | None:
@@ -122,7 +128,8 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
         )
     values["ranks"] = ranks
     if "segment_size" in raw:
-        values["segment_size"] = _integer(raw, "segment_size", 1, "65536")
+        auto = raw["segment_size"] == AUTO
+        values["segment_size"] = AUTO if auto else _integer(raw, "segment_size", 1, f"65536 or {AUTO!r}")
     if raw.get("max_degree") is not None:
         degree = _integer(raw, "max_degree", 1, str(ranks))
         if degree > ranks:

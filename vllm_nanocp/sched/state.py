@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..placement import RankLoad
     from ..placement.cost import CostModel, StepLoad
     from .failures import Failures
+    from .graph_room import GraphRoom
     from .placer import Placer
     from .rank.interface import Rank
     from .shard_lifecycle import Members
@@ -99,6 +100,8 @@ class SchedulerState(Protocol):
     def failures(self) -> Failures: ...
     @property
     def mover(self) -> Moves: ...
+    @property
+    def graph_room(self) -> GraphRoom: ...
     @property
     def placer(self) -> Placer: ...
     @property

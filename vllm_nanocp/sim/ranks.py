@@ -11,6 +11,7 @@ import numpy as np
 
 from ..placement import RankLoad, ShardMap
 from ..placement.cost import StepLoad
+from ..placement.visits import Visits
 from .prefixes import PrefixCaches
 from .setup import Counts, Policy, Prompt, Setup
 from .trace import PREFIX_TOKENS, InputError, Requests
@@ -75,6 +76,17 @@ class World:
         size, exchange = self.setup.block_size, bool(self.guests.any())
         rows = zip(self.read.tolist(), queries, self.guests.tolist(), strict=True)
         return [StepLoad(kv * size, n, guests, exchange) for kv, n, guests in rows]
+
+    def visits(self, room: int) -> Visits:
+        """Between ranks, of all that decode or will."""
+        found = Visits(self.setup.ranks, room)
+        held = self.held > 0
+        for home in range(self.setup.ranks):
+            here = held[self.home == home]
+            here[:, home] = False  # a graph has as much room for a rank's visits to itself as it has rows
+            found.pairs[home] = here.sum(axis=0).tolist()
+            found.rows[home] = int(here.any(axis=1).sum())
+        return found
 
     def hashes(self, request: int) -> Sequence[int]:
         """Of the prompt's blocks that may come from a cache: full ones without the last token."""
@@ -292,7 +304,11 @@ class World:
                 raise InputError(f"{self.policy.waiting()} requests find no room on empty ranks; use a larger capacity")
             self.clock = max(self.clock, float(self.ready[self.arrivals[self.next]]))
             return
-        seconds = self.setup.machine.seconds(work, decodes + computed, pairs, guests, self.opened)
+        captured = (
+            self.setup.visits is None or computed.any() or self.visits(self.setup.visits).most <= self.setup.visits
+        )
+        self.counts.events["outside"] += not captured
+        seconds = self.setup.machine.seconds(work, decodes + computed, pairs, guests, self.opened, captured)
         seconds *= self._noise()
         self.opened[:] = 0
         self.policy.measured(work, decodes, guests, seconds, bool(computed.any()))

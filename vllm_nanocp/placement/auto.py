@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 
 from .cost import Coefficients
+from .place import cdiv
 
 AUTO = "auto"
 
@@ -77,7 +78,12 @@ class Segments:
 
     def of(self, num_tokens: int) -> int:
         """The ``segment_size`` of a request of so many tokens."""
-        return num_tokens if num_tokens <= self.whole else self.size
+        if num_tokens <= self.whole:
+            return num_tokens
+        if not self.least:
+            return self.size
+        pieces = max(1, min(cdiv(num_tokens, self.size), num_tokens // self.least))
+        return cdiv(num_tokens, pieces)
 
 
 def fixed(size: int) -> Segments:

@@ -272,9 +272,16 @@ class Mover:
             return
         now = self.scheduler.num_steps
         block_size = self.scheduler.block_size
-        rules = dict(step=now, block_size=block_size, model=self.model, config=self.config)
-        visits = self.scheduler.graph_room.near(self.config.max_moves)
-        for move in plan_moves(loads, self.work(), candidates, **rules, visits=visits):
+        for move in plan_moves(
+            loads,
+            self.work(),
+            candidates,
+            step=now,
+            block_size=block_size,
+            model=self.model,
+            config=self.config,
+            visits=self.scheduler.graph_room.near(self.config.max_moves),
+        ):
             self._leave(move.request_id, move.source, move.target)
             self.num_moves += 1
             self.scheduler.collector.moved()
@@ -297,8 +304,9 @@ class Mover:
         ]
         for candidate in self._first_to_go(rank):
             visits = self.scheduler.graph_room.near(1)
-            rules = dict(block_size=self.scheduler.block_size, config=self.config)
-            target = spill_target(loads, candidate, **rules, visits=visits)
+            target = spill_target(
+                loads, candidate, block_size=self.scheduler.block_size, config=self.config, visits=visits
+            )
             if target is None:
                 continue
             self._leave(candidate.request_id, rank, target)

@@ -304,9 +304,8 @@ class World:
                 raise InputError(f"{self.policy.waiting()} requests find no room on empty ranks; use a larger capacity")
             self.clock = max(self.clock, float(self.ready[self.arrivals[self.next]]))
             return
-        captured = (
-            self.setup.visits is None or computed.any() or self.visits(self.setup.visits).most <= self.setup.visits
-        )
+        room = self.setup.visits
+        captured = room is None or bool(computed.any()) or self.visits(room).most <= room
         self.counts.events["outside"] += not captured
         seconds = self.setup.machine.seconds(work, decodes + computed, pairs, guests, self.opened, captured)
         seconds *= self._noise()

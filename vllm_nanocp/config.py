@@ -90,10 +90,11 @@ class NanoCPConfig:
         return asdict(self) | {"graph_capacities": None if capacities is None else list(capacities)}
 
 
-def _integer(raw: Mapping[str, Any], key: str, least: int, example: str) -> int:
+def _integer(raw: Mapping[str, Any], key: str, least: int, example: str, other: str = "") -> int:
     value = raw[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise NanoCPConfigError(f"nanocp: {key} must be an integer of at least {least}, got {value!r}; use {example}")
+        what = f"{other}an integer of at least {least}"
+        raise NanoCPConfigError(f"nanocp: {key} must be {what}, got {value!r}; use {example}")
     return value
 
 
@@ -129,7 +130,7 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
     values["ranks"] = ranks
     if "segment_size" in raw:
         auto = raw["segment_size"] == AUTO
-        values["segment_size"] = AUTO if auto else _integer(raw, "segment_size", 1, f"65536 or {AUTO!r}")
+        values["segment_size"] = AUTO if auto else _integer(raw, "segment_size", 1, "65536", f"{AUTO!r} or ")
     if raw.get("max_degree") is not None:
         degree = _integer(raw, "max_degree", 1, str(ranks))
         if degree > ranks:

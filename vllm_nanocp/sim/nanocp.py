@@ -17,6 +17,7 @@ from ..placement.cost import Coefficients, CostModel, StepLoad
 from ..placement.moves import KV_WEIGHT, Candidate, MoveConfig, drifted, plan_moves, spill_target, with_reserve
 from ..placement.place import start_degree, stripe_blocks
 from ..placement.queue import ENDS_OVER, LOOKS, WINDOW, Blocked, as_overtaken, most_starts, ranks_for
+from ..placement.victims import Victim, victims
 from ..placement.visits import Visits
 from .ranks import World
 from .setup import Prompt
@@ -51,7 +52,7 @@ class Plugin:
         self.auto = settings.segment_size == AUTO
         # Whether ranks' loads are those of ``sched`` with moves; and whether any are more than spills.
         self.moves = settings.moves or self.auto
-        self.rules = MoveConfig(max_degree=self.limit, **({} if settings.moves else {"max_moves": 0}))
+        self.rules = MoveConfig(max_degree=self.limit, max_moves=MoveConfig.max_moves if settings.moves else 0)
         self.model = CostModel(PRIOR) if self.auto else CostModel()
         self.bounds = Bounds.of(setup.capacity)
         self.queue: deque[int] = deque()
@@ -229,6 +230,17 @@ class Plugin:
     def _visits(self) -> Visits | None:
         room = self.world.setup.visits
         return None if room is None else self.world.visits(room)
+
+    def victim(self, running: np.ndarray) -> int:
+        world = self.world
+        if len(running) < 3:
+            return world.youngest(running)
+        others = running[running != running[np.argmin(world.requests.at[running])]]
+        home = world.home[others[0]]
+        frees = world.held[others, home].tolist()
+        rows = zip(world.length[others].tolist(), frees, world.preempted[others].tolist(), strict=True)
+        chosen = victims([Victim(*row) for row in rows], 1)
+        return int(others[chosen[0]]) if chosen else world.youngest(running)
 
     def return_(self, request: int, home: int) -> None:
         self.kept_home[request] = home  # which has its sampling state

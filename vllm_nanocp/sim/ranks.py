@@ -162,9 +162,8 @@ class World:
         self.last_move[request] = self.step_number
 
     def _preempt(self, home: int) -> None:
-        """vLLM's way: the youngest gives up its blocks and is computed again, before others."""
-        here = self.decoding[self.home[self.decoding] == home]
-        request = int(here[np.argmax(self.entered[here])])
+        """One gives up its blocks and is computed again, before others."""
+        request = self.policy.victim(self.decoding[self.home[self.decoding] == home])
         self.counts.events["preemptions"] += 1
         self._leave(np.array([request]))
         self.preempted[request] = True
@@ -192,6 +191,10 @@ class World:
         self._take(border[~is_tight])
         for request in border[is_tight].tolist():
             self._grow_tight(request)
+
+    def youngest(self, requests: np.ndarray) -> int:
+        """Which of these has entered last."""
+        return int(requests[np.argmax(self.entered[requests])])
 
     def _take(self, requests: np.ndarray) -> None:
         """One block more for each at its home."""

@@ -99,6 +99,9 @@ class Policy(Protocol):
     def spill(self, request: int) -> int | None:
         """Where a request goes on whose home has no block for it; None: somebody is preempted."""
 
+    def victim(self, running: np.ndarray) -> int:
+        """Which of a rank's decoding requests gives up its blocks where one is missing."""
+
     def return_(self, request: int, home: int) -> None:
         """A request was preempted at its home."""
 

@@ -145,6 +145,7 @@ def place_after_prefix(
     kv_weight: float | None = None,
     stripe_blocks: int | None = None,
     least_shard: int = 0,
+    again: bool = False,
 ) -> ShardMap | None:
     """Place a request around its cached prefix; None when that is not possible or not worth it.
 
@@ -159,9 +160,10 @@ def place_after_prefix(
         num_tokens: tokens the request has now.
         block_size, loads, segment_size, max_degree, home, headroom_blocks, kv_weight, stripe_blocks, least_shard: as
             for ``place``.
+        again: whether this is what is left of the request itself, which was preempted; it is used wherever it is.
     """
     need, first = cdiv(num_tokens, block_size), prefix.runs[0]
-    if kv_weight is not None and not light(prefix, loads, block_size):
+    if kv_weight is not None and not again and not light(prefix, loads, block_size):
         return None
     rules = dict(
         segment_size=segment_size,

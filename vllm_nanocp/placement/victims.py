@@ -41,7 +41,8 @@ class Victim:
 def victims(running: Sequence[Victim], short: int) -> list[int]:
     """Which requests to preempt so that a rank has so many blocks more, at little cost; the first one first.
 
-    The cheapest that is enough by itself, or several that cost less together: those that free most for what they cost.
+    By what they free for their cost, and then one that is enough: at most twice what the best choice costs (Csirik,
+    Frenk, Labbe, Zhang, Heuristics for the 0-1 min-knapsack problem, 1991).
 
     Args:
         running: without those that are to stay.
@@ -50,16 +51,18 @@ def victims(running: Sequence[Victim], short: int) -> list[int]:
     Returns:
         Indices; all that free anything, if these are not enough.
     """
-    useful = [i for i, victim in enumerate(running) if victim.frees > 0]
-    enough = [i for i in useful if running[i].frees >= short]
-    alone = min(enough, key=lambda i: (running[i].cost, -i), default=None)
-    several: list[int] = []
+    order = sorted(
+        (i for i, victim in enumerate(running) if victim.frees > 0),
+        key=lambda i: (running[i].cost / running[i].frees, -i),
+    )
+    best, least = order, float("inf")
     freed, cost = 0, 0.0
-    for i in sorted(useful, key=lambda i: (running[i].cost / running[i].frees, -i)):
-        if freed >= short:
+    for taken in range(len(order)):
+        enough = [i for i in order[taken:] if freed + running[i].frees >= short]
+        last = min(enough, key=lambda i: (running[i].cost, -i), default=None)
+        if last is not None and cost + running[last].cost < least:
+            best, least = [*order[:taken], last], cost + running[last].cost
+        freed, cost = freed + running[order[taken]].frees, cost + running[order[taken]].cost
+        if freed >= short or cost >= least:
             break
-        several.append(i)
-        freed, cost = freed + running[i].frees, cost + running[i].cost
-    if alone is not None and running[alone].cost <= cost:
-        return [alone]
-    return several
+    return best

@@ -175,7 +175,8 @@ class Placer:
                     if wish.degree == 1 and prefix.runs[0].rank != preferred:
                         return wish
                     rules["home"] = preferred
-            after = place_after_prefix(prefix, tokens, block_size, loads, kv_weight=weight, **rules)
+            again = request.num_preemptions > 0
+            after = place_after_prefix(prefix, tokens, block_size, loads, kv_weight=weight, again=again, **rules)
             if after is not None:
                 return after
         fresh = place(tokens, block_size, loads, **afresh)
@@ -265,11 +266,12 @@ class Placer:
             return []
         return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
 
-    def find_prefix(self, hashes: Sequence[BlockHash]) -> Prefix:
+    def find_prefix(self, hashes: Sequence[BlockHash], again: bool = False) -> Prefix:
         """Where a request's first blocks are cached, on as few ranks as that takes; nowhere, if it should not go there.
 
         Args:
             hashes: of the blocks, from ``lookup_hashes``.
+            again: whether the request was preempted: what is left of it counts wherever it is.
         """
         # Of ranks elsewhere it is known here, and mostly none has the first block.
         if not self.follows_prefixes or not hashes or (self._where is not None and hashes[0] not in self._where):
@@ -288,6 +290,6 @@ class Placer:
             held.append(found[rank][1])
             at += longest
         prefix = Prefix(tuple(runs), tuple(held))
-        if runs and self._moves is not None and not light(prefix, self._loads(), self.block_size):
+        if runs and not again and self._moves is not None and not light(prefix, self._loads(), self.block_size):
             return NOWHERE
         return prefix

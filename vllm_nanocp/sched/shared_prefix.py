@@ -121,7 +121,7 @@ class SharedPrefixes:
             Where its first blocks are cached, or will be when its turn has come; None if it is set aside now.
         """
         hashes = self.placer.lookup_hashes(request)
-        return self._follow(request, hashes, self.placer.find_prefix(hashes))
+        return self._follow(request, hashes, self.placer.find_prefix(hashes, request.num_preemptions > 0))
 
     def claim(self, request: Request, shard_map: ShardMap, prefix: Prefix) -> bool:
         """Whether a request, so placed, would take the room that those who come before it, and are set aside, need."""

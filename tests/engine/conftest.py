@@ -48,7 +48,7 @@ def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Callable[..., Engin
         ),
         "small-caching": dict(
             ranks=3,
-            nanocp={"segment_size": 700},
+            nanocp={"segment_size": "auto"},
             num_gpu_blocks_override=SMALL_BLOCKS,
             max_model_len=4096,
             enable_prefix_caching=True,

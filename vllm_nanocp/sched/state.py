@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ..metrics.collector import Collector
     from ..placement import RankLoad
     from ..placement.cost import CostModel, StepLoad
+    from ..placement.visits import Visits
     from .failures import Failures
-    from .graph_room import GraphRoom
     from .placer import Placer
     from .rank.interface import Rank
     from .shard_lifecycle import Members
@@ -35,6 +35,12 @@ class Moves(Protocol):
     model: CostModel
 
     def loads(self) -> list[RankLoad]: ...
+
+
+class Room(Protocol):
+    """Of ``graph_room.GraphRoom``, what others read."""
+
+    def near(self, more: int) -> Visits | None: ...
 
 
 class SchedulerState(Protocol):
@@ -101,7 +107,7 @@ class SchedulerState(Protocol):
     @property
     def mover(self) -> Moves: ...
     @property
-    def graph_room(self) -> GraphRoom: ...
+    def graph_room(self) -> Room: ...
     @property
     def placer(self) -> Placer: ...
     @property

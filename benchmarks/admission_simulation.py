@@ -174,7 +174,7 @@ class Service:
     def step(self) -> bool:
         """Schedule, wait, take the outputs; whether anything was computed."""
         outputs = [scheduler.schedule() for scheduler in self.schedulers]
-        parts = outputs[0].ranks if self.plugin else outputs
+        parts = [part.payload for part in outputs[0].parts] if self.plugin else outputs
         self.preemptions += sum(len(part.preempted_req_ids or ()) for part in parts)
         self.computed += sum(part.total_num_scheduled_tokens for part in parts)
         guests = [0] * self.s.ranks

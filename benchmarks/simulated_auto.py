@@ -13,8 +13,8 @@ part has prompts of 100,000 to 1,000,000 tokens. Preempted requests are computed
 
 ``wrong``: the same with a cost model that is wrong, and stays so: coefficients ten times too large or small, or zero.
 
-``visits``: steps with more visits between two ranks than graphs have room for take 80 ms longer (assumed); with room for
-four, and for all.
+``visits``: steps with more visits between two ranks than graphs have room for take 80 ms longer (assumed); with room
+for four, and for all.
 """
 
 from __future__ import annotations

@@ -126,7 +126,9 @@ class Service:
         self.plugin = len(schedulers) == 1 and hasattr(schedulers[0], "ranks")
         self.ranks = schedulers[0].ranks if self.plugin else schedulers
         self.clock = 0.0
-        self.steps = self.next = self.busy = self.preemptions = 0
+        self.steps = self.next = self.busy = self.preemptions = self.computed = 0
+        self.last: dict[str, float] = {}
+        self.made: dict[str, int] = {}
         self.sent: dict[str, float] = {}
         self.first: dict[str, float] = {}
         self.at: dict[str, int] = {}
@@ -172,8 +174,9 @@ class Service:
     def step(self) -> bool:
         """Schedule, wait, take the outputs; whether anything was computed."""
         outputs = [scheduler.schedule() for scheduler in self.schedulers]
-        parts = outputs[0].ranks if self.plugin else outputs
+        parts = [part.payload for part in outputs[0].parts] if self.plugin else outputs
         self.preemptions += sum(len(part.preempted_req_ids or ()) for part in parts)
+        self.computed += sum(part.total_num_scheduled_tokens for part in parts)
         guests = [0] * self.s.ranks
         if self.plugin:
             kv = [work.kv_tokens for work in outputs[0].work]
@@ -198,6 +201,8 @@ class Service:
             for outputs_of in outputs_by_client.values():
                 for output in outputs_of.outputs:
                     self.first.setdefault(output.request_id, self.clock)
+                    self.last[output.request_id] = self.clock
+                    self.made[output.request_id] = self.made.get(output.request_id, 0) + len(output.new_token_ids)
                     if output.finish_reason is not None:
                         self.busy -= 1
                         if not self.plugin:
@@ -216,14 +221,19 @@ class Service:
             self.step()
         waits = sorted(self.first[name] - sent for name, sent in self.sent.items())
 
-        def at(q: float) -> float:
-            return round(waits[min(len(waits) - 1, int(q * len(waits)))], 3)
+        each = sorted((self.last[n] - self.first[n]) / (made - 1) for n, made in self.made.items() if made > 1)
+
+        def at(q: float, values: list[float] = waits) -> float:
+            return round(values[min(len(values) - 1, int(q * len(values)))], 4)
 
         return {
             "ttft_p50": at(0.5),
             "ttft_p90": at(0.9),
             "ttft_p99": at(0.99),
             "ttft_mean": round(statistics.fmean(waits), 3),
+            "tpot_p50": at(0.5, each),
+            "tpot_p99": at(0.99, each),
+            "computed": self.computed,
             "seconds": round(self.clock, 2),
             "steps": self.steps,
             "preemptions": self.preemptions,

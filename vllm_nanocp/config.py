@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeGuard
 
 from .errors import NanoCPConfigError
+from .placement.auto import AUTO, Segments, fixed
 from .placement.moves import MoveConfig
 from .placement.prefill_steps import PrefillGap
 
@@ -31,7 +32,7 @@ class NanoCPConfig:
         ranks: number of data-parallel ranks in the one engine. Set by ``--data-parallel-size``; a key of its own
             for ``LLM(...)``, which vLLM refuses with a data-parallel size.
         segment_size: tokens a shard should hold before another rank is used. A request of T tokens starts with
-            ``ceil(T / segment_size)`` ranks, at most ``max_degree``.
+            ``ceil(T / segment_size)`` ranks, at most ``max_degree``. ``auto``: as ``placement.auto`` says.
         max_degree: most ranks one request may use; None means all.
         placement: ``balanced`` (least batch, then most room, water filling) or ``round_robin`` (a baseline).
         moves: whether decoding requests change their home, to even out the ranks' loads and where a rank's blocks run
@@ -54,7 +55,7 @@ class NanoCPConfig:
     """
 
     ranks: int
-    segment_size: int = 65536
+    segment_size: int | str = 65536
     max_degree: int | None = None
     placement: str = "balanced"
     moves: bool | dict[str, Any] | None = None
@@ -69,6 +70,11 @@ class NanoCPConfig:
     def degree_limit(self) -> int:
         """The most ranks one request may use, resolved."""
         return self.ranks if self.max_degree is None else self.max_degree
+
+    @property
+    def segments(self) -> Segments | None:
+        """How requests are cut; None if that is found at the time."""
+        return fixed(self.segment_size) if isinstance(self.segment_size, int) else None
 
     @property
     def move_config(self) -> MoveConfig | None:
@@ -95,10 +101,11 @@ class NanoCPConfig:
         return asdict(self) | {"graph_capacities": None if capacities is None else list(capacities)}
 
 
-def _integer(raw: Mapping[str, Any], key: str, least: int, example: str) -> int:
+def _integer(raw: Mapping[str, Any], key: str, least: int, example: str, other: str = "") -> int:
     value = raw[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise NanoCPConfigError(f"nanocp: {key} must be an integer of at least {least}, got {value!r}; use {example}")
+        what = f"{other}an integer of at least {least}"
+        raise NanoCPConfigError(f"nanocp: {key} must be {what}, got {value!r}; use {example}")
     return value
 
 
@@ -133,7 +140,8 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
         )
     values["ranks"] = ranks
     if "segment_size" in raw:
-        values["segment_size"] = _integer(raw, "segment_size", 1, "65536")
+        auto = raw["segment_size"] == AUTO
+        values["segment_size"] = AUTO if auto else _integer(raw, "segment_size", 1, "65536", f"{AUTO!r} or ")
     if raw.get("max_degree") is not None:
         degree = _integer(raw, "max_degree", 1, str(ranks))
         if degree > ranks:

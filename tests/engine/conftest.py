@@ -98,7 +98,7 @@ def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Engines]:
         ),
         "small-caching": dict(
             ranks=3,
-            nanocp={"segment_size": 700},
+            nanocp={"segment_size": "auto"},
             num_gpu_blocks_override=SMALL_BLOCKS,
             max_model_len=4096,
             enable_prefix_caching=True,

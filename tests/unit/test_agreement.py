@@ -20,10 +20,11 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.sharded_step import ShardedStep
 from vllm_nanocp.config import MAX_PLACES
+from vllm_nanocp.graph_capacities import capacities
 from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
 from vllm_nanocp.worker.dp_agreement import agree, capacity_of
 from vllm_nanocp.worker.runner import V1Runner, V2Runner
-from vllm_nanocp.worker.sharded_graphs import NanoCPCudaGraphManager, ShardedDescriptor, capacities, sharded_sizes
+from vllm_nanocp.worker.sharded_graphs import NanoCPCudaGraphManager, ShardedDescriptor, sharded_sizes
 
 SIZES = [1, 2, 4, 8, 16, 24, 32]
 

@@ -40,6 +40,7 @@ def test_defaults() -> None:
     [
         ({"segment_size": 1}, "segment_size", 1),
         ({"segment_size": 10**9}, "segment_size", 10**9),
+        ({"segment_size": "auto"}, "segment_size", "auto"),
         ({"max_degree": 1}, "max_degree", 1),
         ({"max_degree": 4}, "max_degree", 4),
         ({"max_degree": None}, "max_degree", None),
@@ -84,6 +85,17 @@ def test_null_is_for_max_degree_only(key: str) -> None:
 
 def test_the_default_segment_size_is_what_is_proposed() -> None:
     assert str(NanoCPConfig(2).segment_size) in refusal({"segment_size": 0}, 2)
+
+
+def test_auto_spills_where_nothing_is_said_of_moves() -> None:
+    """On GPUs, where homes do not move by default."""
+    auto = parse({"segment_size": "auto"}, 4)
+    assert with_defaults(auto, cpu=False).moves == {"max_moves": 0}
+    assert with_defaults(auto, cpu=True).moves is True
+    for given in ({"moves": False}, {"moves": True}, {"max_degree": 1}, {"placement": "round_robin"}):
+        config = parse({"segment_size": "auto"} | given, 4)
+        assert with_defaults(config, cpu=False).moves is (given.get("moves") or False)
+    assert with_defaults(parse({}, 4), cpu=False).moves is False
 
 
 @pytest.mark.parametrize(("key", "choices"), [("placement", PLACEMENTS), ("exchange", EXCHANGES)])

@@ -103,3 +103,13 @@ def test_more_follow_what_is_coming_than_what_is_cached() -> None:
         prefix = Prefix((Run(0, 0, 10),), (10,), coming)
         found = place_after_prefix(prefix, 11 * BLOCK, BLOCK, loads, segment_size=10**6, max_degree=2)
         assert (found is not None) == coming
+
+
+def test_what_is_left_of_a_preempted_request_is_used_on_a_heavy_rank() -> None:
+    """Others compute such a prefix again elsewhere."""
+    loads = [RankLoad(9000, 9000, 1, 9), RankLoad(17_000, 1000, 1, 9), RankLoad(17_000, 1000, 1, 9)]
+    prefix = Prefix((Run(0, 0, 1000),), (0,))
+    rules = dict(segment_size=1000 * BLOCK, max_degree=3, kv_weight=0.8)
+    assert place_after_prefix(prefix, 2000 * BLOCK, BLOCK, loads, **rules) is None  # type: ignore[arg-type]
+    found = place_after_prefix(prefix, 2000 * BLOCK, BLOCK, loads, again=True, **rules)  # type: ignore[arg-type]
+    assert found is not None and found.rank_of(999) == 0

@@ -21,7 +21,7 @@ FLOORS = [
     ("entry",),
     ("executor", "status.py"),
     ("worker", "sched"),
-    ("attention", "metrics", "rank_hint.py"),
+    ("attention", "metrics", "rank_hint.py", "graph_capacities.py"),
     ("exchange", "config.py", "step_messages.py", "sim"),
     ("placement", "plan.py", "errors.py", "environment.py", "compat.py", "kv_event_sources.py"),
     ("wrapping.py",),

@@ -77,7 +77,7 @@ class Shape:
     blocks: int
     max_reqs: int
     budget: int
-    segment: int
+    segment: int | str
     degree: int
     moves: Any
     caching: bool

@@ -185,10 +185,15 @@ def with_defaults(config: NanoCPConfig, cpu: bool) -> NanoCPConfig:
     """Set what is on only where it was verified, and was left out; with one rank a request there is neither.
 
     On GPUs tokens are right with both (tests/gpu). With ``parallel_prefill`` the p99 gap of others beside a prompt of
-    131,072 tokens is stock vLLM's; that moves lose nowhere is not shown (``gpu_prefill_moves_2xH200.json``).
+    131,072 tokens is stock vLLM's; that moves lose nowhere is not shown (``gpu_prefill_moves_2xH200.json``). With
+    ``segment_size`` "auto" full ranks spill instead of preempting: to compute a long request again costs more.
     """
     several = config.degree_limit > 1
-    defaults = {"moves": several and cpu, "parallel_prefill": several}
+    spills = several and config.segments is None
+    moves: bool | dict[str, Any] = several and cpu
+    if not moves and spills and config.placement != "round_robin":
+        moves = {"max_moves": 0}
+    defaults = {"moves": moves, "parallel_prefill": several}
     unset: dict[str, Any] = {k: on for k, on in defaults.items() if getattr(config, k) is None}
     return replace(config, **unset)
 

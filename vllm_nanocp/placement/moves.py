@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from .cost import CostModel, StepLoad
 from .place import RankLoad, cdiv
+from .visits import Visits
 
 # How much a rank's KV counts in placement where homes move, against its batch, which moves even out.
 KV_WEIGHT = 0.8
@@ -150,6 +151,7 @@ def plan_moves(
     block_size: int,
     model: CostModel,
     config: MoveConfig | None = None,
+    visits: Visits | None = None,
 ) -> list[Move]:
     """Which requests change their home now. Deterministic; an empty list when the ranks are even.
 
@@ -168,6 +170,7 @@ def plan_moves(
         block_size: tokens a block holds.
         model: predicts the times.
         config: margins and bounds.
+        visits: that there are, if moves may bring too many; the moves' are added.
 
     Returns:
         Moves, at most one a request.
@@ -181,7 +184,7 @@ def plan_moves(
         rested = candidate.last_move is None or step - candidate.last_move >= config.min_steps_between
         if candidate.home in by_home and rested and candidate.remaining_tokens >= config.min_remaining_tokens:
             by_home[candidate.home].append(candidate)
-    plan = _Plan(loads, work, model, config, block_size)
+    plan = _Plan(loads, work, model, config, block_size, visits)
     for source in sources:
         waiting = by_home[source]
         while waiting and len(plan.moves) < config.max_moves and plan.is_drifted(source):
@@ -212,7 +215,9 @@ class _Plan:
         model: CostModel,
         config: MoveConfig,
         block_size: int,
+        visits: Visits | None,
     ) -> None:
+        self.visits = visits
         self.moves: list[Move] = []
         self.batch = [load.batch for load in loads]
         self.used = [load.kv_level for load in loads]
@@ -260,6 +265,7 @@ class _Plan:
                 if self.free[r] >= need
                 and self.config.may_hold(candidate, r)
                 and self.loads[r].takes(candidate.adapter)
+                and may_visit(self.visits, candidate, r)
             ]
             if not fitting:
                 continue
@@ -293,6 +299,8 @@ class _Plan:
         self.slots[source] += 1
         self.slots[target] -= 1
         self.loads[target] = self.loads[target].with_adapter(candidate.adapter)
+        if self.visits is not None:
+            self.visits.add(target, candidate.ranks)
         # Promised, so that the moves of one step do not all count on the same blocks.
         self.free[target] -= self.config.growth(candidate.remaining_tokens, self.block_size)
         self.moves.append(Move(candidate.request_id, source, target))
@@ -302,12 +310,18 @@ def _changed(load: StepLoad, batch: int, guests: int) -> StepLoad:
     return replace(load, batch=max(0, load.batch + batch), guests=max(0, load.guests + guests))
 
 
+def may_visit(visits: Visits | None, candidate: Candidate, target: int) -> bool:
+    """Whether there is room for what a request visits once it goes on at a rank."""
+    return visits is None or visits.fits(target, candidate.ranks)
+
+
 def spill_target(
     loads: Sequence[RankLoad],
     candidate: Candidate,
     *,
     block_size: int,
     config: MoveConfig | None = None,
+    visits: Visits | None = None,
 ) -> int | None:
     """Where a request goes on that needs a block which its home does not have; None when no rank has one.
 
@@ -320,6 +334,7 @@ def spill_target(
         candidate: the request.
         block_size: tokens a block holds.
         config: the bound on the degree, and how much growth counts.
+        visits: that there are, if this may bring too many.
     """
     config = MoveConfig() if config is None else config
     need = config.growth(candidate.remaining_tokens, block_size) + config.spare_blocks
@@ -331,6 +346,7 @@ def spill_target(
         and load.free_blocks > 0
         and config.may_hold(candidate, rank)
         and load.takes(candidate.adapter)
+        and may_visit(visits, candidate, rank)
     ]
     return min(
         able,

@@ -247,6 +247,7 @@ def place(
     headroom_blocks: int = 1,
     kv_weight: float | None = None,
     stripe_blocks: int | None = None,
+    least_shard: int = 0,
 ) -> ShardMap | None:
     """Place a request, or say that there is no room now.
 
@@ -266,10 +267,11 @@ def place(
             the batch, and KV only between equals. Home moves even out batches later but never KV, so with them KV
             should count most.
         stripe_blocks: most blocks of a run, of which a rank then has several; None: one run a rank.
+        least_shard: tokens; a request of one segment is split for want of room into shards of so many, if positive.
 
     Returns:
         Its shard map; None when the ranks cannot take the request now. A request of one segment waits for room on
-        one rank rather than be split, unless no rank could ever hold it or its home is given.
+        one rank rather than be split, unless no rank could ever hold it, its home is given, or ``least_shard`` is.
     """
     need = cdiv(num_tokens, block_size)
     limit = min(max_degree, len(loads))
@@ -288,16 +290,21 @@ def place(
         order = sorted(range(len(loads)), key=keys.__getitem__)
     room = [load.room for load in loads]
     fits_one = need + headroom_blocks <= max(load.total_blocks for load in loads)
-    may_grow = degree > 1 or home is not None or not fits_one
+    most = limit if degree > 1 or home is not None or not fits_one else _may_grow(num_tokens, least_shard, limit)
     pins = [home]
     if home is None and preferred is not None and room[preferred] >= 1 + headroom_blocks:
         pins = [preferred, None]
     for pin in pins:
-        for d in range(degree, (limit if may_grow else degree) + 1):
+        for d in range(degree, most + 1):
             chosen = _participants(order, d, need, headroom_blocks, room, pin, swap=policy == "balanced")
             if chosen is not None:
                 return _pour(need, block_size, loads, room, chosen, pin, headroom_blocks, policy, stripe_blocks)
     return None
+
+
+def _may_grow(num_tokens: int, least_shard: int, limit: int) -> int:
+    """Over how many ranks a request of one segment may be spread for want of room."""
+    return max(1, min(limit, num_tokens // least_shard)) if least_shard > 0 else 1
 
 
 def _pour(

@@ -144,6 +144,8 @@ def place_after_prefix(
     headroom_blocks: int = 1,
     kv_weight: float | None = None,
     stripe_blocks: int | None = None,
+    least_shard: int = 0,
+    again: bool = False,
 ) -> ShardMap | None:
     """Place a request around its cached prefix; None when that is not possible or not worth it.
 
@@ -156,10 +158,12 @@ def place_after_prefix(
     Args:
         prefix: where the request's first blocks are cached; at least one of them is.
         num_tokens: tokens the request has now.
-        block_size, loads, segment_size, max_degree, home, headroom_blocks, kv_weight, stripe_blocks: as for ``place``.
+        block_size, loads, segment_size, max_degree, home, headroom_blocks, kv_weight, stripe_blocks, least_shard: as
+            for ``place``.
+        again: whether this is what is left of the request itself, which was preempted; it is used wherever it is.
     """
     need, first = cdiv(num_tokens, block_size), prefix.runs[0]
-    if kv_weight is not None and not light(prefix, loads, block_size):
+    if kv_weight is not None and not again and not light(prefix, loads, block_size):
         return None
     rules = dict(
         segment_size=segment_size,
@@ -167,6 +171,7 @@ def place_after_prefix(
         headroom_blocks=headroom_blocks,
         kv_weight=kv_weight,
         stripe_blocks=stripe_blocks,
+        least_shard=least_shard,
     )
     one_rank = num_tokens <= segment_size or max_degree == 1
     lost = prefix.num_blocks - first.num_blocks

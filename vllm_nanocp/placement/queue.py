@@ -53,12 +53,14 @@ class Want:
         start: ranks over which it is spread at least.
         limit: ranks over which it may be spread.
         home: the only rank that may be its home; None: any.
+        loose: whether it may be spread over more than one rank whatever ``start`` says.
     """
 
     blocks: int
     start: int
     limit: int
     home: int | None = None
+    loose: bool = False
 
 
 @dataclass(slots=True)
@@ -101,7 +103,7 @@ class Blocked:
             most: blocks of the largest rank.
         """
         want = self.want
-        alone = want.start == 1 and want.home is None and not self.spread and want.blocks <= most
+        alone = want.start == 1 and want.home is None and not (self.spread or want.loose) and want.blocks <= most
         return richest[0 if alone else want.limit - 1] + self.shared >= want.blocks and self.grown(room)
 
 

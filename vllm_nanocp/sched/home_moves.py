@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vllm.sampling_params import SamplingType
 from vllm.v1.request import Request, RequestStatus
 
+from ..placement.auto import PRIOR
 from ..placement.cost import CostModel, StepLoad
 from ..placement.moves import Candidate, MoveConfig, drifted, plan_moves, spill_target
 from ..placement.place import RankedLoads, RankLoad
@@ -99,7 +100,9 @@ class Mover:
         self.generators = generators
         # States of generators, of requests on their way or not yet known to their new model runner; None: to come.
         self._states: dict[str, bytes | None] = {}
-        self.model = CostModel()
+        auto = scheduler.config.segments is None
+        self.model = CostModel(PRIOR) if auto else CostModel()
+        self.learns = moves or auto
         # Requests on their way, and where to.
         self.leaving: dict[str, int] = {}
         self._last_move: dict[str, int] = {}
@@ -270,7 +273,14 @@ class Mover:
         now = self.scheduler.num_steps
         block_size = self.scheduler.block_size
         for move in plan_moves(
-            loads, self.work(), candidates, step=now, block_size=block_size, model=self.model, config=self.config
+            loads,
+            self.work(),
+            candidates,
+            step=now,
+            block_size=block_size,
+            model=self.model,
+            config=self.config,
+            visits=self.scheduler.graph_room.near(self.config.max_moves),
         ):
             self._leave(move.request_id, move.source, move.target)
             self.num_moves += 1
@@ -293,7 +303,10 @@ class Mover:
             for load, other in zip(self.loads(), self.scheduler.ranks, strict=True)
         ]
         for candidate in self._first_to_go(rank):
-            target = spill_target(loads, candidate, block_size=self.scheduler.block_size, config=self.config)
+            visits = self.scheduler.graph_room.near(1)
+            target = spill_target(
+                loads, candidate, block_size=self.scheduler.block_size, config=self.config, visits=visits
+            )
             if target is None:
                 continue
             self._leave(candidate.request_id, rank, target)

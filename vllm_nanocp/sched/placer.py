@@ -12,6 +12,7 @@ from vllm.v1.request import Request
 
 from ..config import NanoCPConfig
 from ..placement import Prefix, RankedLoads, RankLoad, Run, ShardMap, Want, cdiv, place, place_after_prefix, queue_at
+from ..placement.auto import Segments
 from ..placement.moves import KV_WEIGHT, with_reserve
 from ..placement.place import start_degree
 from ..placement.place import stripe_blocks as stripe_blocks_of
@@ -75,6 +76,8 @@ class Placer:
         find_prefixes: whether cached prefixes can be found by the blocks of one KV cache group.
         loads: what there is to know of each rank's load.
         stripe_blocks: see ``place``.
+        segments: how requests are cut in the step at hand.
+        has_room: whether graphs have room for the visits of a request that is placed so.
     """
 
     def __init__(
@@ -86,7 +89,10 @@ class Placer:
         find_prefixes: bool,
         loads: Callable[[], RankedLoads],
         stripe_blocks: int | None,
+        segments: Callable[[], Segments],
+        has_room: Callable[[ShardMap], bool],
     ) -> None:
+        self.segments, self._has_room = segments, has_room
         self.ranks = ranks
         self.config = config
         self.block_size = block_size
@@ -117,7 +123,8 @@ class Placer:
         may_wait: bool = True,
         overtakes: bool = False,
     ) -> ShardMap | None:
-        """A shard map for a request, or None when it has to wait.
+        """A shard map for a request, or None when it has to wait. If a step would have more visits than graphs have
+        room for, it stays on one rank, if one can ever hold it.
 
         Args:
             request: waiting.
@@ -128,6 +135,24 @@ class Placer:
             may_wait: whether it may be sent to a rank to wait for room there.
             overtakes: whether requests before it found no room.
         """
+        how = (home, turn, prefix, closed, may_wait, overtakes)
+        found = self._place(request, *how)
+        if found is None or len(found.runs) == 1 or self._has_room(found):
+            return found
+        whole = self._rules(request, home) | dict(segment_size=request.num_tokens, max_degree=1)
+        return self._place(request, *how, whole) if self._fits_empty(request, whole) else found
+
+    def _place(
+        self,
+        request: Request,
+        home: int | None,
+        turn: int,
+        prefix: Prefix,
+        closed: Collection[int],
+        may_wait: bool,
+        overtakes: bool,
+        rules: dict[str, Any] | None = None,
+    ) -> ShardMap | None:
         ranked, adapter = self._loads(), adapter_of(request)
         # Each takes free blocks away, down to none, so that their order does not matter.
         if self._reserved is not None:
@@ -140,7 +165,7 @@ class Placer:
         weight = self._kv_weight
         policy = self.config.placement
         preferred = self._preferred(request) if home is None else None
-        rules = self._rules(request, home)
+        rules = self._rules(request, home) if rules is None else rules
         tokens, block_size = request.num_tokens, self.block_size
         afresh: dict[str, Any] = dict(policy=policy, turn=turn, preferred=preferred, kv_weight=weight, **rules)
         if prefix.runs:
@@ -150,13 +175,16 @@ class Placer:
                     if wish.degree == 1 and prefix.runs[0].rank != preferred:
                         return wish
                     rules["home"] = preferred
-            after = place_after_prefix(prefix, tokens, block_size, loads, kv_weight=weight, **rules)
+            again = request.num_preemptions > 0
+            after = place_after_prefix(prefix, tokens, block_size, loads, kv_weight=weight, again=again, **rules)
             if after is not None:
                 return after
         fresh = place(tokens, block_size, loads, **afresh)
         if fresh is not None or not may_wait:
             return fresh
         idle = [rank.view.nobody_waits for rank in self.ranks]
+        if self._spreads(request, rules):
+            return None
         wished = None if preferred is None else self._queue_at(request, preferred, loads, idle)
         return wished or self._queue_at(request, home, loads, idle)
 
@@ -179,30 +207,36 @@ class Placer:
         rules = self._rules(request, home)
         limit = min(rules["max_degree"], len(self.ranks))
         blocks = cdiv(request.num_tokens, self.block_size) + rules["headroom_blocks"]
-        return Want(blocks, start_degree(request.num_tokens, self.config.segment_size, limit), limit, home)
+        loose = limit > 1 and self.config.segments is None
+        return Want(blocks, start_degree(request.num_tokens, rules["segment_size"], limit), limit, home, loose)
 
     def _rules(self, request: Request, home: int | None) -> dict[str, Any]:
         """What placement may do with a request, whatever the ranks' loads."""
         most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
         growth = cdiv(most_tokens, self.block_size) - cdiv(request.num_tokens, self.block_size)
+        segments = self.segments()
         return dict(
-            segment_size=self.config.segment_size,
+            segment_size=segments.of(request.num_tokens),
+            least_shard=segments.least,
             max_degree=self.config.degree_limit if can_shard(request) else 1,
             home=home,
             headroom_blocks=max(0, min(1, growth)),
             stripe_blocks=self._stripe_blocks,
         )
 
+    @staticmethod
+    def _spreads(request: Request, rules: dict[str, Any]) -> bool:
+        """Whether a request is to be on several ranks."""
+        return bool(rules["max_degree"] > 1 and request.num_tokens > rules["segment_size"])
+
     def _queue_at(
-        self, request: Request, home: int | None, loads: Sequence[RankLoad], idle: Sequence[bool]
+        self, request: Request, home: int | None, loads: Sequence[RankLoad], idle: Sequence[bool] | None
     ) -> ShardMap | None:
         """A rank at which a request that found no room may wait for it."""
-        if request.num_tokens > self.config.segment_size and self.config.degree_limit > 1 and can_shard(request):
-            return None
         tokens = request.num_tokens
         if self._uncounted:  # only vLLM's scheduler knows how many blocks it needs
             tokens = min(tokens, self.ranks[0].num_blocks * self.block_size)
-        return queue_at(tokens, self.block_size, loads, idle, home)
+        return queue_at(tokens, self.block_size, loads, [True] * len(loads) if idle is None else idle, home)
 
     def ever_fits(self, request: Request, home: int | None) -> bool:
         """Whether a waiting request could be placed if nothing else were on any rank.
@@ -211,11 +245,17 @@ class Placer:
             request: waiting.
             home: the rank that has its sampling state, if it has run before.
         """
-        empty = [RankLoad(free_blocks=rank.num_blocks, used_blocks=0, batch=0, slots=1) for rank in self.ranks]
-        rules, policy = self._rules(request, home), self.config.placement
-        if place(request.num_tokens, self.block_size, empty, policy=policy, **rules) is not None:
+        rules = self._rules(request, home)
+        if self._fits_empty(request, rules):
             return True
-        return self._queue_at(request, home, empty, [True] * len(empty)) is not None
+        return not self._spreads(request, rules) and self._queue_at(request, home, self._empty(), None) is not None
+
+    def _empty(self) -> list[RankLoad]:
+        return [RankLoad(free_blocks=rank.num_blocks, used_blocks=0, batch=0, slots=1) for rank in self.ranks]
+
+    def _fits_empty(self, request: Request, rules: dict[str, Any]) -> bool:
+        policy = self.config.placement
+        return place(request.num_tokens, self.block_size, self._empty(), policy=policy, **rules) is not None
 
     def lookup_hashes(self, request: Request) -> list[BlockHash]:
         """Hashes of the blocks that may come from a prefix cache.
@@ -226,11 +266,12 @@ class Placer:
             return []
         return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
 
-    def find_prefix(self, hashes: Sequence[BlockHash]) -> Prefix:
+    def find_prefix(self, hashes: Sequence[BlockHash], again: bool = False) -> Prefix:
         """Where a request's first blocks are cached, on as few ranks as that takes; nowhere, if it should not go there.
 
         Args:
             hashes: of the blocks, from ``lookup_hashes``.
+            again: whether the request was preempted: what is left of it counts wherever it is.
         """
         # Of ranks elsewhere it is known here, and mostly none has the first block.
         if not self.follows_prefixes or not hashes or (self._where is not None and hashes[0] not in self._where):
@@ -249,6 +290,6 @@ class Placer:
             held.append(found[rank][1])
             at += longest
         prefix = Prefix(tuple(runs), tuple(held))
-        if runs and self._moves is not None and not light(prefix, self._loads(), self.block_size):
+        if runs and not again and self._moves is not None and not light(prefix, self._loads(), self.block_size):
             return NOWHERE
         return prefix

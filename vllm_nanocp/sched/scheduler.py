@@ -30,6 +30,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from .. import config as nanocp_config
 from .. import kv_event_sources, rank_hint
 from ..errors import UNSHARDED, refuse
+from ..graph_capacities import visit_room
 from ..metrics.collector import Collector
 from ..placement.moves import MoveConfig
 from ..step_messages import generators_in
@@ -37,6 +38,7 @@ from . import status
 from .admission import Admission
 from .cadence import PrefillCadence
 from .failures import Failures
+from .graph_room import GraphRoom
 from .home_moves import Mover
 from .pacing import Pacing
 from .placer import Placer, stripe_blocks
@@ -48,6 +50,7 @@ from .rank.rank_spec import RankSpec
 from .rank.stats import PlainStats
 from .rank_metrics import engine_stats
 from .ranks_together import RanksTogether
+from .segments import StepSegments
 from .shard_lifecycle import Members
 from .shared_prefix import SharedPrefixes
 from .step_output import NanoCPSchedulerOutput, batches_of, merge
@@ -107,6 +110,7 @@ class NanoCPScheduler(RanksTogether):
             rank.on_turn = self._on_turn
             rank.on_change = partial(self.mover.changed.add, number)
         max_model_len = vllm_config.model_config.max_model_len
+        self.graph_room = GraphRoom(self, visit_room(vllm_config))
         self.placer = Placer(
             self.ranks,
             self.config,
@@ -117,6 +121,8 @@ class NanoCPScheduler(RanksTogether):
             stripe_blocks(vllm_config.scheduler_config, block_size, self.config.chunk_tokens)
             if self.config.parallel_prefill
             else None,
+            StepSegments(self),
+            self.graph_room.has_room,
         )
         policy = SchedulingPolicy(vllm_config.scheduler_config.policy)
         self.by_priority = policy == SchedulingPolicy.PRIORITY
@@ -133,7 +139,6 @@ class NanoCPScheduler(RanksTogether):
             self.ranks,
             self.members,
             self.placer,
-            self.config.segment_size,
             self.waiting.prepend_request,
             self.by_priority,
         )
@@ -366,7 +371,7 @@ class NanoCPScheduler(RanksTogether):
             model_runner_output: one a rank.
         """
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)
-        if self.mover.moves:
+        if self.mover.learns:
             self.mover.observe(scheduler_output.plan.batches, scheduler_output.work, scheduler_output.scheduled)
         if self.pacing is not None:
             self.pacing.observe(scheduler_output.parts, scheduler_output.scheduled)

@@ -86,7 +86,6 @@ class SharedPrefixes:
         ranks: their schedulers.
         members: of the sharded requests.
         placer: finds what is cached.
-        segment_size: tokens up to which a request stays on one rank.
         requeue: puts a request that was set aside back to the head of the queue.
         by_priority: whether the queues go by priority, not by arrival.
     """
@@ -96,7 +95,6 @@ class SharedPrefixes:
         ranks: Sequence[Rank],
         members: Members,
         placer: Placer,
-        segment_size: int,
         requeue: Callable[[Request], None],
         by_priority: bool,
     ) -> None:
@@ -104,7 +102,6 @@ class SharedPrefixes:
         self.members = members
         self.placer = placer
         self.block_size = placer.block_size
-        self.segment_size = segment_size
         self._requeue = requeue
         self._by_priority = by_priority
         self._budget = ranks[0].max_num_scheduled_tokens
@@ -128,7 +125,7 @@ class SharedPrefixes:
             Where its first blocks are cached, or will be when its turn has come; None if it is set aside now.
         """
         hashes = self.placer.lookup_hashes(request)
-        return self._follow(request, hashes, self.placer.find_prefix(hashes))
+        return self._follow(request, hashes, self.placer.find_prefix(hashes, request.num_preemptions > 0))
 
     def claim(self, request: Request, shard_map: ShardMap, prefix: Prefix) -> bool:
         """Whether a request, so placed, would take the room that those who come before it, and are set aside, need."""
@@ -155,7 +152,7 @@ class SharedPrefixes:
         if leader is None:
             return prefix
         one_rank = self.placer.one_rank(request)
-        if one_rank or request.num_tokens <= self.segment_size:
+        if one_rank or request.num_tokens <= self.placer.segments().of(request.num_tokens):
             longer = self._on_first_rank(request, hashes, prefix, end, given_up)
             lost = end - longer.runs[0].end_block
             if one_rank or not worthwhile(lost, request.num_tokens, self.block_size):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..metrics.collector import Collector
     from ..placement import RankLoad
     from ..placement.cost import CostModel, StepLoad
+    from ..placement.visits import Visits
     from .failures import Failures
     from .placer import Placer
     from .rank.interface import Rank
@@ -34,6 +35,12 @@ class Moves(Protocol):
     model: CostModel
 
     def loads(self) -> list[RankLoad]: ...
+
+
+class Room(Protocol):
+    """Of ``graph_room.GraphRoom``, what others read."""
+
+    def near(self, more: int) -> Visits | None: ...
 
 
 class SchedulerState(Protocol):
@@ -99,6 +106,8 @@ class SchedulerState(Protocol):
     def failures(self) -> Failures: ...
     @property
     def mover(self) -> Moves: ...
+    @property
+    def graph_room(self) -> Room: ...
     @property
     def placer(self) -> Placer: ...
     @property

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..placement.auto import AUTO
 from ..placement.prefill_steps import PrefillGap
 from .figures import SYSTEMS, Run, simulate
 from .machine import MEASURED_RANKS, PRESETS, Machine
@@ -28,6 +29,10 @@ for each 512 tokens of the prompt; equal ones are equal text), if any; or "times
 
 Systems: nanocp (this plugin; one line for each --segment-size), stock (vLLM's data + expert parallelism with its
 balancer), round-robin (the same, ranks in turn), tensor (tensor parallelism over all GPUs)."""
+
+
+def _segment(text: str) -> int | str:
+    return AUTO if text == AUTO else int(_above(int, 1)(text))
 
 
 def _above(kind: Callable[[str], Any], least: float, strict: bool = False) -> Callable[[str], Any]:
@@ -102,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--decode-only", action="store_true", help="prompts are taken as computed")
     settings = parser.add_argument_group("the plugin's settings")
     add = settings.add_argument
-    add("--segment-size", type=_several(count), default=[65536], help="several with commas (default 65536)")
+    add("--segment-size", type=_several(_segment), default=[65536], help="or auto; several with commas (default 65536)")
+    add("--visits", type=count, help="between any two ranks, that CUDA graphs have room for (default: all)")
     add("--max-degree", type=count, help="most ranks of a request (default: all)")
     add("--moves", action="store_true", help="homes move")
     add("--no-parallel-prefill", action="store_true", help="ranks of a long prompt compute one after another")
@@ -190,6 +196,7 @@ def _points(args: argparse.Namespace) -> list[dict[str, Any]]:
         decode_only=args.decode_only,
         frontends=args.frontends,
         prefix_caching=args.prefix_caching,
+        visits=args.visits,
         noise=args.noise,
         seed=args.seed,
         settle=args.settle,

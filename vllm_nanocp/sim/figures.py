@@ -28,7 +28,7 @@ class Run:
         capacity: KV tokens of each; None: the machine's.
         settings: the plugin's.
         frontends: API servers of stock; None: as many as ranks, vLLM's default.
-        block_size, slots, budget, decode_only, as_benchmarks, prefix_caching, noise, seed: see ``ranks.Setup``.
+        block_size, slots, budget, decode_only, as_benchmarks, prefix_caching, visits, noise, seed: see ``ranks.Setup``.
         settle, until: requests that arrive between these seconds count; None: to the end.
     """
 
@@ -43,6 +43,7 @@ class Run:
     as_benchmarks: bool = False
     frontends: int | None = None
     prefix_caching: bool = False
+    visits: int | None = None
     noise: float = 0.0
     seed: int = 0
     settle: float = 0.0
@@ -80,6 +81,7 @@ def make_world(run: Run, system: str, requests: Requests) -> World:
         decode_only=run.decode_only,
         as_benchmarks=run.as_benchmarks,
         prefix_caching=run.prefix_caching,
+        visits=run.visits,
         noise=run.noise,
         seed=run.seed,
     )
@@ -126,6 +128,7 @@ def figures(world: World, settle: float = 0.0, until: float | None = None) -> di
         "preemptions": counts.events["preemptions"],
         "moves": counts.events["moves"],
         "spills": counts.events["spills"],
+        "outside": counts.events["outside"],
         "kv_mean": round(counts.kv / seconds, 3),
         "kv_fullest": round(counts.fullest, 3),
         "kv_ratio": round(counts.kv_ratio / seconds, 3),

@@ -13,6 +13,7 @@ class Machine:
     """A step takes, in seconds,
 
         ``base + expert * (1 - (1 - active / experts) ** tokens of all ranks)``, with guests ``+ exchange``,
+        with more visits than graphs have room for ``+ outside``,
         ``+ max over ranks(kv_token * KV tokens read + query * decodes + prompt * tokens of prompts computed
         + pair * (query, KV) pairs of prompts + guest * guests + opened * prompt tokens taken as computed)``
 
@@ -32,6 +33,7 @@ class Machine:
         tensor_base: seconds of a step under tensor parallelism without experts and KV.
         tensor_kv_token: seconds a KV token of the whole batch takes there with as many GPUs as ``tensor_ranks``.
         tensor_ranks: that the two were measured with.
+        outside: seconds more of a decode step that has more visits than graphs have room for.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Machine:
     tensor_base: float
     tensor_kv_token: float
     tensor_ranks: int
+    outside: float = 0.0
 
     def seconds(
         self,
@@ -65,14 +68,15 @@ class Machine:
         pairs: np.ndarray,
         guests: np.ndarray,
         opened: np.ndarray,
+        captured: bool = True,
     ) -> float:
-        """Of a step; each argument has a number a rank: KV tokens read, decodes, tokens of prompts computed, pairs,
-        guests, tokens taken as computed."""
+        """Of a step. Each argument but the last has a number a rank: KV tokens read, decodes, tokens of prompts computed,
+        pairs, guests, tokens taken as computed; and whether graphs have room for its visits."""
         ranks = self.kv_token * kv + self.query * decodes + self.prompt * computed
         ranks = ranks + self.pair * pairs + self.guest * guests
         slowest = float((ranks + self.opened * opened).max())
         experts = self.expert * (1.0 - (1.0 - self.active / self.experts) ** float((decodes + computed).sum()))
-        spread = self.spread * float(computed.sum())
+        spread = self.spread * float(computed.sum()) + (0.0 if captured else self.outside)
         return self.base + experts + slowest + spread + (self.exchange if guests.any() else 0.0)
 
     def with_capacity(self, tokens: int) -> Machine:

@@ -12,25 +12,30 @@ from typing import Any
 import numpy as np
 
 from ..placement import Prefix, RankLoad, ShardMap, Want, cdiv, place, place_after_prefix, queue_at
-from ..placement.cost import CostModel, StepLoad
+from ..placement.auto import AUTO, PRIOR, Bounds, Segments, choose, fixed
+from ..placement.cost import Coefficients, CostModel, StepLoad
 from ..placement.moves import KV_WEIGHT, Candidate, MoveConfig, drifted, plan_moves, spill_target, with_reserve
 from ..placement.place import start_degree, stripe_blocks
 from ..placement.prefill_steps import Allowance, PrefillGap, PrefillSteps
 from ..placement.queue import ENDS_OVER, LOOKS, WINDOW, Blocked, as_overtaken, most_starts, ranks_for
+from ..placement.victims import Victim, victims
+from ..placement.visits import Visits
 from .ranks import World
 from .setup import Prompt
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The plugin's, as its users set them."""
+    """The plugin's, as its users set them; with ``auto`` full ranks spill, too."""
 
-    segment_size: int = 65536
+    segment_size: int | str = 65536
     max_degree: int | None = None
     moves: bool = False
     parallel_prefill: bool = True
     chunk_tokens: int | None = None
     prefill_gap: PrefillGap | None = None
+    # What the cost model is taken to have learnt, whatever it has: to see what a wrong one costs.
+    believed: Coefficients | None = None
 
 
 class Plugin:
@@ -46,8 +51,12 @@ class Plugin:
         self.world, self.settings = world, settings
         self.fills, self.recomputes = False, not setup.as_benchmarks
         self.limit = min(settings.max_degree or setup.ranks, setup.ranks)
-        self.rules = MoveConfig(max_degree=self.limit)
-        self.model = CostModel()
+        self.auto = settings.segment_size == AUTO
+        # Whether ranks' loads are those of ``sched`` with moves; and whether any are more than spills.
+        self.moves = settings.moves or self.auto
+        self.rules = MoveConfig(max_degree=self.limit, max_moves=MoveConfig.max_moves if settings.moves else 0)
+        self.model = CostModel(PRIOR) if self.auto else CostModel()
+        self.bounds = Bounds.of(setup.capacity)
         gap = settings.prefill_gap
         self.steps = None if gap is None else PrefillSteps(gap, setup.ranks, setup.budget)
         self.queue: deque[int] = deque()
@@ -70,9 +79,17 @@ class Plugin:
             return
         self.queue.append(request)
 
+    def segments(self) -> Segments:
+        """How requests are cut now."""
+        if isinstance(self.settings.segment_size, int):
+            return fixed(self.settings.segment_size)
+        kv_tokens = float(self.world.used.mean() + self.world.shared.mean()) * self.world.setup.block_size
+        sharded = bool(self.world.guests.any())
+        return choose(self.settings.believed or self.model.coefficients(), self.bounds, kv_tokens, sharded)
+
     def load(self, rank: int) -> RankLoad:
         """A rank's, whoever waits there included."""
-        load = self.world.load(rank, reads=self.settings.moves)
+        load = self.world.load(rank, reads=self.moves)
         if rank not in self.parked:
             return load
         blocks = min(self.parked[rank][1].num_blocks, load.free_blocks)
@@ -136,8 +153,10 @@ class Plugin:
         room.closed.update(blocked.ranks)
 
     def _rules(self, request: int) -> dict[str, Any]:
+        segments = self.segments()
         return dict(
-            segment_size=self.settings.segment_size,
+            segment_size=segments.of(int(self.world.length[request])),
+            least_shard=segments.least,
             max_degree=self.limit,
             home=self.kept_home.get(request),
             headroom_blocks=int(self.world.end[request] > self.world.length[request]),
@@ -149,20 +168,18 @@ class Plugin:
         world, size = self.world, self.world.setup.block_size
         tokens, rules = int(world.length[request]), self._rules(request)
         loads = room.loads if not passed else [as_overtaken(load, size) for load in room.loads]
-        if self.settings.moves:
+        if self.moves:
             loads = [with_reserve(load, self.rules.reserve_blocks) for load in loads]
         if passed:
             loads = [load.closed() if rank in room.closed else load for rank, load in enumerate(loads)]
-        weight = KV_WEIGHT if self.settings.moves else None
-        shard_map = None
-        if world.caches is not None:
-            runs = world.caches.find(world.hashes(request))
-            if runs:
-                prefix = Prefix(tuple(runs), (0,) * len(runs))
-                shard_map = place_after_prefix(prefix, tokens, size, loads, kv_weight=weight, **rules)
-        if shard_map is None:
-            shard_map = place(tokens, size, loads, turn=self.turn, kv_weight=weight, **rules)
-        if shard_map is None and may_wait and (tokens <= self.settings.segment_size or self.limit == 1):
+        weight = KV_WEIGHT if self.moves else None
+        shard_map = self._map(request, loads, rules, weight)
+        if shard_map is not None and shard_map.degree > 1 and not self._has_room(shard_map):
+            whole = rules | dict(segment_size=tokens, max_degree=1)
+            if cdiv(tokens, size) + rules["headroom_blocks"] <= world.setup.blocks:
+                rules = whole
+                shard_map = self._map(request, loads, rules, weight)
+        if shard_map is None and may_wait and (tokens <= rules["segment_size"] or self.limit == 1):
             idle = [rank not in self.parked for rank in range(world.setup.ranks)]
             waits = queue_at(tokens, size, loads, idle, rules["home"])
             if waits is not None:
@@ -174,9 +191,10 @@ class Plugin:
             limit = min(self.limit, world.setup.ranks)
             want = Want(
                 cdiv(tokens, size) + rules["headroom_blocks"],
-                start_degree(tokens, self.settings.segment_size, limit),
+                start_degree(tokens, rules["segment_size"], limit),
                 limit,
                 rules["home"],
+                loose=self.auto and limit > 1,
             )
             blocked = self.blocked.setdefault(request, Blocked(want, urgent=bool(world.preempted[request])))
             blocked.want, blocked.room = want, room.free(kept=not passed)
@@ -191,6 +209,42 @@ class Plugin:
         for run in shard_map.runs:
             room.loads[run.rank] = self.load(run.rank)
         return True
+
+    def _map(
+        self, request: int, loads: Sequence[RankLoad], rules: dict[str, Any], weight: float | None
+    ) -> ShardMap | None:
+        """Around what caches hold, or anywhere."""
+        world = self.world
+        tokens, size = int(world.length[request]), world.setup.block_size
+        if world.caches is not None:
+            runs = world.caches.find(world.hashes(request))
+            if runs:
+                prefix = Prefix(tuple(runs), (0,) * len(runs))
+                around = place_after_prefix(prefix, tokens, size, loads, kv_weight=weight, **rules)
+                if around is not None:
+                    return around
+        return place(tokens, size, loads, turn=self.turn, kv_weight=weight, **rules)
+
+    def _has_room(self, shard_map: ShardMap) -> bool:
+        """Whether graphs have room for what such a request visits."""
+        room = self.world.setup.visits
+        holders = {run.rank for run in shard_map.runs} - {shard_map.home}
+        return room is None or self.world.visits(room).fits(shard_map.home, holders)
+
+    def _visits(self) -> Visits | None:
+        room = self.world.setup.visits
+        return None if room is None else self.world.visits(room)
+
+    def victim(self, running: np.ndarray) -> int:
+        world = self.world
+        if len(running) < 3:
+            return world.youngest(running)
+        others = running[running != running[np.argmin(world.requests.at[running])]]
+        home = world.home[others[0]]
+        frees = world.held[others, home].tolist()
+        rows = zip(world.length[others].tolist(), frees, world.preempted[others].tolist(), strict=True)
+        chosen = victims([Victim(*row) for row in rows], 1)
+        return int(others[chosen[0]]) if chosen else world.youngest(running)
 
     def return_(self, request: int, home: int) -> None:
         self.kept_home[request] = home  # which has its sampling state
@@ -218,7 +272,7 @@ class Plugin:
         )
 
     def balance(self) -> None:
-        if not self.settings.moves or self.limit == 1:
+        if not self.rules.max_moves or not self.settings.moves or self.limit == 1:
             return
         world, size = self.world, self.world.setup.block_size
         loads = self.loads()
@@ -237,6 +291,7 @@ class Plugin:
             block_size=size,
             model=self.model,
             config=self.rules,
+            visits=self._visits(),
         ):
             world.counts.events["moves"] += 1
             world.move(int(move.request_id), move.target)
@@ -252,17 +307,17 @@ class Plugin:
     ) -> None:
         if self.steps is not None:
             self.steps.observe(tokens, pairs, seconds)
-        if self.settings.moves and not tokens:
+        if self.moves and not tokens:
             exchange = bool(guests.any())
             rows = zip(kv_tokens.tolist(), decodes.tolist(), guests.tolist(), strict=True)
             self.model.observe([StepLoad(*row, exchange) for row in rows], seconds)
 
     def spill(self, request: int) -> int | None:
-        if not self.settings.moves or self.limit == 1:
+        if not self.moves or self.limit == 1:
             return None
         loads = [self.world.load(rank) for rank in range(self.world.setup.ranks)]
         size = self.world.setup.block_size
-        return spill_target(loads, self._candidate(request), block_size=size, config=self.rules)
+        return spill_target(loads, self._candidate(request), block_size=size, config=self.rules, visits=self._visits())
 
     # -- prompts -------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import numpy as np
 from ..placement import RankLoad, ShardMap
 from ..placement.cost import StepLoad
 from ..placement.prefill_steps import Allowance
+from ..placement.visits import Visits
 from .prefixes import PrefixCaches
 from .setup import Counts, Policy, Prompt, Setup
 from .trace import PREFIX_TOKENS, InputError, Requests
@@ -77,6 +78,17 @@ class World:
         size, exchange = self.setup.block_size, bool(self.guests.any())
         rows = zip(self.read.tolist(), queries, self.guests.tolist(), strict=True)
         return [StepLoad(kv * size, n, guests, exchange) for kv, n, guests in rows]
+
+    def visits(self, room: int) -> Visits:
+        """Between ranks, of all that decode or will."""
+        found = Visits(self.setup.ranks, room)
+        held = self.held > 0
+        for home in range(self.setup.ranks):
+            here = held[self.home == home]
+            here[:, home] = False  # a graph has as much room for a rank's visits to itself as it has rows
+            found.pairs[home] = here.sum(axis=0).tolist()
+            found.rows[home] = int(here.any(axis=1).sum())
+        return found
 
     def hashes(self, request: int) -> Sequence[int]:
         """Of the prompt's blocks that may come from a cache: full ones without the last token."""
@@ -152,9 +164,8 @@ class World:
         self.last_move[request] = self.step_number
 
     def _preempt(self, home: int) -> None:
-        """vLLM's way: the youngest gives up its blocks and is computed again, before others."""
-        here = self.decoding[self.home[self.decoding] == home]
-        request = int(here[np.argmax(self.entered[here])])
+        """One gives up its blocks and is computed again, before others."""
+        request = self.policy.victim(self.decoding[self.home[self.decoding] == home])
         self.counts.events["preemptions"] += 1
         self._leave(np.array([request]))
         self.preempted[request] = True
@@ -182,6 +193,10 @@ class World:
         self._take(border[~is_tight])
         for request in border[is_tight].tolist():
             self._grow_tight(request)
+
+    def youngest(self, requests: np.ndarray) -> int:
+        """Which of these has entered last."""
+        return int(requests[np.argmax(self.entered[requests])])
 
     def _take(self, requests: np.ndarray) -> None:
         """One block more for each at its home."""
@@ -306,7 +321,10 @@ class World:
                 raise InputError(f"{self.policy.waiting()} requests find no room on empty ranks; use a larger capacity")
             self.clock = max(self.clock, float(self.ready[self.arrivals[self.next]]))
             return
-        seconds = self.setup.machine.seconds(work, decodes, computed, pairs, guests, self.opened)
+        room = self.setup.visits
+        captured = room is None or bool(computed.any()) or self.visits(room).most <= room
+        self.counts.events["outside"] += not captured
+        seconds = self.setup.machine.seconds(work, decodes, computed, pairs, guests, self.opened, captured)
         seconds *= self._noise()
         self.opened[:] = 0
         self.policy.measured(work, decodes, guests, seconds, int(computed.sum()), float(pairs.max()))

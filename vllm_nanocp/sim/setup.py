@@ -30,6 +30,7 @@ class Setup:
         as_benchmarks: of prompts taken as computed, as the systems' benchmark modes do: stock takes time to fill in
             their KV, and the plugin takes them as computed again after a preemption.
         prefix_caching: whether ranks keep what has ended, for those that begin alike.
+        visits: between any two ranks, that graphs have room for; None: for all.
         noise: standard deviation of a step's time, and of a request's way to the scheduler, as a part of it.
         seed: of the noise, and of what policies draw.
     """
@@ -43,6 +44,7 @@ class Setup:
     decode_only: bool = False
     as_benchmarks: bool = False
     prefix_caching: bool = False
+    visits: int | None = None
     noise: float = 0.0
     seed: int = 0
 
@@ -98,6 +100,9 @@ class Policy(Protocol):
     def spill(self, request: int) -> int | None:
         """Where a request goes on whose home has no block for it; None: somebody is preempted."""
 
+    def victim(self, running: np.ndarray) -> int:
+        """Which of a rank's decoding requests gives up its blocks where one is missing."""
+
     def return_(self, request: int, home: int) -> None:
         """A request was preempted at its home."""
 
@@ -130,7 +135,7 @@ class Counts:
     """What happened.
 
     Attributes:
-        events: preemptions, moves, spills.
+        events: preemptions, moves, spills, steps outside of graphs.
         steps: that computed something.
         kv, kv_ratio, batch_ratio: sums over time, to be divided by ``seconds``: part of the cache in use, the largest
             rank's blocks, and requests, over the mean.

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..placement import Run, ShardMap, cdiv
 from .ranks import World
 from .setup import Prompt
@@ -106,6 +108,9 @@ class Stock:
 
     def spill(self, request: int) -> int | None:
         return None
+
+    def victim(self, running: np.ndarray) -> int:
+        return self.world.youngest(running)
 
     def return_(self, request: int, home: int) -> None:
         self.queues[self.rank_of[request]].appendleft(request)

@@ -97,8 +97,8 @@ BY_HAND: dict[str, dict[str, str]] = {
     "symmetric.py": {
         "vllm.platforms.cuda.NvmlCudaPlatform": "is_fully_connected visible_device_id_to_physical_device_id",
     },
-    "sharded_graphs.py": {
-        _CONFIG: "compilation_config lora_config model_config scheduler_config",
+    "graph_capacities.py": {
+        _CONFIG: "compilation_config lora_config model_config scheduler_config use_v2_model_runner",
         _MODEL: "is_encoder_decoder",
         _SCHEDULER: "max_num_seqs",
         "vllm.config.compilation.CompilationConfig": "cudagraph_capture_sizes cudagraph_mode",

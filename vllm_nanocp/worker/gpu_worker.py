@@ -14,7 +14,7 @@ from ..attention.context import context
 from ..attention.gqa.routed_layer import Routes
 from ..exchange.choose import choose
 from ..exchange.symmetric import allocate, first_problem, reachable
-from .sharded_graphs import capacities, replays
+from ..graph_capacities import capacities, replays
 from .worker import OneRank
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from .. import config as nanocp_config
 from ..attention.context import context
 from ..attention.sharded_step import ShardedStep
-from ..config import largest_capacity
+from ..graph_capacities import replays
 
 
 @dataclass(frozen=True)
@@ -33,37 +33,6 @@ class ShardedDescriptor(BatchExecutionDescriptor):
 
 # A batch is padded to the next size; a size is captured only if it saves more than this part of it.
 SPARED = 0.2
-# Most visits where vLLM has no graphs whose sizes would say.
-_EAGER = 512
-# With the collective exchange a graph exchanges as many rows as its capacity with each rank, used or not. So there are
-# several capacities, and none that needs more rows than this over all ranks: the memory of more was never counted.
-_COLLECTIVE, _COLLECTIVE_ROWS = (16, 64, 256), 8192
-
-
-def capacities(vllm_config: Any, routed: bool) -> tuple[int, ...]:
-    """For how many visits between any two ranks there are tables and graphs, ascending: if not set, enough for a batch
-    of vLLM's largest graph of which every request visits all other ranks.
-
-    Args:
-        vllm_config: finished.
-        routed: whether a step costs what it exchanges, so that there need be only one.
-    """
-    config = nanocp_config.of(vllm_config)
-    if config.graph_capacities is not None:
-        return config.graph_capacities
-    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [_EAGER]
-    most = min(vllm_config.scheduler_config.max_num_seqs, max(sizes), largest_capacity(config.ranks))
-    if routed:
-        return (most,)
-    most = min(most, max(_COLLECTIVE[0], _COLLECTIVE_ROWS // config.ranks))
-    return (*(c for c in _COLLECTIVE if c < most), most)
-
-
-def replays(vllm_config: Any) -> bool:
-    """Whether sharded steps may replay graphs: not where the ranks must ask each other which graph they take."""
-    mode = vllm_config.compilation_config.cudagraph_mode
-    full = mode is not None and mode.decode_mode() == CUDAGraphMode.FULL
-    return full and vllm_config.lora_config is None and not vllm_config.model_config.is_encoder_decoder
 
 
 def sharded_sizes(sizes: Iterable[int], capacities: Sequence[int]) -> list[tuple[int, int]]:

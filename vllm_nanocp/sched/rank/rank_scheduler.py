@@ -22,6 +22,7 @@ from .chunks import ChunkDoors
 from .interface import Allowed, Decoding, Part
 from .stats import Updated, take_stats
 from .taken_prompts import TakenDoors
+from .victims import VictimDoors
 from .view_doors import ViewDoors
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-class RankDoors(ViewDoors, ChunkDoors, TakenDoors, AllowanceDoors):
+class RankDoors(ViewDoors, ChunkDoors, VictimDoors, TakenDoors, AllowanceDoors):
     """Mixed into vLLM's scheduler: hooks on leaving, and shards that no queue knows of."""
 
     # The rank's scheduler has preempted a request, or freed a finished one, of this id.
@@ -39,9 +40,9 @@ class RankDoors(ViewDoors, ChunkDoors, TakenDoors, AllowanceDoors):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Requests that came with tokens made elsewhere and that the model runner has not met.
+        # Requests that came with tokens made elsewhere and that the model runner has not met; those that it meets with
+        # this step's output: their tokens so far, by id.
         self._strangers: set[str] = set()
-        # Those that it meets with this step's output: their tokens so far, by id.
         self.introduced: dict[str, list[int]] = {}
         # With one rank vLLM 0.33 would hold prompts back itself, beside ``PrefillCadence``.
         self.local_prefill_interval = 1
@@ -50,6 +51,7 @@ class RankDoors(ViewDoors, ChunkDoors, TakenDoors, AllowanceDoors):
         self.refresh()
         self.reserve_adapters()
         self.share_step()
+        self.choose_victims()
         idle = not (self.running or self._coming or self._leaving)
         output = super().schedule(*args, **kwargs)
         self.keep_no_more()

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``segment_size`` "auto" in the scheduler: random worlds, and graphs with room for few visits."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_nanocp.graph_capacities import visit_room
+from vllm_nanocp.placement.auto import AUTO
+from vllm_nanocp.sched.step_output import NanoCPSchedulerOutput
+
+from .world_shapes import MOVES, Ask, Shape, vllm_config  # noqa: F401
+from .worlds import InMode, World, WorldError, in_mode  # noqa: F401
+
+WORLDS = int(os.environ.get("NANOCP_AUTO_WORLDS", "3"))
+# Visits between two ranks.
+ROOM = 2
+
+
+class AutoWorld(World):
+    """Every request fits on one rank, so none has to be spread; graphs have room for few visits."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.scheduler.graph_room.room = ROOM
+        execute = self.device.execute
+
+        def checked(output: NanoCPSchedulerOutput) -> Any:
+            visits = output.plan.most_visits(self.shape.ranks)
+            if visits is not None and visits > ROOM:
+                raise WorldError(f"{visits} visits between two ranks")
+            self.counts["full"] += visits == ROOM
+            return execute(output)
+
+        self.device.execute = checked  # type: ignore[method-assign]
+
+    def draw(self) -> list[Ask]:
+        most = self.shape.blocks * self.shape.block_size - self.shape.block_size
+        return [ask for ask in super().draw() if len(ask.truth.tokens) <= most]
+
+
+def test_worlds(in_mode: InMode, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    drawn = Shape.draw
+
+    def draw(rng: random.Random, seed: int) -> Shape:
+        moves = (MOVES[0] | {"max_moves": 0}, MOVES[0], False)[seed % 3]
+        return replace(drawn(rng, seed), segment=AUTO, moves=moves)
+
+    monkeypatch.setattr(Shape, "draw", draw)
+    counts: Counter[str] = in_mode.run(AutoWorld, WORLDS)
+    assert counts["rows"] > 25 and counts["moves"] + counts["spills"] and counts["full"], counts
+
+
+@pytest.mark.parametrize(
+    ("settings", "mode", "room"),
+    [
+        ({}, "FULL_AND_PIECEWISE", 64),
+        ({"graph_capacities": [4, 16]}, "FULL", 16),
+        ({"graph_capacities": []}, "FULL", None),
+        ({"max_degree": 1}, "FULL", None),
+        ({}, "NONE", None),
+    ],
+)
+def test_the_room_is_that_of_the_graphs(
+    vllm_config: Any,  # noqa: F811
+    settings: dict[str, Any],
+    mode: str,
+    room: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.config.compilation import CUDAGraphMode
+
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    sizes = dict(seed=0, ranks=2, block_size=16, blocks=40, max_reqs=64, budget=512, segment=64, degree=2)
+    rest = dict(moves=False, caching=False, priorities=False, chunk=0, reserve=0)
+    config = Shape(**sizes, **rest).config(vllm_config, False)  # type: ignore[arg-type]
+    config.additional_config = {"nanocp": {"ranks": 2} | settings}
+    monkeypatch.setattr(config.compilation_config, "cudagraph_mode", CUDAGraphMode[mode])
+    monkeypatch.setattr(config.compilation_config, "cudagraph_capture_sizes", [1, 2, 4, 128])
+    assert visit_room(config) == room

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whom a rank's scheduler preempts: policy is ``placement.victims``.
+
+Without priorities vLLM's scheduler preempts the last of ``Scheduler.running``. So before a step in which a block may be
+missing, those that are to be preempted are put there. With priorities it preempts the least important, as in vLLM.
+Touches vLLM 0.32's ``Scheduler.running``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from ...placement.victims import Victim, victims
+
+if TYPE_CHECKING:
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+class VictimDoors(_Base):
+    """Mixed into vLLM's scheduler: the order in which requests that run are preempted."""
+
+    @property
+    def spare_blocks(self) -> int:
+        """Free blocks that nobody who runs needs for the tokens it has; ``ViewDoors`` knows."""
+        raise NotImplementedError
+
+    @property
+    def num_free_blocks(self) -> int:
+        """``ViewDoors`` knows."""
+        raise NotImplementedError
+
+    @property
+    def held_blocks(self) -> Any:
+        """The blocks of each request, by id; ``ViewDoors`` knows."""
+        raise NotImplementedError
+
+    def choose_victims(self) -> None:
+        """Before a step: put the cheapest to compute again behind all others."""
+        running = self.running
+        if len(running) < 3 or self.policy == SchedulingPolicy.PRIORITY:
+            return
+        # A step takes no more than this.
+        if self.num_free_blocks > len(running) + self.max_num_scheduled_tokens // self.block_size:
+            return
+        short = -self.spare_blocks
+        if short <= 0:
+            return
+        oldest = min(running, key=lambda request: (request.arrival_time, request.request_id))
+        others = [request for request in running if request is not oldest]
+        chosen = victims([self._victim(request) for request in others], short)
+        if chosen:
+            last = [others[i] for i in reversed(chosen)]
+            names = {request.request_id for request in last}
+            self.running = [request for request in running if request.request_id not in names] + last
+
+    def _victim(self, request: Request) -> Victim:
+        held = self.held_blocks.get(request.request_id, ())
+        frees = sum(block.ref_cnt == 1 and not block.is_null for block in held)
+        return Victim(request.num_computed_tokens, frees, request.num_preemptions)

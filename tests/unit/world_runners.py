@@ -60,6 +60,12 @@ class Truth:
         self.outputs = self.tokens[self.num_prompt : self.num_prompt + outputs]
         self.draws = 0  # tokens ever sampled for it, on any rank
 
+    def num_right(self, drafts: Sequence[int], first: int) -> int:
+        """How many drafts, for the positions from ``first`` on, are what the request makes."""
+        end = self.num_prompt + len(self.outputs)
+        right = self.tokens[first:end]
+        return next((i for i, (a, b) in enumerate(zip(drafts, right, strict=False)) if a != b), min(len(drafts), len(right)))
+
     def token(self, position: int) -> int:
         return self.tokens[position] if position < len(self.tokens) else GARBAGE
 
@@ -94,6 +100,8 @@ class Known:
     prefill_len: int = 0
     last: int = UNKNOWN
     draws: int = 0
+    # Drafts in the step at hand that are right.
+    accepted: int = 0
 
     @property
     def is_member(self) -> bool:
@@ -160,6 +168,10 @@ class Runner:
 
     def sampled(self, known: Known, count: int, token: int) -> bool:
         """After ``count`` tokens were computed: keep the token; False if the request is not that far."""
+        raise NotImplementedError
+
+    def accept(self, known: Known, tokens: Sequence[int]) -> None:
+        """Keep what drafts have made beside the first token."""
         raise NotImplementedError
 
     def end(self, part: SchedulerOutput) -> None:
@@ -237,6 +249,10 @@ class V1(Runner):
             known.draws += 1
         return True
 
+    def accept(self, known: Known, tokens: Sequence[int]) -> None:
+        assert not self.asynchronous
+        known.tokens += tokens
+
     def end(self, part: SchedulerOutput) -> None:
         if part.total_num_scheduled_tokens and self.asynchronous:
             self.before = self.now
@@ -278,3 +294,7 @@ class V2(Runner):
             return False
         known.last = token
         return True
+
+    def accept(self, known: Known, tokens: Sequence[int]) -> None:
+        if tokens:
+            known.last = tokens[-1]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Home moves and spills: which requests leave their rank is policy (``placement.moves``); how, is here.
 
-A request leaves when its last block is full. It is scheduled no more; once what it has in flight has come back, its
+A request leaves when its last block is full; one that is decoded with drafts, which seldom end with a block, at any time:
+what its last block has is then computed again at its new home, whose blocks have it. It is scheduled no more; once what it has in flight has come back, its
 blocks go to a member that keeps them, and it goes on at its new home, from the next token. With async scheduling that
 costs it one step, and the tokens it goes on with are then all known.
 """
@@ -235,7 +236,7 @@ class Mover:
     # -- who goes ----------------------------------------------------------------------------------------------
 
     def _candidates(self, rank: int) -> Iterator[Candidate]:
-        """Decoding requests of a rank whose last block is full."""
+        """Decoding requests of a rank that may leave it."""
         for at in self.scheduler.ranks[rank].decoding():
             request = self.scheduler.requests.get(at.request_id)
             if request is None or not self._may_go(request, at):  # a member has no generation to go on with
@@ -252,9 +253,9 @@ class Mover:
             )
 
     def _may_go(self, request: Request, at: Decoding) -> bool:
-        sharded = self.scheduler.sharded.get(request.request_id)
-        if sharded is not None and at.computed <= sharded.local_start:
-            return False  # it has only just come
+        sharded, block_size = self.scheduler.sharded.get(request.request_id), self.scheduler.block_size
+        if at.computed // block_size * block_size <= (0 if sharded is None else sharded.local_start):
+            return False  # it has only just come, or not one full block
         if at.known <= self._undone.get(request.request_id, -1):
             return False
         return request.request_id in self.scheduler.rank_of and can_shard(request) and at.made < request.max_tokens

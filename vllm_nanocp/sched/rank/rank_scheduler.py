@@ -19,9 +19,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from ...placement import cdiv
 from .chunks import ChunkDoors
+from .drafts import DraftDoors
 from .interface import Decoding, Part
 from .stats import Updated, take_stats
-from .view_doors import ViewDoors
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-class RankDoors(ViewDoors, ChunkDoors):
+class RankDoors(DraftDoors, ChunkDoors):
     """Mixed into vLLM's scheduler: hooks on leaving, and shards that no queue knows of."""
 
     # The rank's scheduler has preempted a request, or freed a finished one, of this id.
@@ -50,7 +50,7 @@ class RankDoors(ViewDoors, ChunkDoors):
         self.reserve_adapters()
         self.share_step()
         idle = not (self.running or self._coming or self._leaving)
-        output = super().schedule(*args, **kwargs)
+        output = self._schedule_drafts(*args, **kwargs) if self.speculates else super().schedule(*args, **kwargs)
         self.keep_no_more()
         if idle and not self.running:
             self.give_way_if_stuck()
@@ -61,6 +61,14 @@ class RankDoors(ViewDoors, ChunkDoors):
         if self._strangers:
             for request_id in self._strangers & output.num_scheduled_tokens.keys():
                 self._introduce(self.requests[request_id], output)
+        return output
+
+    def _schedule_drafts(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self.fit_drafts()
+        with self.unpadded():
+            output = super().schedule(*args, **kwargs)
+        if self.dynamic_sd_lookup is None:
+            output.num_spec_tokens_to_schedule = self.num_spec_tokens
         return output
 
     def _introduce(self, request: Request, output: SchedulerOutput) -> None:
@@ -279,6 +287,11 @@ class RankDoors(ViewDoors, ChunkDoors):
         manager.req_to_blocks[keeper_id] = manager.req_to_blocks.pop(request_id)
         manager.num_cached_block[keeper_id] = manager.num_cached_block.pop(request_id, 0)
         self._fold(keeper_id, first_block)
+        # Its last block may be partial, or for drafts only: what it has is computed again where it goes on.
+        blocks = manager.req_to_blocks[keeper_id]
+        full = request.num_computed_tokens // manager.block_size - first_block
+        self.block_pool.free_blocks(reversed(blocks[full:]))
+        del blocks[full:]
         self._strangers.discard(request_id)
         self._left(request)
         self._forget(request)
@@ -339,8 +352,9 @@ class RankDoors(ViewDoors, ChunkDoors):
         self.refresh()
 
     def decoding(self) -> list[Decoding]:
-        """Requests that run, have computed their prompt, and whose last block is full."""
-        block_size = self._manager.block_size
+        """Requests that run, have computed their prompt, and may leave: with drafts all, else those whose last block is
+        full."""
+        block_size = 1 if self.speculates else self._manager.block_size
         return [
             Decoding(r.request_id, r.num_computed_tokens, r.num_output_tokens + r.num_output_placeholders, r.num_tokens)
             for r in self.running

@@ -20,6 +20,7 @@ from ...placement import cdiv
 from ...plan import Batch
 from ...step_messages import PackedOutput
 from .cached_blocks import CachedBlocks, Changes, Whereabouts
+from .drafts import Speculation
 from .grammars import note_grammar_begins
 from .interface import Decoding, Part, do_nothing
 from .rank_view import RankView
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.interface import PauseState
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.outputs import DraftTokenIds
     from vllm.v1.request import Request, RequestStatus
 
 
@@ -191,6 +193,9 @@ class RemoteRank:
         bitmask: bytes | None = self._hear()
         return bitmask
 
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        self._tell("update_draft_token_ids", draft_token_ids)
+
     # -- requests ----------------------------------------------------------------------------------------------
 
     def enter(self, request: Request, to_share: int = 0, taken: int = 0) -> None:
@@ -343,8 +348,10 @@ class RemoteRank:
         self.on_change()
 
     def hand_over(self, request_id: str, keeper_id: str, first_block: int) -> None:
-        begins = self._call("hand_over", request_id, keeper_id, first_block)
-        structured = self._watched[request_id][0].structured_output_request
+        begins, speculation = self._call("hand_over", request_id, keeper_id, first_block)
+        request = self._watched[request_id][0]
+        Speculation._make(speculation).apply(request)
+        structured = request.structured_output_request
         if structured is not None:
             note_grammar_begins(structured, begins)
         self._forget(request_id)
@@ -354,6 +361,7 @@ class RemoteRank:
         if request.num_output_tokens:
             request.prefill_stats = None  # it went with the first token
         self._call("arrive", pack(request), first_block, outlet != self.number)
+        request.spec_token_ids = []  # they are verified there
 
     # -- output ------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ WORLDS = int(os.environ.get("NANOCP_DRAFT_WORLDS", "15"))
 WRONG = 5  # a token that no request makes
 
 
-def with_drafts(vllm_config: Any, most: int) -> Any:  # noqa: F811
+def with_drafts(vllm_config: Any, most: int) -> Any:
     """A configuration of an engine that speculates, with so many drafts a step."""
     config = copy(vllm_config)
     config.speculative_config = SpeculativeConfig(
@@ -40,7 +40,7 @@ def with_drafts(vllm_config: Any, most: int) -> Any:  # noqa: F811
 class DraftedWorld(World):
     """Requests are decoded with drafts: up to 1 or 3, all, most, some or none of them right."""
 
-    def __init__(self, vllm_config: Any, seed: int, version: int, asynchronous: bool) -> None:  # noqa: F811
+    def __init__(self, vllm_config: Any, seed: int, version: int, asynchronous: bool) -> None:
         self.dice = Random(seed)
         self.most = self.dice.choice([1, 3])
         self.right = self.dice.choice([0.0, 0.5, 0.9, 1.0])
@@ -66,7 +66,7 @@ class DraftedSessions(DraftedWorld, SessionWorld):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_worlds(vllm_config: Any, monkeypatch: pytest.MonkeyPatch, version: int) -> None:  # noqa: F811
+def test_worlds(vllm_config: Any, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
     """Every other one has its schedulers behind messages."""
     counts = run_worlds(DraftedWorld, vllm_config, version, False, WORLDS, monkeypatch)
     assert counts["verified"] > counts["accepted"] > 1000, counts
@@ -74,6 +74,6 @@ def test_worlds(vllm_config: Any, monkeypatch: pytest.MonkeyPatch, version: int)
     assert counts["preemptions"] and counts["aborts"] and counts["resets"] and counts["pauses"], counts
 
 
-def test_sessions(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_sessions(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = run_worlds(DraftedSessions, vllm_config, 1, False, WORLDS // 2, monkeypatch)
     assert counts["accepted"] > 100, counts

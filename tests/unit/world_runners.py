@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
+from operator import eq
 from typing import NoReturn
 
 import numpy as np
@@ -64,7 +66,7 @@ class Truth:
         """How many drafts, for the positions from ``first`` on, are what the request makes."""
         end = self.num_prompt + len(self.outputs)
         right = self.tokens[first:end]
-        return next((i for i, (a, b) in enumerate(zip(drafts, right, strict=False)) if a != b), min(len(drafts), len(right)))
+        return sum(takewhile(bool, map(eq, drafts, right)))
 
     def token(self, position: int) -> int:
         return self.tokens[position] if position < len(self.tokens) else GARBAGE

@@ -111,7 +111,6 @@ class OneWorld(_Base):
             kv_output_aggregator=self.rank_gather,
         )
 
-
     def take_draft_token_ids(self) -> list[DraftTokenIds | None]:  # type: ignore[override]
         """What each rank has drafted in the last step, from its first worker."""
         limit = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS

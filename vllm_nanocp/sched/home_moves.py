@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Home moves and spills: which requests leave their rank is policy (``placement.moves``); how, is here.
 
-A request leaves when its last block is full; one that is decoded with drafts, which seldom end with a block, at any time:
-what its last block has is then computed again at its new home, whose blocks have it. It is scheduled no more; once what it has in flight has come back, its
+A request leaves when its last block is full. It is scheduled no more; once what it has in flight has come back, its
 blocks go to a member that keeps them, and it goes on at its new home, from the next token. With async scheduling that
 costs it one step, and the tokens it goes on with are then all known.
+
+Accepted drafts seldom end with a block. So one that is decoded with drafts leaves at any time: its full blocks stay,
+and what the last one has is computed again at the new home, with the next step and its drafts.
 """
 
 from __future__ import annotations

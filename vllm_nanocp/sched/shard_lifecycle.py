@@ -218,7 +218,7 @@ class Members:
     # -- homes -------------------------------------------------------------------------------------------------
 
     def move_home(self, request: Request, source: int, target: int) -> None:
-        """Let a decoding request, with nothing in flight, go on at another rank, from the end of its last full block on."""
+        """Let a decoding request, with nothing in flight, go on at another rank, from its last full block's end on."""
         self._serial += 1
         request_id = request.request_id
         sharded = self.sharded.get(request_id)

@@ -37,21 +37,23 @@ def counted(engine: Engine) -> Counter[str]:
 
 
 def mixed(first: int) -> list[Ask]:
-    """Lengths on both sides of a segment and of a rank's cache, and what sampling keeps of a request."""
+    """Lengths on both sides of a segment, one that no rank can hold, and what sampling keeps of a request; each four
+    have one kind of everything."""
     from vllm.sampling_params import StructuredOutputsParams
 
-    numbers = dict(type="array", items=dict(type="integer"), minItems=20, maxItems=30)
-    asks = []
-    for i in range(24):
-        length = (20, 47, 300, 513, 700, 1100)[i // 4] + i
-        params: dict[str, Any] = dict(max_tokens=40 + 3 * i, logprobs=2 if i % 5 == 0 else None)
-        if i % 6 == 1:
-            params |= dict(repetition_penalty=1.2, presence_penalty=0.3)
-        if i % 6 == 3:
-            params |= dict(structured_outputs=StructuredOutputsParams(json=numbers), ignore_eos=False, max_tokens=90)
-        asks.append(Ask(prompt(length, first + i), params, delay=0.03 * i))
-    asks.append(Ask(prompt(2300, first + 99), dict(max_tokens=60), delay=0.5))  # larger than a rank
-    return asks
+    numbers = dict(type="array", items=dict(type="integer"), minItems=8, maxItems=12)
+    kinds: list[dict[str, Any]] = [
+        dict(max_tokens=40, logprobs=2),
+        dict(max_tokens=60, repetition_penalty=1.2, presence_penalty=0.3),
+        dict(max_tokens=50, structured_outputs=StructuredOutputsParams(json=numbers), ignore_eos=False),
+        dict(max_tokens=70),
+    ]
+    lengths = [20, 47, 300, 530, 700, 1000, 600, 100, 33, 520, 310, 1600]
+    # Each kind is drafted for in another way in each four.
+    order = [(i + i // 4) % 4 for i in range(len(lengths))]
+    return [
+        Ask(prompt(n, first + i), kinds[k], delay=0.05 * i) for i, (n, k) in enumerate(zip(lengths, order, strict=True))
+    ]
 
 
 async def disturb(running: Engine) -> None:
@@ -78,15 +80,15 @@ def test_tokens(drafting: Engine, stock: Engine, which: int) -> None:
     counts = {name: after[name] - before[name] for name in ("moves", "spills", "preemptions", "sharded_steps")}
     print(counts, drafts)
     assert min(counts.values()) > 0, counts
-    assert drafts["accepted"] > 200 and drafts["by n-gram"] > 50, drafts
+    assert drafts["accepted"] > 80 and drafts["by n-gram"] > 30, drafts
 
 
 def test_drafts_spare_steps(drafting: Engine, stock: Engine) -> None:
     """All of them right: a sharded request takes a step for four tokens, also on its way over the ranks."""
-    asks = [Ask(prompt(1300, 45000), dict(max_tokens=200))]
+    asks = [Ask(prompt(1300, 45000), dict(max_tokens=101))]
     theirs = stock.ask(asks)
     teach(drafting, asks, theirs, [1.0])
     assert drafting.ask(asks)[0].tokens == theirs[0].tokens
     drafting.check_nothing_left()
     drafts = counted(drafting)
-    assert drafts["accepted"] == 150 - 1, drafts
+    assert drafts["accepted"] == 75, drafts  # after the first token 25 steps of four

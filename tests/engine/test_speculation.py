@@ -92,3 +92,35 @@ def test_drafts_spare_steps(drafting: Engine, stock: Engine) -> None:
     drafting.check_nothing_left()
     drafts = counted(drafting)
     assert drafts["accepted"] == 75, drafts  # after the first token 25 steps of four
+
+
+def test_up_to_the_model_length(drafting: Engine, stock: Engine) -> None:
+    """Near it vLLM drafts no more, and verifies no drafts behind it."""
+    asks = [Ask(prompt(2950, 46000), dict(max_tokens=50))]
+    theirs = stock.ask(asks)
+    teach(drafting, asks, theirs, [1.0])
+    assert drafting.ask(asks)[0].tokens == theirs[0].tokens
+    drafting.check_nothing_left()
+
+
+@pytest.mark.skipif(ROUNDS < 2, reason="starts one more engine: NANOCP_DRAFT_ROUNDS=2")
+def test_seeds(drafting: Engine, engines: Callable[..., Engine]) -> None:
+    """Sampled tokens are those of stock vLLM that verifies the same drafts, also behind a move."""
+    stock = engines("drafting-stock")
+    asks = [
+        Ask(prompt(40 + 110 * i, 47000 + i), dict(temperature=0.8, seed=i, max_tokens=90), delay=0.05 * i)
+        for i in range(6)
+    ]
+    greedy = [Ask(ask.prompt, dict(max_tokens=90)) for ask in asks]
+    teach(stock, [], [], [])
+    shares: list[float | None] = [1.0, 0.5, 0.0] * 2
+    answers = stock.ask(greedy)
+    teach(stock, asks, answers, shares)
+    teach(drafting, asks, answers, shares)
+    before = drafting.status()
+    ours, theirs = drafting.ask(asks), stock.ask(asks)
+    drafting.check_nothing_left()
+    assert [a.tokens for a in ours] == [a.tokens for a in theirs]
+    after = drafting.status()
+    print({name: after[name] - before[name] for name in ("moves", "spills", "preemptions", "sharded_steps")})
+    assert after["moves"] > before["moves"] and counted(drafting)["accepted"] > 30

@@ -242,6 +242,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "speculative decoding on GPUs": _drafts("ngram", "parallel_config.worker_cls", GPU_WORKER),
     "speculative decoding with async scheduling": _drafts("ngram", "scheduler_config.async_scheduling", True),
     "speculative decoding with the V2 model runner": _drafts("ngram", "attention_config.hisparse_config", object()),
+    "speculative decoding of latent attention": _drafts("ngram", "model_config", SimpleNamespace(use_mla=True)),
     "a KV connector": _set("kv_transfer_config", object()),
     "--ec-transfer-config": _set("ec_transfer_config", object()),
     "returning routed experts": _set("aux_output_config.enable_return_routed_experts", True),

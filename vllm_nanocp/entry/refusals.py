@@ -291,6 +291,9 @@ SETTINGS = (
 )  # fmt: skip
 
 SHARDED_SETTINGS = (
+    Setting(lambda c: c.speculative_config is not None and c.model_config.use_mla,
+            "speculative decoding of latent attention (MLA) with max_degree above 1", "it has not been run",
+            "leave --speculative-config out, or use --nanocp-config '{\"max_degree\": 1}'"),
     Setting(lambda c: c.cache_config.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill with max_degree above 1",
             "its layers attend with other rows than the step plan's",
             "leave it out, or use --nanocp-config '{\"max_degree\": 1}'"),

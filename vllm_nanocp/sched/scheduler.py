@@ -104,7 +104,7 @@ class NanoCPScheduler(RanksTogether):
             rank.on_free = self._on_free
             rank.on_turn = self._on_turn
             rank.on_change = partial(self.mover.changed.add, number)
-        max_model_len = vllm_config.model_config.max_model_len
+        max_model_len, queries = vllm_config.model_config.max_model_len, 1 + vllm_config.num_speculative_tokens
         self.placer = Placer(
             self.ranks,
             self.config,
@@ -112,7 +112,7 @@ class NanoCPScheduler(RanksTogether):
             max_model_len,
             one_group,
             self.mover.loads,
-            stripe_blocks(vllm_config.scheduler_config, block_size, self.config.chunk_tokens)
+            stripe_blocks(vllm_config.scheduler_config, block_size, self.config.chunk_tokens, queries)
             if self.config.parallel_prefill
             else None,
         )

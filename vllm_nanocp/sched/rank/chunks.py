@@ -79,7 +79,7 @@ class ChunkDoors(_Base):
         short = sum(_left(request) for request in prompts if _left(request) <= share)
         short += self._bring_forward(share - short)
         if short > 0:
-            others = len(self.running) - len(self._inflight_prefills)
+            others = (len(self.running) - len(self._inflight_prefills)) * (1 + self.num_spec_tokens)
             kept = min(share, short)
             rest = self.max_num_scheduled_tokens - others - kept
             if rest > 0:  # it bounds short ones, too

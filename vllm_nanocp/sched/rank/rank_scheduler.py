@@ -20,7 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 from ...placement import cdiv
 from .chunks import ChunkDoors
 from .drafts import DraftDoors
-from .interface import Decoding, Part
+from .interface import Part
 from .stats import Updated, take_stats
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class RankDoors(DraftDoors, ChunkDoors):
         self.reserve_adapters()
         self.share_step()
         idle = not (self.running or self._coming or self._leaving)
-        output = self._schedule_drafts(*args, **kwargs) if self.speculates else super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)
         self.keep_no_more()
         if idle and not self.running:
             self.give_way_if_stuck()
@@ -61,14 +61,6 @@ class RankDoors(DraftDoors, ChunkDoors):
         if self._strangers:
             for request_id in self._strangers & output.num_scheduled_tokens.keys():
                 self._introduce(self.requests[request_id], output)
-        return output
-
-    def _schedule_drafts(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        self.fit_drafts()
-        with self.unpadded():
-            output = super().schedule(*args, **kwargs)
-        if self.dynamic_sd_lookup is None:
-            output.num_spec_tokens_to_schedule = self.num_spec_tokens
         return output
 
     def _introduce(self, request: Request, output: SchedulerOutput) -> None:
@@ -287,11 +279,7 @@ class RankDoors(DraftDoors, ChunkDoors):
         manager.req_to_blocks[keeper_id] = manager.req_to_blocks.pop(request_id)
         manager.num_cached_block[keeper_id] = manager.num_cached_block.pop(request_id, 0)
         self._fold(keeper_id, first_block)
-        # Its last block may be partial, or for drafts only: what it has is computed again where it goes on.
-        blocks = manager.req_to_blocks[keeper_id]
-        full = request.num_computed_tokens // manager.block_size - first_block
-        self.block_pool.free_blocks(reversed(blocks[full:]))
-        del blocks[full:]
+        self.give_up_rest(request, keeper_id, first_block)
         self._strangers.discard(request_id)
         self._left(request)
         self._forget(request)
@@ -350,16 +338,6 @@ class RankDoors(DraftDoors, ChunkDoors):
             self._preempt_request(self.running.pop(), now, drop_stale_output=True)
         self.prev_step_scheduled_req_ids.clear()
         self.refresh()
-
-    def decoding(self) -> list[Decoding]:
-        """Requests that run, have computed their prompt, and may leave: with drafts all, else those whose last block is
-        full."""
-        block_size = 1 if self.speculates else self._manager.block_size
-        return [
-            Decoding(r.request_id, r.num_computed_tokens, r.num_output_tokens + r.num_output_placeholders, r.num_tokens)
-            for r in self.running
-            if not r.num_computed_tokens % block_size and r.num_computed_tokens >= r.num_prompt_tokens
-        ]
 
     def note_backlog(self, backlog: bool) -> None:
         """Requests wait for a placement: then no prompts are deferred, so that no slot stays empty."""

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.interface import PauseState
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.metrics.stats import SchedulerStats
-    from vllm.v1.outputs import DraftTokenIds
     from vllm.v1.request import Request, RequestStatus
 
 
@@ -95,9 +94,8 @@ class RemoteRank:
         self._commands.append((name, args))
 
     def _ask(self, name: str, *args: Any) -> None:
-        if (
-            self._asked
-        ):  # nobody asks twice, but after an interrupt: then an answer may be on its way still, or half read
+        # Nobody asks twice, but after an interrupt: then an answer may be on its way still, or half read.
+        if self._asked:
             raise NanoCPError(
                 f"nanocp: the engine was interrupted, or has failed, in the middle of {self._asked!r}: it and rank "
                 f"{self.number} do not know the same any more; start a new engine"
@@ -193,7 +191,7 @@ class RemoteRank:
         bitmask: bytes | None = self._hear()
         return bitmask
 
-    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
         self._tell("update_draft_token_ids", draft_token_ids)
 
     # -- requests ----------------------------------------------------------------------------------------------

@@ -252,7 +252,7 @@ class V1(Runner):
         return True
 
     def accept(self, known: Known, tokens: Sequence[int]) -> None:
-        assert not self.asynchronous
+        assert not (tokens and self.asynchronous)
         known.tokens += tokens
 
     def end(self, part: SchedulerOutput) -> None:

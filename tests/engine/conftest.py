@@ -66,7 +66,7 @@ def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Callable[..., Engin
         # The same with drafts: by n-grams, or by what a test has taught the workers.
         "drafting": dict(
             ranks=2,
-            nanocp={"segment_size": 512, "moves": RESTLESS},
+            nanocp={"segment_size": 512, "moves": RESTLESS | {"reserve_blocks": 0}},  # so that ranks run full
             num_gpu_blocks_override=SMALL_BLOCKS,
             max_model_len=3000,
             enable_prefix_caching=True,

@@ -17,6 +17,8 @@ from .harness import RESTLESS, Engine
 
 # Per-rank blocks of the small engines: 1,536 tokens, while a request may have 4,096.
 SMALL_BLOCKS = 49
+# Nearly every n-gram is found: there are 512 tokens.
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
 # Whether each engine has its ranks' schedulers where it has them not by default: in processes, or in the engine's own.
 OTHER_FORM = os.environ.get("NANOCP_OTHER_FORM", "0") == "1"
 # Engines that are closed after a module of tests, since no later one uses them: each has half a GiB for each process.
@@ -110,6 +112,24 @@ def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Engines]:
             num_gpu_blocks_override=SMALL_BLOCKS,
             max_model_len=4096,
             enable_prefix_caching=True,
+        ),
+        # The same with drafts: by n-grams, or by what a test has taught the workers.
+        "drafting": dict(
+            ranks=2,
+            nanocp={"segment_size": 512, "moves": RESTLESS | {"reserve_blocks": 0}},  # so that ranks run full
+            num_gpu_blocks_override=SMALL_BLOCKS,
+            max_model_len=3000,
+            enable_prefix_caching=True,
+            speculative_config=DRAFTS,
+            worker_extension_cls="tests.engine.oracle.Oracle",
+        ),
+        # Stock that drafts as it does.
+        "drafting-stock": dict(
+            ranks=1,
+            max_num_batched_tokens=1 << 17,
+            num_gpu_blocks_override=4096,
+            speculative_config=DRAFTS,
+            worker_extension_cls="tests.engine.oracle.Oracle",
         ),
         # What "moving" is compared with: vLLM's own way of several ranks.
         "round-robin": dict(

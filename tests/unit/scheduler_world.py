@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from vllm_nanocp.plan import IDLE, Batch, PlanRow, StepPlan
 from vllm_nanocp.sched.step_output import NanoCPSchedulerOutput
 from vllm_nanocp.step_messages import with_generators
 
-from .world_runners import GARBAGE, STOP, V1, V2, Known, Runner, Session, Truth, WorldError, base, fail
+from .world_runners import GARBAGE, STOP, UNKNOWN, V1, V2, Known, Runner, Session, Truth, WorldError, base, fail
 
 __all__ = ["GARBAGE", "STOP", "Device", "Session", "Truth", "WorldError", "base", "fail"]
 
@@ -52,6 +52,16 @@ class Store:
             fail(f"{who}: positions {first} to {end - 1} go to the null block: {list(blocks)}")
         place = held, at % self.block_size
         self.entries[place], self.positions[place], self.owners[place] = truth.chain[first:end], at, truth.number
+
+    def spoil(self, blocks: Sequence[int], first: int, end: int, who: str) -> None:
+        """What drafts that are wrong leave behind; it must be written over before anybody reads it."""
+        if end > len(blocks) * self.block_size:
+            fail(f"{who}: {end} tokens with drafts do not fit into {len(blocks)} blocks")
+        at = np.arange(first, end)
+        held = np.asarray(blocks)[at // self.block_size]
+        if not held.all():
+            fail(f"{who}: drafts {first} to {end - 1} go to the null block: {list(blocks)}")
+        self.entries[held, at % self.block_size], self.positions[held, at % self.block_size] = -7, at
 
     def read(self, blocks: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The first entries of blocks, their positions and owners."""
@@ -95,6 +105,7 @@ class Device:
         self.shards: list[dict[str, list[int]]] = [{} for _ in range(ranks)]
         self._opened: set[str] = set()
         self.num_rows = self.num_arrivals = self.num_generators = 0
+        self.drafts: Counter[str] = Counter()
         self.num_together = 0  # rows of a request of which another rank computes a part in the same step
 
     def wipe(self) -> None:
@@ -114,8 +125,10 @@ class Device:
         self._check_batches(plan, parts)
         for runner, part in zip(self.runners, parts, strict=True):
             for req_id, count in part.num_scheduled_tokens.items():
-                self._write(runner, runner.known[req_id], count)
+                drafts = part.scheduled_spec_decode_tokens.get(req_id, ())
+                self._write(runner, runner.known[req_id], count, drafts)
         self._read(plan, parts)
+        self._count_drafts(plan, parts)
         answers = [self._sample(runner, part) for runner, part in zip(self.runners, parts, strict=True)]
         return [with_generators(a, g) if g else a for a, g in zip(answers, generators, strict=True)]
 
@@ -159,13 +172,19 @@ class Device:
 
     # -- KV ----------------------------------------------------------------------------------------------------
 
-    def _write(self, runner: Runner, known: Known, count: int) -> None:
+    def _write(self, runner: Runner, known: Known, count: int, drafts: Sequence[int]) -> None:
+        count -= len(drafts)
         first, end, truth, who = known.computed, known.computed + count, known.truth, runner.who(known.req_id)
+        known.accepted = truth.num_right(drafts, end)
+        if drafts and (known.is_member or end <= truth.num_prompt or UNKNOWN in drafts):
+            fail(f"{who}: {count} tokens from {first} on have drafts {drafts}")
         tokens, right = runner.inputs(known, count), truth.tokens[first:end]
         if tokens != right:
             wrong = next((i for i, (a, b) in enumerate(zip(tokens, right, strict=False)) if a != b), len(tokens))
             fail(f"{who}: computes {tokens[wrong:][:3]}... at {first + wrong} instead of {right[wrong:][:3]}")
-        self.stores[runner.rank].write(known.blocks, first, end, truth, who)
+        good = end + known.accepted
+        self.stores[runner.rank].write(known.blocks, first, good, truth, who)
+        self.stores[runner.rank].spoil(known.blocks, good, end + len(drafts), who)
 
     def _read(self, plan: StepPlan, parts: Sequence[SchedulerOutput]) -> None:
         rows = {(row.home, row.req_id): row for row in plan.rows}
@@ -177,15 +196,16 @@ class Device:
         for runner, part in zip(self.runners, parts, strict=True):
             for req_id, count in part.num_scheduled_tokens.items():
                 row = rows.pop((runner.rank, req_id), None)
-                self._read_local(runner, runner.known[req_id], count, row)
+                drafts = len(part.scheduled_spec_decode_tokens.get(req_id, ()))
+                self._read_local(runner, runner.known[req_id], count, drafts, row)
                 if row is not None:
                     self._read_shards(runner, runner.known[req_id], row)
         if rows:
             fail(f"rows of requests without tokens: {list(rows.values())}")
 
-    def _read_local(self, runner: Runner, known: Known, count: int, row: PlanRow | None) -> None:
+    def _read_local(self, runner: Runner, known: Known, count: int, drafts: int, row: PlanRow | None) -> None:
         start = 0 if row is None else row.first_block * self.block_size
-        end, who = known.computed + count, runner.who(known.req_id)
+        end, who = known.computed + count - drafts + known.accepted, runner.who(known.req_id)
         if row is not None and (row.num_queries, row.local_tokens) != (count, known.computed - start):
             fail(f"{who}: has {count} queries from {known.computed} on, the plan says {row}")
         blocks = known.blocks[start // self.block_size :]
@@ -229,14 +249,46 @@ class Device:
         ids = list(part.num_scheduled_tokens)[::-1]  # a runner's order is its own
         tokens: list[list[int]] = []
         for req_id in ids:
-            known, count = runner.known[req_id], part.num_scheduled_tokens[req_id]
-            token = GARBAGE if known.is_member else known.truth.token(known.computed + count)
-            taken = runner.sampled(known, count, token)
-            tokens.append([token] if taken else [])
+            known, drafts = runner.known[req_id], part.scheduled_spec_decode_tokens.get(req_id, ())
+            count = part.num_scheduled_tokens[req_id] - len(drafts)
+            end = known.computed + count
+            made = [known.truth.token(at) for at in range(end, end + known.accepted + 1)]
+            if known.is_member:
+                made = [GARBAGE]
+            taken = runner.sampled(known, count, made[0])
+            runner.accept(known, made[1:])
+            tokens.append(made if taken else [])
             known.truth.draws += taken and not known.is_member
-            known.computed += count
+            known.computed += count + known.accepted
         runner.end(part)
         return ModelRunnerOutput(ids, {req_id: i for i, req_id in enumerate(ids)}, tokens)
+
+    def _count_drafts(self, plan: StepPlan, parts: Sequence[SchedulerOutput]) -> None:
+        visiting = {row.req_id for row in plan.rows}
+        for runner, part in zip(self.runners, parts, strict=True):
+            for req_id, drafts in part.scheduled_spec_decode_tokens.items():
+                self.drafts += Counter(
+                    verified=len(drafts),
+                    accepted=runner.known[req_id].accepted,
+                    sharded=req_id in visiting,
+                    moved=req_id in plan.arrived,
+                    behind_others=part.num_scheduled_tokens[req_id] > len(drafts) + 1,
+                )
+
+    def propose(
+        self, output: NanoCPSchedulerOutput, draft: Callable[[Truth, int], list[int]]
+    ) -> list[DraftTokenIds | None]:
+        """What the ranks draft after a step: for all that were in it, members too.
+
+        Args:
+            draft: given the truth of a request and the first position to draft for.
+        """
+        found: list[DraftTokenIds | None] = []
+        for runner, part in zip(self.runners, payloads(output), strict=True):
+            known = [runner.known[req_id] for req_id in part.num_scheduled_tokens]
+            drafts = [draft(one.truth, one.computed + 1) for one in known]
+            found.append(DraftTokenIds([one.req_id for one in known], drafts) if known else None)
+        return found
 
     def leftovers(self) -> dict[str, Any]:
         """What no request needs any more; empty after the last plan."""

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import vllm_nanocp.plugin
 from vllm_nanocp.entry import engine_config, refusals
-from vllm_nanocp.entry.refusals import FLAGS, SETTINGS, SHARDED_SETTINGS, check_settings
+from vllm_nanocp.entry.refusals import FLAGS, GPU_WORKER, SETTINGS, SHARDED_SETTINGS, check_settings
 from vllm_nanocp.errors import NanoCPConfigError
 
 RANKS = 3
@@ -184,8 +185,7 @@ def speculator(folder: Path, target: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
-        (["--spec-method", "ngram", "--spec-tokens", "3"], "speculative decoding"),
-        (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}'], "speculative decoding"),
+        (["--speculative-config", '{"model": "TINY", "num_speculative_tokens": 3}'], "a draft model"),
         (["--kv-offloading-size", "1"], "a KV connector"),
         (["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'], "a KV connector"),
         (["--dp-sync-interval", "4"], "--dp-sync-interval"),
@@ -197,6 +197,7 @@ def speculator(folder: Path, target: str) -> str:
 @pytest.mark.usefixtures("unchecked")
 def test_what_vllm_has_derived_is_refused(tiny_model: str, flags: list[str], part: str, degree: int) -> None:
     settings = ["--nanocp", "--nanocp-config", json.dumps({"max_degree": degree})]
+    flags = [flag.replace("TINY", tiny_model) for flag in flags]
     assert part in refusal(lambda: create(tiny_model, *settings, *flags))
 
 
@@ -222,12 +223,26 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
     return change
 
 
+def _drafts(method: str, path: str = "instance_id", value: Any = "") -> Callable[[Any], None]:
+    """Speculative decoding by a method, and something else that is set."""
+
+    def change(config: Any) -> None:
+        _set("speculative_config", SimpleNamespace(method=method))(config)
+        _set(path, value)(config)
+
+    return change
+
+
 # For each setting, what makes it of an accepted configuration.
 CHANGES: dict[str, Callable[[Any], None]] = {
     "pipeline parallelism": _set("parallel_config.pipeline_parallel_size", 2),
     "decode context parallelism": _set("parallel_config.decode_context_parallel_size", 2),
     "prefill context parallelism": _set("parallel_config.prefill_context_parallel_size", 2),
-    "speculative decoding": _set("speculative_config", object()),
+    "speculative decoding with a draft model": _drafts("eagle3"),
+    "speculative decoding on GPUs": _drafts("ngram", "parallel_config.worker_cls", GPU_WORKER),
+    "speculative decoding with async scheduling": _drafts("ngram", "scheduler_config.async_scheduling", True),
+    "speculative decoding with the V2 model runner": _drafts("ngram", "attention_config.hisparse_config", object()),
+    "speculative decoding of latent attention": _drafts("ngram", "model_config", SimpleNamespace(use_mla=True)),
     "a KV connector": _set("kv_transfer_config", object()),
     "--ec-transfer-config": _set("ec_transfer_config", object()),
     "returning routed experts": _set("aux_output_config.enable_return_routed_experts", True),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
+from operator import eq
 from typing import NoReturn
 
 import numpy as np
@@ -60,6 +62,12 @@ class Truth:
         self.outputs = self.tokens[self.num_prompt : self.num_prompt + outputs]
         self.draws = 0  # tokens ever sampled for it, on any rank
 
+    def num_right(self, drafts: Sequence[int], first: int) -> int:
+        """How many drafts, for the positions from ``first`` on, are what the request makes."""
+        end = self.num_prompt + len(self.outputs)
+        right = self.tokens[first:end]
+        return sum(takewhile(bool, map(eq, drafts, right)))
+
     def token(self, position: int) -> int:
         return self.tokens[position] if position < len(self.tokens) else GARBAGE
 
@@ -94,6 +102,8 @@ class Known:
     prefill_len: int = 0
     last: int = UNKNOWN
     draws: int = 0
+    # Drafts in the step at hand that are right.
+    accepted: int = 0
 
     @property
     def is_member(self) -> bool:
@@ -160,6 +170,10 @@ class Runner:
 
     def sampled(self, known: Known, count: int, token: int) -> bool:
         """After ``count`` tokens were computed: keep the token; False if the request is not that far."""
+        raise NotImplementedError
+
+    def accept(self, known: Known, tokens: Sequence[int]) -> None:
+        """Keep what drafts have made beside the first token."""
         raise NotImplementedError
 
     def end(self, part: SchedulerOutput) -> None:
@@ -237,6 +251,10 @@ class V1(Runner):
             known.draws += 1
         return True
 
+    def accept(self, known: Known, tokens: Sequence[int]) -> None:
+        assert not (tokens and self.asynchronous)
+        known.tokens += tokens
+
     def end(self, part: SchedulerOutput) -> None:
         if part.total_num_scheduled_tokens and self.asynchronous:
             self.before = self.now
@@ -278,3 +296,7 @@ class V2(Runner):
             return False
         known.last = token
         return True
+
+    def accept(self, known: Known, tokens: Sequence[int]) -> None:
+        if tokens:
+            known.last = tokens[-1]

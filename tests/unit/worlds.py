@@ -165,6 +165,10 @@ class World:
         self.abort(self.rng.random() < 0.5)
         self.deliver(self.scheduler.update_from_output(output, answers))
         self.check_loads()
+        self.after(output)
+
+    def after(self, output: Any) -> None:
+        """When a step's output has been taken in."""
 
     def deliver(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """What leaves by the engine comes to the clients."""

@@ -44,6 +44,18 @@ def _given(value: Any) -> bool:
     return value is not None
 
 
+def _draft_model(drafts: Any) -> bool:
+    """Whether a method is one that drafts with a model; of a configuration, if it says so."""
+    method = drafts.get("method") if isinstance(drafts, dict) else drafts
+    return isinstance(method, str) and method not in (*DRAFTERS, "[ngram]")
+
+
+def _drafts_on_a_gpu(drafts: Any) -> bool:
+    from vllm.platforms import current_platform
+
+    return drafts is not None and not current_platform.is_cpu()
+
+
 def _returns_experts(aux_output: Any) -> bool:
     """Of vLLM's ``AuxOutputConfig``, or what makes one."""
     name = "enable_return_routed_experts"
@@ -74,7 +86,11 @@ class Flag:
             refuse("--" + self.field.replace("_", "-") + (f" {value}" if self.shown else ""), self.why, self.instead)
 
 
-_SPECULATIVE = "draft tokens would have to be verified against shards"
+# Ways to draft without a model: they keep no KV, and take no part in the ranks' collectives.
+DRAFTERS = ("ngram", "suffix", "custom_class")
+_DRAFT_MODEL = "a draft's layers have KV to be sharded, too, and ranks without tokens would have to draft beside others"
+_OTHER_DRAFTER = "use the method ngram, suffix or custom_class, or leave it out"
+_DRAFTS_ON_GPUS = "drafts verified against shards have not been run on a GPU yet"
 _ONE_ENGINE = "one engine holds all ranks"
 _ONE_ADDRESS = "one scheduler serves all ranks behind one address"
 _MICRO_BATCHES = "a sharded step cannot be cut into micro-batches"
@@ -92,8 +108,10 @@ FLAGS = (
     Flag("decode_context_parallel_size", _above_one, "it splits every request's KV, which nanocp does per request",
          shown=True),
     Flag("prefill_context_parallel_size", _above_one, "chunks are placed by shard map", shown=True),
-    *(Flag(field, _given, _SPECULATIVE) for field in
-      ("speculative_config", "spec_method", "spec_model", "spec_tokens")),
+    Flag("speculative_config", _draft_model, _DRAFT_MODEL, _OTHER_DRAFTER),
+    Flag("spec_method", _draft_model, _DRAFT_MODEL, _OTHER_DRAFTER, shown=True),
+    Flag("speculative_config", _drafts_on_a_gpu, _DRAFTS_ON_GPUS),
+    Flag("spec_method", _drafts_on_a_gpu, _DRAFTS_ON_GPUS),
     *(Flag(field, bool, _ONE_ADDRESS) for field in
       ("data_parallel_external_lb", "data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb")),
     *(Flag(field, _given, _ONE_ENGINE) for field in
@@ -226,9 +244,19 @@ SETTINGS = (
             "it splits every request's KV, which nanocp does per request"),
     Setting(lambda c: c.parallel_config.prefill_context_parallel_size > 1, "prefill context parallelism",
             "chunks are placed by shard map"),
-    Setting(lambda c: c.speculative_config is not None,
-            "speculative decoding (--speculative-config, --spec-method, --spec-model, --spec-tokens, or a speculators "
-            "checkpoint)", _SPECULATIVE, "leave it out; of a speculators checkpoint, serve the model it was made for"),
+    Setting(lambda c: c.speculative_config is not None and c.speculative_config.method not in DRAFTERS,
+            "speculative decoding with a draft model (--speculative-config, --spec-method, --spec-model, or a "
+            "speculators checkpoint)", _DRAFT_MODEL,
+            f"{_OTHER_DRAFTER}; of a speculators checkpoint, serve the model it was made for"),
+    Setting(lambda c: c.speculative_config is not None and c.parallel_config.worker_cls == GPU_WORKER,
+            "speculative decoding on GPUs (--speculative-config, --spec-method, --spec-model, --spec-tokens)",
+            _DRAFTS_ON_GPUS),
+    Setting(lambda c: c.speculative_config is not None and c.scheduler_config.async_scheduling,
+            "speculative decoding with async scheduling", "the step plan has lengths of verified tokens only",
+            "add --no-async-scheduling"),
+    Setting(lambda c: c.speculative_config is not None and c.use_v2_model_runner,
+            "speculative decoding with the V2 model runner", "it has been run with V1 only",
+            "leave VLLM_USE_V2_MODEL_RUNNER unset"),
     Setting(lambda c: c.kv_transfer_config is not None,
             "a KV connector (--kv-transfer-config, --kv-offloading-size)", _CONNECTORS),
     Setting(lambda c: c.ec_transfer_config is not None, "--ec-transfer-config",
@@ -263,6 +291,9 @@ SETTINGS = (
 )  # fmt: skip
 
 SHARDED_SETTINGS = (
+    Setting(lambda c: c.speculative_config is not None and c.model_config.use_mla,
+            "speculative decoding of latent attention (MLA) with max_degree above 1", "it has not been run",
+            "leave --speculative-config out, or use --nanocp-config '{\"max_degree\": 1}'"),
     Setting(lambda c: c.cache_config.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill with max_degree above 1",
             "its layers attend with other rows than the step plan's",
             "leave it out, or use --nanocp-config '{\"max_degree\": 1}'"),

@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from vllm.utils.network_utils import get_open_ports_list
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from .. import config as nanocp_config
 from .. import patches
@@ -110,6 +110,12 @@ class OneWorld(_Base):
             timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
             kv_output_aggregator=self.rank_gather,
         )
+
+    def take_draft_token_ids(self) -> list[DraftTokenIds | None]:  # type: ignore[override]
+        """What each rank has drafted in the last step, from its first worker."""
+        limit = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
+        answers: list[DraftTokenIds | None] = self.collective_rpc("take_draft_token_ids", timeout=limit)
+        return answers[:: self.rank_gather.stride]
 
 
 class NanoCPMultiprocExecutor(OneWorld, MultiprocExecutor):

@@ -352,7 +352,7 @@ def stripe_blocks(budget: int, slots: int, threshold: int, block_size: int, chun
 
     Args:
         budget: tokens a rank computes in a step at most.
-        slots: requests it runs at most.
+        slots: tokens of requests that decode, at most.
         threshold: most tokens of a long prompt's chunk, if positive.
         block_size: tokens a block holds.
         chunk_tokens: most tokens of a chunk, if set.

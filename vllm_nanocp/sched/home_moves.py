@@ -4,6 +4,9 @@
 A request leaves when its last block is full. It is scheduled no more; once what it has in flight has come back, its
 blocks go to a member that keeps them, and it goes on at its new home, from the next token. With async scheduling that
 costs it one step, and the tokens it goes on with are then all known.
+
+Accepted drafts seldom end with a block. So one that is decoded with drafts leaves at any time: its full blocks stay,
+and what the last one has is computed again at the new home, with the next step and its drafts.
 """
 
 from __future__ import annotations
@@ -238,7 +241,7 @@ class Mover:
     # -- who goes ----------------------------------------------------------------------------------------------
 
     def _candidates(self, rank: int) -> Iterator[Candidate]:
-        """Decoding requests of a rank whose last block is full."""
+        """Decoding requests of a rank that may leave it."""
         for at in self.scheduler.ranks[rank].decoding():
             request = self.scheduler.requests.get(at.request_id)
             if request is None or not self._may_go(request, at):  # a member has no generation to go on with
@@ -255,9 +258,9 @@ class Mover:
             )
 
     def _may_go(self, request: Request, at: Decoding) -> bool:
-        sharded = self.scheduler.sharded.get(request.request_id)
-        if sharded is not None and at.computed <= sharded.local_start:
-            return False  # it has only just come
+        sharded, block_size = self.scheduler.sharded.get(request.request_id), self.scheduler.block_size
+        if at.computed // block_size * block_size <= (0 if sharded is None else sharded.local_start):
+            return False  # it has only just come, or not one full block
         if at.known <= self._undone.get(request.request_id, -1):
             return False
         return request.request_id in self.scheduler.rank_of and can_shard(request) and at.made < request.max_tokens

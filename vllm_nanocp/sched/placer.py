@@ -27,7 +27,7 @@ from .sharded_request import can_shard
 NOWHERE = Prefix()
 
 
-def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | None) -> int:
+def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | None, queries: int = 1) -> int:
     """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs, beside as many
     decoding requests as there may be.
 
@@ -35,9 +35,10 @@ def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | 
         config: vLLM's.
         block_size: tokens a block holds.
         chunk_tokens: most tokens of a chunk, if set.
+        queries: of a decoding request: one, and its drafts.
     """
     most, slots, threshold = config.max_num_batched_tokens, config.max_num_seqs, config.long_prefill_token_threshold
-    return stripe_blocks_of(most, slots, threshold, block_size, chunk_tokens)
+    return stripe_blocks_of(most, slots * queries, threshold, block_size, chunk_tokens)
 
 
 class _Derived:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +53,20 @@ class RanksTogether(SchedulerInterface):
         bitmasks = [rank.end_bitmask() if part.structured else None for rank, part in pairs]
         return NanoCPGrammarOutput(bitmasks) if any(b is not None for b in bitmasks) else None
 
-    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        raise NotImplementedError("nanocp: speculative decoding is not supported")
+    def update_draft_token_ids(self, draft_token_ids: Sequence[DraftTokenIds | None]) -> None:  # type: ignore[override]
+        """Drafts for the next step.
+
+        Args:
+            draft_token_ids: what the workers of each rank have drafted; None of one that had no tokens.
+        """
+        for rank, drafts in zip(self.ranks, draft_token_ids, strict=True):
+            if drafts is not None:
+                rank.update_draft_token_ids(drafts)
 
     def update_draft_token_ids_in_output(
         self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
     ) -> None:
-        raise NotImplementedError("nanocp: speculative decoding is not supported")
+        raise NotImplementedError("nanocp: speculative decoding with async scheduling is refused at start")
 
     def has_request(self, request_id: str) -> bool:
         """Whether a request, or an open session, is here: queued for all ranks, at one, sharded or on its way."""

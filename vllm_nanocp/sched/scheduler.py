@@ -109,7 +109,7 @@ class NanoCPScheduler(RanksTogether):
             rank.on_free = self._on_free
             rank.on_turn = self._on_turn
             rank.on_change = partial(self.mover.changed.add, number)
-        max_model_len = vllm_config.model_config.max_model_len
+        max_model_len, queries = vllm_config.model_config.max_model_len, 1 + vllm_config.num_speculative_tokens
         self.graph_room = GraphRoom(self, visit_room(vllm_config))
         self.placer = Placer(
             self.ranks,
@@ -118,7 +118,7 @@ class NanoCPScheduler(RanksTogether):
             max_model_len,
             one_group,
             self.mover.loads,
-            stripe_blocks(vllm_config.scheduler_config, block_size, self.config.chunk_tokens)
+            stripe_blocks(vllm_config.scheduler_config, block_size, self.config.chunk_tokens, queries)
             if self.config.parallel_prefill
             else None,
             StepSegments(self),

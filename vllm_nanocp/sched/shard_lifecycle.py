@@ -221,7 +221,7 @@ class Members:
     # -- homes -------------------------------------------------------------------------------------------------
 
     def move_home(self, request: Request, source: int, target: int) -> None:
-        """Let a decoding request, with nothing in flight and its last block full, go on at another rank."""
+        """Let a decoding request, with nothing in flight, go on at another rank, from its last full block's end on."""
         self._serial += 1
         request_id = request.request_id
         sharded = self.sharded.get(request_id)
@@ -235,6 +235,7 @@ class Members:
         self.ranks[source].hand_over(request_id, keeper.request_id, sharded.shard_map.runs[-2].first_block)
         self._publish(sharded)
         self.rank_of[request_id] = target
+        request.num_computed_tokens -= request.num_computed_tokens % self.block_size
         outlet = self.outlet_of.setdefault(request_id, source)
         self.ranks[target].arrive(request, sharded.shard_map.runs[-1].first_block, outlet)
         self.ranks[target].watch(request)

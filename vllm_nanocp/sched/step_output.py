@@ -68,6 +68,7 @@ def _add(out: NanoCPSchedulerOutput, part: SchedulerOutput) -> None:
     """Add what EngineCore's logs say of a step in detail; ranks that are elsewhere do not tell."""
     cached = out.scheduled_cached_reqs
     out.num_scheduled_tokens.update(part.num_scheduled_tokens)
+    out.scheduled_spec_decode_tokens.update(part.scheduled_spec_decode_tokens)
     out.scheduled_new_reqs.extend(part.scheduled_new_reqs)
     cached.req_ids.extend(part.scheduled_cached_reqs.req_ids)
     cached.resumed_req_ids |= part.scheduled_cached_reqs.resumed_req_ids

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_dp_group
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOutput
 
 from .. import config as nanocp_config
 from .. import patches
@@ -166,6 +166,11 @@ class OneRank(_Base):
         if isinstance(grammar_output, NanoCPGrammarOutput):
             grammar_output = grammar_output.part(self.shards.rank)
         return self._reply(super().sample_tokens(grammar_output))
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Drafts of the requests in the last step; a rank without tokens has those of an earlier one still."""
+        drafts: DraftTokenIds | None = None if self._idle or self.tp_rank else super().take_draft_token_ids()
+        return drafts
 
     def _reply(
         self, output: ModelRunnerOutput | AsyncModelRunnerOutput | None

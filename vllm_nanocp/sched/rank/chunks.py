@@ -83,7 +83,7 @@ class ChunkDoors(_Base):
         short += self._bring_forward(share - short)
         if short > 0:
             self.short_part = 1 / PARTS
-            others = len(self.running) - len(self._inflight_prefills)
+            others = (len(self.running) - len(self._inflight_prefills)) * (1 + self.num_spec_tokens)
             kept = min(share, short)
             rest = self.max_num_scheduled_tokens - others - kept
             if rest > 0:  # it bounds short ones, too

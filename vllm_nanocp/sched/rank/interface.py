@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.interface import PauseState
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.outputs import DraftTokenIds
     from vllm.v1.request import Request, RequestStatus
 
     from .rank_view import RankView
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 
 class Decoding(NamedTuple):
-    """A request that decodes and whose last block is full.
+    """A request that decodes and may leave its rank: its last block is full, or it is decoded with drafts, which seldom
+    end with a block.
 
     Attributes:
         request_id: its id.
@@ -130,6 +132,7 @@ class Rank(Protocol):
     def end_update(self) -> Updated: ...
     def begin_bitmask(self, part: Part) -> None: ...
     def end_bitmask(self) -> Any: ...
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None: ...
 
     # Requests that are here.
     def enter(self, request: Request, to_share: int = 0, taken: int = 0) -> None: ...

@@ -19,11 +19,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from .allowance import AllowanceDoors
 from .chunks import ChunkDoors
+from .drafts import DraftDoors
 from .interface import Allowed, Decoding, Part
 from .stats import Updated, take_stats
 from .taken_prompts import TakenDoors
 from .victims import VictimDoors
-from .view_doors import ViewDoors
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-class RankDoors(ViewDoors, ChunkDoors, VictimDoors, TakenDoors, AllowanceDoors):
+class RankDoors(DraftDoors, ChunkDoors, VictimDoors, TakenDoors, AllowanceDoors):
     """Mixed into vLLM's scheduler: hooks on leaving, and shards that no queue knows of."""
 
     # The rank's scheduler has preempted a request, or freed a finished one, of this id.
@@ -279,6 +279,7 @@ class RankDoors(ViewDoors, ChunkDoors, VictimDoors, TakenDoors, AllowanceDoors):
         manager.req_to_blocks[keeper_id] = manager.req_to_blocks.pop(request_id)
         manager.num_cached_block[keeper_id] = manager.num_cached_block.pop(request_id, 0)
         self._fold(keeper_id, first_block)
+        self.give_up_rest(request, keeper_id, first_block)
         self._strangers.discard(request_id)
         self._left(request)
         self._forget(request)
@@ -338,15 +339,6 @@ class RankDoors(ViewDoors, ChunkDoors, VictimDoors, TakenDoors, AllowanceDoors):
             self._preempt_request(self.running.pop(), now, drop_stale_output=True)
         self.prev_step_scheduled_req_ids.clear()
         self.refresh()
-
-    def decoding(self) -> list[Decoding]:
-        """Requests that run, have computed their prompt, and whose last block is full."""
-        block_size = self._manager.block_size
-        return [
-            Decoding(r.request_id, r.num_computed_tokens, r.num_output_tokens + r.num_output_placeholders, r.num_tokens)
-            for r in self.running
-            if not r.num_computed_tokens % block_size and r.num_computed_tokens >= r.num_prompt_tokens
-        ]
 
     def note_backlog(self, backlog: bool) -> None:
         """Requests wait for a placement: then no prompts are deferred, so that no slot stays empty."""

@@ -15,6 +15,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from .cached_blocks import CacheRecorder
+from .drafts import Speculation
 from .grammars import RankGrammars, end_by_grammar, grammar_begins
 from .interface import Allowed
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
@@ -141,13 +142,14 @@ class RankServer:
         session = self.scheduler.requests.get(request_id)
         return None if session is None else SessionState.of(session)
 
-    def do_hand_over(self, request_id: str, keeper_id: str, first_block: int) -> int | None:
-        """Returns where the request's grammar begins; see ``grammar_begins``."""
-        begins = grammar_begins(self.scheduler.requests[request_id])
+    def do_hand_over(self, request_id: str, keeper_id: str, first_block: int) -> tuple[int | None, tuple[Any, ...]]:
+        """Returns where the request's grammar begins (``grammar_begins``), and the values of its ``Speculation``."""
+        request = self.scheduler.requests[request_id]
+        begins, speculation = grammar_begins(request), Speculation.of(request)
         self.scheduler.hand_over(request_id, keeper_id, first_block)
         if self.outlets is not None:
             self.outlets.foreign.discard(request_id)
-        return begins
+        return begins, tuple(speculation)
 
     def leftovers(self) -> list[str]:
         """Ids that are still remembered; for tests, when no request is left."""

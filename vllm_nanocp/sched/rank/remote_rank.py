@@ -20,6 +20,7 @@ from ...placement import cdiv
 from ...plan import Batch
 from ...step_messages import PackedOutput
 from .cached_blocks import CachedBlocks, Changes, Whereabouts
+from .drafts import Speculation
 from .grammars import note_grammar_begins
 from .interface import Allowed, Decoding, Part, do_nothing
 from .rank_view import RankView
@@ -93,9 +94,8 @@ class RemoteRank:
         self._commands.append((name, args))
 
     def _ask(self, name: str, *args: Any) -> None:
-        if (
-            self._asked
-        ):  # nobody asks twice, but after an interrupt: then an answer may be on its way still, or half read
+        # Nobody asks twice, but after an interrupt: then an answer may be on its way still, or half read.
+        if self._asked:
             raise NanoCPError(
                 f"nanocp: the engine was interrupted, or has failed, in the middle of {self._asked!r}: it and rank "
                 f"{self.number} do not know the same any more; start a new engine"
@@ -191,6 +191,9 @@ class RemoteRank:
     def end_bitmask(self) -> bytes | None:
         bitmask: bytes | None = self._hear()
         return bitmask
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        self._tell("update_draft_token_ids", draft_token_ids)
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -344,8 +347,10 @@ class RemoteRank:
         self.on_change()
 
     def hand_over(self, request_id: str, keeper_id: str, first_block: int) -> None:
-        begins = self._call("hand_over", request_id, keeper_id, first_block)
-        structured = self._watched[request_id][0].structured_output_request
+        begins, speculation = self._call("hand_over", request_id, keeper_id, first_block)
+        request = self._watched[request_id][0]
+        Speculation._make(speculation).apply(request)
+        structured = request.structured_output_request
         if structured is not None:
             note_grammar_begins(structured, begins)
         self._forget(request_id)
@@ -355,6 +360,7 @@ class RemoteRank:
         if request.num_output_tokens:
             request.prefill_stats = None  # it went with the first token
         self._call("arrive", pack(request), first_block, outlet != self.number)
+        request.spec_token_ids = []  # they are verified there
 
     # -- output ------------------------------------------------------------------------------------------------
 

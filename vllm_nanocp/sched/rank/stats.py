@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import add
 from typing import NamedTuple
 
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 # A rank's statistics where they say no more than how it stands, as mostly: requests that run, wait and are deferred,
 # and cache usage.
@@ -63,6 +65,23 @@ def merge_prefix_cache(parts: Sequence[PrefixCacheStats]) -> PrefixCacheStats:
     return total
 
 
+def merge_drafts(parts: Sequence[SpecDecodingStats]) -> SpecDecodingStats | None:
+    """Sum of the ranks' counters of drafts; None of none."""
+    if not parts:
+        return None
+    total = SpecDecodingStats.new(parts[0].num_spec_tokens)
+    for part in parts:
+        total.num_drafts += part.num_drafts
+        total.num_draft_tokens += part.num_draft_tokens
+        total.num_accepted_tokens += part.num_accepted_tokens
+        for sums, some in (
+            (total.num_accepted_tokens_per_pos, part.num_accepted_tokens_per_pos),
+            (total.num_draft_tokens_per_pos, part.num_draft_tokens_per_pos),
+        ):
+            sums[:] = map(add, sums, some)
+    return total
+
+
 def merge_scheduler_stats(parts: Sequence[SchedulerStats | PlainStats], num_waiting: int) -> SchedulerStats:
     """One engine's statistics: counts are sums, cache usage is the mean.
 
@@ -95,6 +114,7 @@ def _merge_whole(parts: Sequence[SchedulerStats]) -> SchedulerStats:
         num_skipped_waiting_reqs=sum(p.num_skipped_waiting_reqs for p in parts),
         kv_cache_usage=sum(p.kv_cache_usage for p in parts),
         prefix_cache_stats=merge_prefix_cache([p.prefix_cache_stats for p in parts]),
+        spec_decoding_stats=merge_drafts([p.spec_decoding_stats for p in parts if p.spec_decoding_stats is not None]),
         kv_cache_eviction_events=[event for p in parts for event in p.kv_cache_eviction_events],
         waiting_lora_adapters=waiting_loras,
         running_lora_adapters=running_loras,

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative decoding over ranks: random worlds whose drafts are right or wrong by chance."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from copy import copy
+from random import Random
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.config import SpeculativeConfig
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+from vllm_nanocp.sched.rank.stats import merge_scheduler_stats
+
+from .scheduler_world import Truth
+from .test_sessions import SessionWorld
+from .world_shapes import Ask, vllm_config
+from .worlds import World, run_worlds
+
+__all__ = ["vllm_config"]
+
+# Worlds of each test; more of them look further, as does another first one (``NANOCP_FIRST_WORLD``).
+WORLDS = int(os.environ.get("NANOCP_DRAFT_WORLDS", "15"))
+WRONG = 5  # a token that no request makes
+
+
+def with_drafts(vllm_config: Any, most: int) -> Any:
+    """A configuration of an engine that speculates, with so many drafts a step."""
+    config = copy(vllm_config)
+    config.speculative_config = SpeculativeConfig(
+        method="ngram",
+        num_speculative_tokens=most,
+        prompt_lookup_max=2,
+        target_model_config=config.model_config,
+        target_parallel_config=config.parallel_config,
+    )
+    return config
+
+
+class DraftedWorld(World):
+    """Requests are decoded with drafts: up to 1 or 3, all, most, some or none of them right."""
+
+    def __init__(self, vllm_config: Any, seed: int, version: int, asynchronous: bool) -> None:
+        self.dice = Random(seed)
+        self.most = self.dice.choice([1, 3])
+        self.right = self.dice.choice([0.0, 0.5, 0.9, 1.0])
+        self.lazy = self.dice.choice([0.0, 0.3])
+        super().__init__(with_drafts(vllm_config, self.most), seed, version, asynchronous)
+
+    def draft(self, truth: Truth, first: int) -> list[int]:
+        count = self.most if self.dice.random() >= self.lazy else self.dice.randint(0, self.most)
+        right = truth.tokens[first : truth.num_prompt + len(truth.outputs)]
+        right += [WRONG] * (count - len(right))
+        return [token if self.dice.random() < self.right else WRONG for token in right[:count]]
+
+    def after(self, output: Any) -> None:
+        if output.total_num_scheduled_tokens:
+            self.scheduler.update_draft_token_ids(self.device.propose(output, self.draft))
+
+    def run(self) -> Counter[str]:
+        return super().run() + self.device.drafts
+
+
+class Tight(DraftedWorld):
+    """One request, all of whose drafts are right, that just fills its rank."""
+
+    def draw(self) -> list[Ask]:
+        self.right, self.lazy, shape = 1.0, 0.0, self.shape
+        hasher = get_request_block_hasher(shape.block_size, sha256) if shape.caching else None
+        truth = Truth(0, [10] * (shape.blocks * shape.block_size - 42), 42, 0 if shape.caching else 1, stops=False)
+        # With prompt logprobs it cannot be sharded.
+        params = SamplingParams(temperature=0.0, max_tokens=42, prompt_logprobs=1)
+        prompt = truth.tokens[: truth.num_prompt]
+        return [Ask(Request("r0", prompt, params, None, arrival_time=0.0, block_hasher=hasher), truth, 1, None)]
+
+    def reset(self) -> None:
+        pass
+
+
+class DraftedSessions(DraftedWorld, SessionWorld):
+    """The same with sessions."""
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_worlds(vllm_config: Any, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """Every other one has its schedulers behind messages."""
+    counts = run_worlds(DraftedWorld, vllm_config, version, False, WORLDS, monkeypatch)
+    assert counts["verified"] > counts["accepted"] > 1000, counts
+    assert min(counts[kind] for kind in ("moves", "spills", "sharded", "moved", "behind_others")) > 25, counts
+    assert counts["preemptions"] and counts["aborts"] and counts["resets"] and counts["pauses"], counts
+
+
+def test_sessions(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = run_worlds(DraftedSessions, vllm_config, 1, False, WORLDS // 2, monkeypatch)
+    assert counts["accepted"] > 100, counts
+
+
+def test_nobody_is_preempted_for_drafts(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = run_worlds(Tight, vllm_config, 1, False, 6, monkeypatch)
+    assert counts["preemptions"] == 0 and counts["accepted"] > 6 * 20, counts
+
+
+def test_statistics_of_all_ranks() -> None:
+    """Ranks that drafted nothing in a step have none."""
+    parts = [SchedulerStats() for _ in range(3)]
+    for part, drafts in ((parts[0], [(3, 1), (2, 2)]), (parts[2], [(3, 3)])):
+        part.spec_decoding_stats = SpecDecodingStats.new(3)
+        for drafted, accepted in drafts:
+            part.spec_decoding_stats.observe_draft(drafted, accepted)
+    one_engine = SpecDecodingStats.new(3)
+    for drafted, accepted in [(3, 1), (2, 2), (3, 3)]:
+        one_engine.observe_draft(drafted, accepted)
+    assert merge_scheduler_stats(parts, 0).spec_decoding_stats == one_engine
+    assert merge_scheduler_stats(parts[1:2], 0).spec_decoding_stats is None

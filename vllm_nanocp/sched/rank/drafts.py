@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draft tokens at one rank: they take only blocks that nobody else needs, and go with a request to its new home.
+
+vLLM's scheduler preempts for the blocks of drafts, which most likely are given back in the next step. Here a rank with
+too few blocks verifies fewer drafts instead: nobody is preempted or spilled for them, and a request that just fits its
+rank ends there. Touches vLLM 0.32's ``Scheduler.num_spec_tokens``, ``Request.spec_token_ids`` and
+``Request.spec_decode_metrics``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from ...placement import cdiv
+from .interface import Decoding
+from .view_doors import ViewDoors
+
+
+class Speculation(NamedTuple):
+    """What speculative decoding keeps of a request.
+
+    Attributes:
+        drafts: tokens to verify in the next step.
+        metrics: vLLM's ``RequestSpecDecodeMetrics``, if it keeps any.
+    """
+
+    drafts: list[int]
+    metrics: Any
+
+    @classmethod
+    def of(cls, request: Request) -> Speculation:
+        return cls(request.spec_token_ids, request.spec_decode_metrics)
+
+    def apply(self, request: Request) -> None:
+        request.spec_token_ids, request.spec_decode_metrics = self.drafts, self.metrics
+
+
+class DraftDoors(ViewDoors):
+    """Mixed into vLLM's scheduler: drafts where there is no block for them, and who may leave."""
+
+    @property
+    def speculates(self) -> bool:
+        """Whether requests are decoded with drafts."""
+        return self.num_spec_tokens > 0
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if not self.speculates:
+            return super().schedule(*args, **kwargs)
+        self.fit_drafts()
+        with self._unpadded():
+            output = super().schedule(*args, **kwargs)
+        if self.dynamic_sd_lookup is None:
+            output.num_spec_tokens_to_schedule = self.num_spec_tokens
+        return output
+
+    @contextmanager
+    def _unpadded(self) -> Iterator[None]:
+        """While it schedules, vLLM pads requests that start with one token left with as many drafts as there may be,
+        for the sake of graphs. The blocks of a member end with its run, and there is none for these."""
+        most, self.num_spec_tokens = self.num_spec_tokens, 0
+        try:
+            yield
+        finally:
+            self.num_spec_tokens = most
+
+    def fit_drafts(self) -> None:
+        """Before a step: leave out drafts whose blocks are needed for tokens that are known. O(requests that run)."""
+        drafted = [request for request in self.running if request.spec_token_ids]
+        if not drafted:
+            return
+        view, held, block_size = self.view, self.held_blocks, self.block_size
+        room = view.free_blocks - view.to_take - view.promised
+        for request in drafted:
+            have = request.num_tokens
+            blocks = max(len(held[request.request_id]), cdiv(have, block_size))  # it has them, or is about to
+            more = cdiv(have + len(request.spec_token_ids), block_size) - blocks
+            if more <= 0:
+                continue
+            if more <= room:
+                room -= more
+            else:
+                request.spec_token_ids = request.spec_token_ids[: max(0, blocks * block_size - have)]
+
+    def decoding(self) -> list[Decoding]:
+        """Requests that run, have computed their prompt, and may leave: with drafts all, else those whose last block is
+        full."""
+        block_size = 1 if self.speculates else self.block_size
+        return [
+            Decoding(r.request_id, r.num_computed_tokens, r.num_output_tokens + r.num_output_placeholders, r.num_tokens)
+            for r in self.running
+            if not r.num_computed_tokens % block_size and r.num_computed_tokens >= r.num_prompt_tokens
+        ]
+
+    def give_up_rest(self, request: Request, keeper_id: str, first_block: int) -> None:
+        """Of a request that leaves, free what its keeper has beyond full blocks: the last one may be partial, or for
+        drafts only. What is in it is computed again where the request goes on."""
+        blocks: list[Any] = self.held_blocks[keeper_id]
+        full = request.num_computed_tokens // self.block_size - first_block
+        self.block_pool.free_blocks(reversed(blocks[full:]))
+        del blocks[full:]

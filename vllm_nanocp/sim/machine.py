@@ -70,8 +70,8 @@ class Machine:
         opened: np.ndarray,
         captured: bool = True,
     ) -> float:
-        """Of a step. Each argument but the last has a number a rank: KV tokens read, decodes, tokens of prompts computed,
-        pairs, guests, tokens taken as computed; and whether graphs have room for its visits."""
+        """Of a step. Each argument but the last has a number a rank: KV tokens read, decodes, tokens of prompts
+        computed, pairs, guests, tokens taken as computed; and whether graphs have room for its visits."""
         ranks = self.kv_token * kv + self.query * decodes + self.prompt * computed
         ranks = ranks + self.pair * pairs + self.guest * guests
         slowest = float((ranks + self.opened * opened).max())

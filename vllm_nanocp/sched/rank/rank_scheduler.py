@@ -20,7 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 from .allowance import AllowanceDoors
 from .chunks import ChunkDoors
 from .drafts import DraftDoors
-from .interface import Allowed, Decoding, Part
+from .interface import Allowed, Part
 from .stats import Updated, take_stats
 from .taken_prompts import TakenDoors
 from .victims import VictimDoors

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The simulator next to what was measured: request rate against time per output token, and more ranks than that.
 
-    python benchmarks/simulated_curves.py --trace TRACE.jsonl [--out FILE] [--ranks 8 32 128]
+    python benchmarks/simulated_curves.py --trace TRACE.jsonl [--out FILE] [--ranks 8 32 128] [--parts computed gap]
 
 ``curves``: Qwen3-30B-A3B's shape on 4 H200s, decode only, lengths of the conversation trace from its 2,000th request
 on, prompts stretched four times (at most 500,000 tokens), outputs of 2 to 600 tokens, Poisson arrivals for 25 s;
@@ -65,6 +65,7 @@ GAPS = {
     "400 ms, no decode steps": PrefillGap(decode_steps=0),
     "200 ms, 2 decode steps": PrefillGap(ms=200.0, decode_steps=2),
 }
+PARTS = ("curves", "computed", "gap", "larger")
 FIGURES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99")
 # A rank's share of these rates on four.
 LARGER, LARGER_WINDOW = (4.0, 6.0, 8.0), 60.0
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=15)
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 32, 128])
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     trace = read_trace(args.trace)
@@ -185,23 +187,21 @@ def main() -> None:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "machine": asdict(run_of("stock")[0].machine),
-        "curves": [],
-        "computed": [],
-        "gap": [],
-        "larger": [],
+        **{part: [] for part in args.parts},
     }
-    for system, rates in MEASURED.items():
+    for system, rates in MEASURED.items() if "curves" in args.parts else ():
         for rate in rates:
             result["curves"].append(point(trace, system, rate, range(args.seeds)))
             print(result["curves"][-1], file=sys.stderr, flush=True)
     measured = json.loads((ROOT / "benchmarks" / "results" / "gpu_scheduler_processes_4xH200.json").read_text())
     for seed in range(3):
-        for system in ("stock", "nanocp"):
+        for system in ("stock", "nanocp") if "computed" in args.parts else ():
             result["computed"].append(computed(measured, system, seed, range(args.seeds)))
             print(result["computed"][-1], file=sys.stderr, flush=True)
-        result["gap"].append(gap(seed, range(args.seeds)))
-        print(result["gap"][-1], file=sys.stderr, flush=True)
-    for ranks in args.ranks:
+        if "gap" in args.parts:
+            result["gap"].append(gap(seed, range(args.seeds)))
+            print(result["gap"][-1], file=sys.stderr, flush=True)
+    for ranks in args.ranks if "larger" in args.parts else ():
         for rate in LARGER:
             for system in ("nanocp 65536", "nanocp 65536 moves", "stock", "round-robin"):
                 result["larger"].append(larger(trace, ranks, rate, system))

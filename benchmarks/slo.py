@@ -314,7 +314,7 @@ def parse_args() -> argparse.Namespace:
     add("--seeds", type=_numbers, default=[0], help="several with commas")
     add("--compare", action="store_true", help="try all systems at the reference's highest rate, too")
     add("--settings", type=json.loads, default={}, help="the plugin's settings, a JSON object (default: its defaults)")
-    add("--model", type=Path, help="model folder (default: one of Qwen3-30B-A3B's shape is written)")
+    add("--model", type=Path, help="model folder; if it is not there, one of Qwen3-30B-A3B's shape is written")
     add("--max-model-len", type=int, default=520_000)
     add("--trace", type=Path, help="JSON lines with input_length and output_length (default: the tests' part of one)")
     add("--stretch", type=float, default=4.0, help="times a prompt's length in the trace, decode")
@@ -347,8 +347,8 @@ def main() -> int:
     for number in serving.ENDINGS:
         signal.signal(number, serving.end)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.model is None:
-        args.model = args.out / "model"
+    args.model = args.model or args.out / "model"
+    if not (args.model / "config.json").exists():
         serving.write_model(args.model)
     search = Search(args, serving.probe())
     if not search.gpu:

@@ -8,13 +8,16 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.simulated_curves import MEASURED, SETTLE, TOLERANCE, WINDOW, run_of
 from vllm_nanocp.placement import ShardMap, prefix
+from vllm_nanocp.placement.prefill_steps import PrefillGap
 from vllm_nanocp.sim.figures import SYSTEMS, Run, figures, make_world, simulate
 from vllm_nanocp.sim.machine import PRESETS
 from vllm_nanocp.sim.nanocp import Settings
@@ -144,6 +147,32 @@ def test_a_preempted_request_goes_on_at_its_home() -> None:
     assert all(before == after for before, after in back)
 
 
+def test_decodes_wait_less_for_prompts_with_a_gap() -> None:
+    """The same requests end, all blocks come back; the longest steps are shorter, and decode steps lie between."""
+    requests = load_of(200, 30.0, longest=60_000)
+    longest: dict[PrefillGap | None, float] = {}
+    for gap in (None, PrefillGap(ms=60.0, decode_steps=2)):
+        world = make_world(replace(WIDE, budget=4096, settings=Settings(2048, prefill_gap=gap)), "nanocp", requests)
+        steps: list[tuple[float, bool, bool]] = []  # seconds, whether prompts were computed, whether anybody decoded
+        measured = world.policy.measured
+
+        def note(kv: Any, decodes: Any, guests: Any, seconds: float, tokens: int, pairs: float) -> None:
+            steps.append((seconds, tokens > 0, bool(decodes.any())))  # noqa: B023
+            measured(kv, decodes, guests, seconds, tokens, pairs)  # noqa: B023
+
+        world.policy.measured = note  # type: ignore[method-assign]
+        while world.finished < len(requests):
+            world.step()
+        check(world)
+        assert not world.used.any() and not world.refused
+        longest[gap] = max(seconds for seconds, _, decodes in steps if decodes)
+        busy = [i for i, (_, prompts, _) in enumerate(steps) if prompts]
+        apart = [b - a for a, b in pairwise(busy) if all(decodes for _, _, decodes in steps[a : b + 1])]
+        assert min(apart) == (1 if gap is None else 3)
+    with_gap, without = longest[gap], longest[None]
+    assert with_gap < 0.1 < without
+
+
 def test_a_long_prompt_takes_less_time_on_all_ranks() -> None:
     requests = Requests(np.array([0.0]), np.array([131_072]), np.array([8]))
     run = Run(MACHINE, 2, settings=Settings(16_384))
@@ -271,6 +300,7 @@ sys.exit(main(sys.argv[1:]))
 def test_the_command_where_torch_and_vllm_cannot_be_imported(tmp_path: Path) -> None:
     trace, out = write(tmp_path / "t.jsonl", load_of(40, 5.0)), tmp_path / "out.json"
     command = ["--trace", str(trace), "--ranks", "2", "--speed", "1,4", "--segment-size", "2048,65536", "--moves"]
+    command += ["--prefill-gap", "200"]
     command += ["--systems", ",".join(SYSTEMS), "--capacity", "60000", "--json", str(out)]
     done = subprocess.run(
         [sys.executable, "-c", BLOCKER, *command], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT

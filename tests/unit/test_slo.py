@@ -173,7 +173,7 @@ def test_a_run_that_is_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     whole.args.out.mkdir()
     whole.all()
     assert len(set(whole.tried)) == len(whole.tried) > 20
-    for cut in range(0, len(whole.tried), 5):
+    for cut in range(0, len(whole.tried), 13):
         folder = tmp_path / str(cut)
         folder.mkdir()
         first = make(folder, monkeypatch, *compare, left=cut)

@@ -234,7 +234,7 @@ def main(given: Sequence[str] | None = None) -> int:
             print(compared)
         print(f"Simulated with {args.machine}: see docs/user-guide.md for what is not modelled.")
         if not args.decode_only:
-            print("With computed prompts times were up to 1.9 times off the measured ones, the plugin mostly too fast.")
+            print("With computed prompts times were up to 1.7 times off the measured ones, mostly too long.")
         if "tensor" in args.systems and not args.decode_only:
             print("Prompts under tensor parallelism were never measured: its times with them are a guess.")
         if args.ranks > MEASURED_RANKS:

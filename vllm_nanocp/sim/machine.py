@@ -17,13 +17,15 @@ class Machine:
         ``+ max over ranks(kv_token * KV tokens read + query * decodes + prompt * tokens of prompts computed
         + pair * (query, KV) pairs of prompts + guest * guests + opened * prompt tokens taken as computed)``
 
+    and ``spread`` for each of the tokens of prompts that all ranks compute, since each rank has experts of all.
+
     The second term is the experts whose weights a step reads, if tokens choose theirs at random. All ranks step
     together, so the slowest one counts.
 
     Attributes:
         name: of the preset.
         source: where its figures come from.
-        base, expert, kv_token, query, prompt, pair, guest, exchange: see above.
+        base, expert, kv_token, query, prompt, spread, pair, guest, exchange: see above.
         opened: stock's time a prompt token for filling the KV of a prompt taken as computed; decode-only loads.
         frontend: seconds a prompt token before a request is at the scheduler.
         experts, active: of a layer, and how many a token takes.
@@ -104,17 +106,20 @@ class Machine:
         )
 
 
-# From figures: flat:16, 256 and 512 of stock (query; base and expert of the first preset), prefill:131072 (pair), times
-# to the first token of rate:8x40000 (frontend) and the caches' sizes in gpu_loads_4xH200.json; attention over shards
-# (split_kv_token) and what visits cost beyond it (guest) in gpu_layer_stages.json; gaps beside a long request
-# (exchange) and alone (base of the second preset) in gpu_interference_4xH200.json. Fitted to measured curves of request
-# rates (simulated_curves.json): kv_token and opened to stock's at 4 and 8 requests a second, those of tensor
-# parallelism to its 8 and 12. All of Qwen3-30B-A3B's shape with 48 layers in bfloat16.
+# From figures: flat:16, 256 and 512 of stock (query; base and expert of the first preset), prefill:131072 (pair; the
+# sum of prompt and spread), times to the first token of rate:8x40000 (frontend) and the caches' sizes in
+# gpu_loads_4xH200.json; attention over shards (split_kv_token) and what visits cost beyond it (guest) in
+# gpu_layer_stages.json; gaps beside a long request (exchange) and alone (base of the second preset) in
+# gpu_interference_4xH200.json. Fitted to measured curves of request rates (simulated_curves.json): kv_token and opened
+# to stock's at 4 and 8 requests a second, those of tensor parallelism to its 8 and 12. Fitted to the plugin's times for
+# computed prompts (gpu_scheduler_processes_4xH200.json): how prompt and spread divide their sum. All of
+# Qwen3-30B-A3B's shape with 48 layers in bfloat16.
 # No step of more ranks was.
 MEASURED_RANKS = 4
 _SPREAD = Machine(
     name="h200-qwen3-30b-a3b",
-    source="gpu_loads_4xH200.json, gpu_layer_stages.json, gpu_interference_4xH200.json, simulated_curves.json",
+    source="gpu_loads_4xH200.json, gpu_layer_stages.json, gpu_interference_4xH200.json, simulated_curves.json, "
+    "gpu_scheduler_processes_4xH200.json",
     base=4.8e-3,
     expert=4.1e-3,
     kv_token=29e-9,

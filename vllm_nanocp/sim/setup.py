@@ -27,8 +27,9 @@ class Setup:
         slots: requests a rank runs at most (vLLM's ``max_num_seqs``).
         budget: tokens a rank computes in a step at most (``max_num_batched_tokens``).
         decode_only: prompts are taken as computed.
-        as_benchmarks: of prompts taken as computed, as the systems' benchmark modes do: stock takes time to fill in
-            their KV, and the plugin takes them as computed again after a preemption.
+        as_benchmarks: of prompts taken as computed, as the systems' benchmark modes did when curves were
+            measured: stock takes time to fill in their KV, and the plugin takes them as computed again after a
+            preemption.
         prefix_caching: whether ranks keep what has ended, for those that begin alike.
         visits: between any two ranks, that graphs have room for; None: for all.
         noise: standard deviation of a step's time, and of a request's way to the scheduler, as a part of it.

@@ -243,3 +243,13 @@ def test_moves_and_spills_have_room(seed: int, ranks: int, room: int) -> None:
     for candidate in candidates:
         target = spill_target(loads, candidate, block_size=BLOCK, visits=visits)
         assert target is None or visits.fits(target, candidate.ranks)
+
+
+def test_room_on_several_ranks_is_used() -> None:
+    """By a request of one segment that no rank has room for now; but not in tiny pieces."""
+    loads = [RankLoad(60, 90, 1, 9)] * 3
+    rules: dict[str, Any] = dict(segment_size=10**6, max_degree=3)
+    assert place(100 * BLOCK, BLOCK, loads, **rules) is None
+    found = place(100 * BLOCK, BLOCK, loads, least_shard=50 * BLOCK, **rules)
+    assert found is not None and found.degree == 2
+    assert place(100 * BLOCK, BLOCK, loads, least_shard=51 * BLOCK, **rules) is None

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from copy import copy
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,13 @@ from vllm.config import SpeculativeConfig
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_nanocp.executor.multiproc import OneWorld, RankGather
 from vllm_nanocp.sched.rank.stats import merge_scheduler_stats
+from vllm_nanocp.worker.worker import OneRank
 
 from .scheduler_world import Truth
 from .test_sessions import SessionWorld
@@ -120,3 +124,21 @@ def test_statistics_of_all_ranks() -> None:
         one_engine.observe_draft(drafted, accepted)
     assert merge_scheduler_stats(parts, 0).spec_decoding_stats == one_engine
     assert merge_scheduler_stats(parts[1:2], 0).spec_decoding_stats is None
+
+
+def test_drafts_come_from_the_first_worker_of_a_rank_with_tokens() -> None:
+    fresh, stale = DraftTokenIds(["a"], [[1, 2]]), DraftTokenIds(["b"], [[3]])
+
+    class Runs:
+        def __init__(self, drafts: DraftTokenIds, tp_rank: int, idle: bool) -> None:
+            self.drafts, self.tp_rank, self._idle = drafts, tp_rank, idle
+
+        def take_draft_token_ids(self) -> DraftTokenIds:
+            return self.drafts
+
+    worker = type("Worker", (OneRank, Runs), {"__init__": Runs.__init__})
+    workers = [worker(fresh, 0, False), worker(fresh, 1, False), worker(stale, 0, True), worker(stale, 1, True)]
+    executor = SimpleNamespace(
+        rank_gather=RankGather(2), collective_rpc=lambda name, timeout: [getattr(one, name)() for one in workers]
+    )
+    assert OneWorld.take_draft_token_ids(executor) == [fresh, None]  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def mixed(first: int) -> list[Ask]:
 
 async def disturb(running: Engine) -> None:
     for running_too in (False, True):
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(0.7)
         await running.llm.reset_prefix_cache(reset_running_requests=running_too)
 
 

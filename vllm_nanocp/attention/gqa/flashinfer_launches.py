@@ -298,8 +298,8 @@ def _check(shape: LaunchShape, device: torch.device) -> None:
         at = 0
         for count, length in zip(counts, lengths, strict=True):
             part, at = slice(at, at + count), at + count
-            held = [x[ids.long()].flatten(0, 1)[:length].double() for x in (keys, values)]
-            _compare(query[part].double(), *held, out[part], lse[part], shape.scale, causal)
+            k, v = (x[ids.long()].flatten(0, 1)[:length].double() for x in (keys, values))
+            _compare(query[part].double(), k, v, out[part], lse[part], shape.scale, causal)
 
 
 def _compare(

@@ -88,14 +88,16 @@ class NanoCPFlashInferMetadataBuilder(FlashInferMetadataBuilder):
 
     @functools.cached_property
     def _planners(self) -> Planners:
+        dtype, kv_dtype = self.model_config.dtype, self.kv_cache_dtype
+        assert isinstance(dtype, torch.dtype) and isinstance(kv_dtype, torch.dtype)
         shape = LaunchShape(
             num_heads=self.num_qo_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_dim,
             block_size=self.page_size,
             scale=self.sm_scale,
-            dtype=self.model_config.dtype,
-            kv_dtype=self.kv_cache_dtype,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
         )
         return Planners(shape, self._get_workspace_buffer())
 
@@ -111,7 +113,7 @@ class NanoCPFlashInferMetadataBuilder(FlashInferMetadataBuilder):
             num_decode_tokens=0,
             num_prefills=0,
             num_prefill_tokens=0,
-            causal=common.causal,
+            causal=True,
             prefill=None,
             decode=None,
         )
@@ -126,7 +128,7 @@ def _without_visits(step: ShardedStep, common: CommonAttentionMetadata) -> torch
     return lengths
 
 
-class NanoCPFlashInferImpl(ShardedAttention, FlashInferImpl):
+class NanoCPFlashInferImpl(ShardedAttention, FlashInferImpl):  # type: ignore[misc]
     """Attends to shards by FlashInfer's kernel ``fa2``, with float32 results."""
 
     def over_shards(

@@ -83,6 +83,10 @@ BY_HAND: dict[str, dict[str, str]] = {
         _LATENT: "W_UK_T W_UV forward_impl kv_lora_rank num_heads qk_head_dim scale v_head_dim",
     },
     "gqa/gpu_layer.py": {
+        "vllm.v1.attention.backend.AttentionImplBase": "head_size num_heads scale supports_quant_query_input",
+        "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl": "num_kv_heads",
+        "vllm.v1.attention.backends.flash_attn.FlashAttentionMetadata": "block_table seq_lens",
+        "vllm.v1.attention.backend.AttentionMetadataBuilder": "device vllm_config",
         "vllm.v1.attention.backend.AttentionLayer": "_k_scale _q_scale _v_scale",
         _ATTENTION: "head_size impl kv_cache num_heads num_kv_heads",
         _CONFIG: "model_config parallel_config scheduler_config",

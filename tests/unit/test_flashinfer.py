@@ -125,7 +125,7 @@ def test_float8_caches_are_read_with_their_scales() -> None:
     scores = torch.einsum("hd,khd->hk", query[0].float(), held[..., :64] * 0.5) * shape.scale
     torch.testing.assert_close(layout.lses(rows)[0], scores.logsumexp(-1))
     expected = torch.einsum("hk,khd->hd", scores.softmax(-1), held[..., 64:] * 3.0)
-    torch.testing.assert_close(layout.outputs(rows)[0], expected)
+    torch.testing.assert_close(layout.outputs(rows)[0], expected, rtol=2e-3, atol=2e-3)
 
 
 def test_a_kernel_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

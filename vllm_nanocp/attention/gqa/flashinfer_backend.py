@@ -129,20 +129,21 @@ def _without_visits(step: ShardedStep, common: CommonAttentionMetadata) -> torch
 
 
 class NanoCPFlashInferImpl(ShardedAttention, FlashInferImpl):  # type: ignore[misc]
-    """Attends to shards by FlashInfer's kernel ``fa2``, with float32 results."""
+    """Attends to shards by FlashInfer's kernel ``fa2``."""
 
     def over_shards(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, launch: PlannedLaunch, rows: torch.Tensor
     ) -> None:
         assert launch.scale == self.scale
-        scales, quantized = None, query.dtype == current_platform.fp8_dtype()
+        scales, v_scale, quantized = None, 1.0, query.dtype == current_platform.fp8_dtype()
         if is_quantized_kv_cache(self.kv_cache_dtype):
-            scales = layer._q_scale_float if quantized else 1.0, layer._k_scale_float, layer._v_scale_float
+            scales = layer._q_scale_float if quantized else 1.0, layer._k_scale_float
+            v_scale = layer._v_scale_float
         if quantized:  # as they come for kernels of Blackwell; this one takes 16 bits
             query = query.to(launch.dtype)
         outputs, lses = flashinfer_launches.attend(query, *self.keys_and_values(kv_cache), launch, scales)
         layout = RowLayout(self.num_heads, self.head_size)
-        layout.outputs(rows).copy_(outputs)
+        torch.mul(outputs, v_scale, out=layout.outputs(rows)) if v_scale != 1.0 else layout.outputs(rows).copy_(outputs)
         layout.lses(rows).copy_(lses)
 
 

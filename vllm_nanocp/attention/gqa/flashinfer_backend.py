@@ -143,7 +143,9 @@ class NanoCPFlashInferImpl(ShardedAttention, FlashInferImpl):  # type: ignore[mi
             query = query.to(launch.dtype)
         outputs, lses = flashinfer_launches.attend(query, *self.keys_and_values(kv_cache), launch, scales)
         layout = RowLayout(self.num_heads, self.head_size)
-        torch.mul(outputs, v_scale, out=layout.outputs(rows)) if v_scale != 1.0 else layout.outputs(rows).copy_(outputs)
+        into = layout.outputs(rows).copy_(outputs)
+        if v_scale != 1.0:
+            into.mul_(v_scale)  # in float32
         layout.lses(rows).copy_(lses)
 
 

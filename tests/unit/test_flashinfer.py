@@ -44,9 +44,9 @@ def test_steps(tmp_path: Path) -> None:
     to do with is planned nowhere then, and where it has, rows that visit are not among its own."""
     small = [FlashInferShape(4, 2, 64, torch.bfloat16, 16)]
     modes: dict[str, Any] = {
-        "exact": (dict(), scenarios(300, 14)),
-        "fixed": (dict(capacity=12), scenarios(400, 10)),
-        "routed": (dict(capacity=5, pad=0, routed=True, shared=str(tmp_path)), scenarios(600, 4, small)),
+        "exact": (dict(), scenarios(300, 10)),
+        "fixed": (dict(capacity=12), scenarios(400, 7)),
+        "routed": (dict(capacity=5, pad=0, routed=True, shared=str(tmp_path)), scenarios(600, 3, small)),
     }
     results: Results = run_ranks(RANKS, flashinfer_steps.run_modes, modes, seconds=250)
     kinds = {"exact": ("plain prefill", "sharded prefill"), "fixed": (), "routed": ("plain prefill",)}

@@ -43,7 +43,7 @@ setup(
     python_requires=">=3.11",
     # vllm_nanocp/patches is a symbolic link to patches/; setuptools follows it.
     packages=find_packages(include=["vllm_nanocp", "vllm_nanocp.*"]),
-    package_data={"vllm_nanocp.vllm_touch": ["*.json"], "vllm_nanocp.attention.gqa": ["*.cuh"]},
+    package_data={"vllm_nanocp.vllm_touch": ["*.json"]},
     # The simulator needs no vLLM, which would bring numpy.
     extras_require={
         "gpu": ["flashinfer-python"],

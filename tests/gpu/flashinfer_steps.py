@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The FlashInfer backend's steps on GPUs: with the real library, several ranks on one GPU or one on each, from graphs;
-and errors of its partial results by the type they are written in."""
+and errors of its partial results by their type."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import sys
@@ -17,7 +16,6 @@ import torch
 from tests.unit.attention_steps import Kernel, Shape, run_scenarios
 from tests.unit.flashinfer_steps import flashinfer_kernel
 from vllm_nanocp.attention.flash_launches import TableRow
-from vllm_nanocp.attention.gqa import flashinfer_launches
 from vllm_nanocp.attention.gqa.flashinfer_launches import LN2, LaunchShape, Planners
 
 from .latent_steps import StagedExchange
@@ -67,13 +65,12 @@ def run_wrapper(
     def host(*numbers: int) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int32)
 
-    with flashinfer_launches.float32_outputs() if out_type == torch.float32 else contextlib.nullcontext():
-        wrapper.plan(
-            host(0, len(queries)), host(0, len(ids)), ids, host((len(keys) - 1) % block_size + 1 if len(keys) else 0),
-            queries.shape[1], keys.shape[1], queries.shape[2], block_size, causal=causal, sm_scale=scale,
-            q_data_type=queries.dtype, kv_data_type=keys.dtype, o_data_type=out_type or queries.dtype,
-            seq_lens=host(len(keys)),
-        )  # fmt: skip
+    wrapper.plan(
+        host(0, len(queries)), host(0, len(ids)), ids, host((len(keys) - 1) % block_size + 1 if len(keys) else 0),
+        queries.shape[1], keys.shape[1], queries.shape[2], block_size, causal=causal, sm_scale=scale,
+        q_data_type=queries.dtype, kv_data_type=keys.dtype, o_data_type=out_type or queries.dtype,
+        seq_lens=host(len(keys)),
+    )  # fmt: skip
     return wrapper.run(queries, (k, v), return_lse=return_lse)
 
 

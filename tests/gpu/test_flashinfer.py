@@ -75,14 +75,14 @@ def test_calls_fit_the_library() -> None:
             assert not missing_parameters(getattr(real, name), getattr(reference, name)), (real, name)
 
 
-@pytest.mark.parametrize("kind", [BF16, torch.float32])
+@pytest.mark.parametrize("kind", [BF16, torch.float16])
 @pytest.mark.parametrize("backend", ["fa2", pytest.param("fa3", marks=pytest.mark.skipif(not HOPPER, reason="Hopper"))])
 def test_log_sum_exps(backend: str, kind: torch.dtype) -> None:
     """Their base, and what is said of a query without keys."""
     from .flashinfer_steps import run_wrapper
 
-    if (backend, kind) == ("fa3", torch.float32):
-        pytest.skip("its epilogue stores 16 bits")
+    if (backend, kind) == ("fa3", torch.float16):
+        pytest.skip("stock attention writes its own type")
     q, k, v = random(3, 8, 128), random(300, 4, 128, seed=1), random(300, 4, 128, seed=2)
     scale = 128**-0.5
     out, lse = run_wrapper(q, k, v, scale=scale, causal=False, backend=backend, out_type=kind)
@@ -109,12 +109,11 @@ def test_the_kernel_keeps_its_promises(cache: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name.endswith("x128")])
 def test_error_of_merged_shards(name: str) -> None:
-    """Which partial results keep the whole's error within bounds: float32 must; 16 bits are printed next to it."""
+    """Which partial results keep the whole's error within bounds: those that are used must; others are printed."""
     from .flashinfer_steps import by_library, by_rows, merged_by
 
     shape, ratios = SHAPES[name], {}
     for title, merge, kind in (
-        ("float32, rows", by_rows, torch.float32),
         ("bfloat16, rows", by_rows, BF16),
         ("float16, rows", by_rows, torch.float16),
         ("bfloat16, merge_states", by_library, BF16),
@@ -124,13 +123,13 @@ def test_error_of_merged_shards(name: str) -> None:
             sums = [merged_by(lambda p, m=merge: m(p, BF16), kind, shape, seed) for seed in range(24)]  # type: ignore[misc]
         except Exception as error:
             print(json.dumps({"heads": name, "partial": title, "failed": repr(error)[:300]}))
-            assert kind == BF16 or title == "float16, merge_states", title
+            assert title != "float16, rows", error
             continue
         ours, stock, norm = (sum(x) for x in zip(*sums, strict=True))
         ratios[title] = math.sqrt(ours / stock)
         found = {"relative_error": math.sqrt(ours / norm), "stock": math.sqrt(stock / norm), "ratio": ratios[title]}
         print(json.dumps({"heads": name, "partial": title, **found}))
-    assert ratios["float32, rows"] <= OF_STOCK
+    assert ratios["float16, rows"] <= OF_STOCK
 
 
 def test_plans_of_steps_that_follow_each_other() -> None:

@@ -317,7 +317,7 @@ def test_flashinfer_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(current_platform, "get_device_capability", lambda major=major: DeviceCapability(major, 0))
         with pytest.raises(NanoCPConfigError) as caught:
             check_model(config, NanoCPConfig(ranks=2))
-        assert_one_line(str(caught.value), "FLASHINFER", "not been run", '"max_degree": 1')
+        assert_one_line(str(caught.value), "FLASHINFER", "no engine has run", '"max_degree": 1')
         check_model(config, NanoCPConfig(ranks=2, max_degree=1))
     monkeypatch.setattr(engine_config, "refuse_flashinfer", lambda _: None)
     check_model(named, NanoCPConfig(ranks=2))

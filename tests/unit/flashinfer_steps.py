@@ -82,8 +82,7 @@ class ReferencePrefill:
         last = torch.where(counts > 0, paged_kv_last_page_len, 0)
         assert torch.equal((counts - 1).clamp(min=0) * page_size + last, seq_lens)
         assert ((counts == 0) | ((last > 0) & (last <= page_size))).all()
-        if o_data_type == torch.float32:
-            assert self.backend == "fa2", "only that kernel writes float32"
+        assert o_data_type in (None, torch.bfloat16, torch.float16), "the library has no other"
         self._causal, self._sm_scale, self._window_left = causal, sm_scale, window_left
         self._logits_soft_cap = logits_soft_cap or 0.0
         self.starts, self.lengths = qo_indptr.tolist(), seq_lens.tolist()
@@ -159,21 +158,16 @@ def install() -> None:
         "flashinfer.decode": "fast_decode_plan trtllm_batch_decode_with_kv_cache",
         "flashinfer.prefill": "trtllm_batch_context_with_kv_cache",
         "flashinfer.utils": "FP4Tensor",
-        "flashinfer.jit": "",
-        "flashinfer.jit.utils": "",
     }
     for module, members in names.items():
         made = ModuleType(module)
         for name in members.split():
             setattr(made, name, type(name, (), {}))
         sys.modules[module] = made
-    root, jit = sys.modules["flashinfer"], sys.modules["flashinfer.jit"]
+    root = sys.modules["flashinfer"]
     root.BatchPrefillWithPagedKVCacheWrapper = ReferencePrefill  # type: ignore[attr-defined]
     root.BatchDecodeWithPagedKVCacheWrapper = ReferenceDecode  # type: ignore[attr-defined]
     root.get_seq_lens = get_seq_lens  # type: ignore[attr-defined]
-    jit.utils = sys.modules["flashinfer.jit.utils"]  # type: ignore[attr-defined]
-    jit.utils.dtype_map = {torch.bfloat16: "nv_bfloat16"}
-    jit.utils.filename_safe_dtype_map = {torch.bfloat16: "bf16"}
 
 
 if not CUDA:

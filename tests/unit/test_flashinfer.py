@@ -44,9 +44,9 @@ def test_steps(tmp_path: Path) -> None:
     to do with is planned nowhere then, and where it has, rows that visit are not among its own."""
     small = [FlashInferShape(4, 2, 64, torch.bfloat16, 16)]
     modes: dict[str, Any] = {
-        "exact": (dict(), scenarios(300, 14)),
-        "fixed": (dict(capacity=12), scenarios(400, 10)),
-        "routed": (dict(capacity=5, pad=0, routed=True, shared=str(tmp_path)), scenarios(600, 4, small)),
+        "exact": (dict(), scenarios(300, 10)),
+        "fixed": (dict(capacity=12), scenarios(400, 7)),
+        "routed": (dict(capacity=5, pad=0, routed=True, shared=str(tmp_path)), scenarios(600, 3, small)),
     }
     results: Results = run_ranks(RANKS, flashinfer_steps.run_modes, modes, seconds=250)
     kinds = {"exact": ("plain prefill", "sharded prefill"), "fixed": (), "routed": ("plain prefill",)}
@@ -110,7 +110,7 @@ def test_float8_caches_are_read_with_their_scales() -> None:
     device = torch.device("cpu")
     builder, impl = flashinfer_steps.make_builder(shape, device), flashinfer_steps.make_impl(shape)
     layer = flashinfer_steps.make_layer(shape, device)
-    layer._k_scale_float, layer._v_scale_float = 0.5, 3.0
+    layer._k_scale_float, layer._v_scale_float = 0.5, 1e6  # more than the type of partial results holds
     cache = torch.randn(4, 2, 16, 128).to(torch.float8_e4m3fn)
     blocks = torch.tensor([2, 1], dtype=torch.int32)
     planners = builder._planners
@@ -124,8 +124,8 @@ def test_float8_caches_are_read_with_their_scales() -> None:
     held = cache[blocks.long()].transpose(1, 2).flatten(0, 1)[:20].float().repeat_interleave(2, 1)
     scores = torch.einsum("hd,khd->hk", query[0].float(), held[..., :64] * 0.5) * shape.scale
     torch.testing.assert_close(layout.lses(rows)[0], scores.logsumexp(-1))
-    expected = torch.einsum("hk,khd->hd", scores.softmax(-1), held[..., 64:] * 3.0)
-    torch.testing.assert_close(layout.outputs(rows)[0], expected)
+    expected = torch.einsum("hk,khd->hd", scores.softmax(-1), held[..., 64:] * 1e6)
+    torch.testing.assert_close(layout.outputs(rows)[0], expected, rtol=2e-3, atol=2e3)
 
 
 def test_a_kernel_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

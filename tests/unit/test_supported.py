@@ -264,13 +264,14 @@ def test_flashinfer_as_vllm_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def judge(scale: float = 0.1, **args: Any) -> None:
         made: dict[str, Any] = dict(num_heads=8, head_size=64, scale=0.1, num_kv_heads=2, alibi_slopes=None)
         made |= {"sliding_window": None, "kv_cache_dtype": "auto", **args}
-        layer = flash_layer(attn_backend=NanoCPFlashInferBackend, impl=NanoCPFlashInferImpl(**made))
+        layers = {name: flash_layer(attn_backend=NanoCPFlashInferBackend) for name in "lm"}
+        layers["l"].impl = NanoCPFlashInferImpl(**made)
+        layers["m"].impl = NanoCPFlashInferImpl(**made | {"scale": scale})
         sizes = dict(get_num_attention_heads=lambda _: 8, get_num_kv_heads=lambda _: 2, get_head_size=lambda: 64)
         model = SimpleNamespace(dtype=torch.bfloat16, **sizes)
         config = SimpleNamespace(model_config=model, parallel_config=None, cache_config=None)
         family = GroupedQueryWithFlashInfer(config)
-        other = flash_layer(attn_backend=NanoCPFlashInferBackend, impl=NanoCPFlashInferImpl(**made | {"scale": scale}))
-        family.attach(check_layers({"l": layer, "m": other}, family))
+        family.attach(check_layers(layers, family))
 
     judge()
     judge(kv_cache_dtype="fp8")

@@ -38,9 +38,7 @@ def test_all_modules_are_in_it(wheel: Path) -> None:
     """Also the patches, which are in the package through a symbolic link."""
     package = ROOT / "vllm_nanocp"
     wanted = {
-        f"vllm_nanocp/{path.relative_to(package)}"
-        for kind in ("py", "json", "cuh")
-        for path in package.rglob(f"*.{kind}")
+        f"vllm_nanocp/{path.relative_to(package)}" for kind in ("py", "json") for path in package.rglob(f"*.{kind}")
     }
     wanted |= {f"vllm_nanocp/{path.relative_to(ROOT)}" for path in (ROOT / "patches").rglob("*.py")}
     with zipfile.ZipFile(wheel) as archive:

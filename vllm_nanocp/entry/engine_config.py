@@ -117,11 +117,11 @@ def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
 
 
 def refuse_flashinfer(instead: str) -> None:
-    """The only place that does: ``attention/gqa/flashinfer_backend.py`` is there, but has not been run on a GPU. A test
-    on GPUs replaces this function."""
+    """The only place that does: ``attention/gqa/flashinfer_backend.py`` is there, but only its kernels have been run. A
+    test on GPUs replaces this function."""
     refuse(
         "the attention backend FLASHINFER with max_degree above 1",
-        "it has not been run on a GPU yet",
+        "no engine has run with it on GPUs yet",
         "add --attention-backend FLASH_ATTN on a Hopper GPU, or " + instead,
     )
 

@@ -53,7 +53,6 @@ BY_HAND: dict[str, dict[str, str]] = {
     },
     "exit_code.py": {"vllm.v1.engine.utils.CoreEngineProcManager": "failed_proc_name"},
     "failed_start.py": {"vllm.v1.engine.core.EngineCore": "model_executor scheduler"},
-    "families.py": {_CONFIG: "model_config", _MODEL: "use_mla"},
     "kv_event_sources.py": {_ENGINE: "_make_ready_response scheduler"},
     "rank_hint.py": {_CONFIG: "additional_config", "vllm.v1.engine.input_processor.InputProcessor": "vllm_config"},
     "sched/status.py": {
@@ -83,11 +82,28 @@ BY_HAND: dict[str, dict[str, str]] = {
     "mla/cpu_backend.py": {
         _LATENT: "W_UK_T W_UV forward_impl kv_lora_rank num_heads qk_head_dim scale v_head_dim",
     },
-    "gqa/flash_backend.py": {
+    "gqa/gpu_layer.py": {
+        "vllm.v1.attention.backend.AttentionImplBase": "head_size num_heads scale supports_quant_query_input",
+        "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl": "num_kv_heads",
+        "vllm.v1.attention.backends.flash_attn.FlashAttentionMetadata": "block_table seq_lens",
+        "vllm.v1.attention.backend.AttentionMetadataBuilder": "device vllm_config",
         "vllm.v1.attention.backend.AttentionLayer": "_k_scale _q_scale _v_scale",
         _ATTENTION: "head_size impl kv_cache num_heads num_kv_heads",
-        _CONFIG: "model_config parallel_config",
+        _CONFIG: "model_config parallel_config scheduler_config",
         _MODEL: "dtype get_head_size get_num_attention_heads get_num_kv_heads",
+        _SCHEDULER: "max_num_seqs",
+    },
+    "gqa/flash_backend.py": {"vllm.v1.attention.backend.AttentionLayer": "_k_scale _q_scale _v_scale"},
+    "gqa/flashinfer_backend.py": {
+        "vllm.v1.attention.backend.AttentionLayer": "_k_scale_float _q_scale_float _v_scale_float",
+        _ATTENTION: "impl",
+        _CONFIG: "cache_config",
+        "vllm.config.cache.CacheConfig": "block_size cache_dtype",
+    },
+    "families.py": {
+        _CONFIG: "attention_config model_config",
+        _MODEL: "use_mla",
+        "vllm.config.attention.AttentionConfig": "backend",
     },
     "supported.py": {
         _ATTENTION: "attn_backend head_size head_size_v impl kv_cache_dtype",

@@ -91,7 +91,7 @@ class NanoCPFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         )
 
 
-class NanoCPFlashAttentionImpl(ShardedAttention, FlashAttentionImpl):
+class NanoCPFlashAttentionImpl(ShardedAttention, FlashAttentionImpl):  # type: ignore[misc]
     """Attends to shards by FlashAttention 3, whose float32 pieces are merged here.
 
     Raises:

@@ -88,14 +88,16 @@ class NanoCPFlashInferMetadataBuilder(FlashInferMetadataBuilder):
 
     @functools.cached_property
     def _planners(self) -> Planners:
+        dtype, kv_dtype = self.model_config.dtype, self.kv_cache_dtype
+        assert isinstance(dtype, torch.dtype) and isinstance(kv_dtype, torch.dtype)
         shape = LaunchShape(
             num_heads=self.num_qo_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_dim,
             block_size=self.page_size,
             scale=self.sm_scale,
-            dtype=self.model_config.dtype,
-            kv_dtype=self.kv_cache_dtype,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
         )
         return Planners(shape, self._get_workspace_buffer())
 
@@ -111,7 +113,7 @@ class NanoCPFlashInferMetadataBuilder(FlashInferMetadataBuilder):
             num_decode_tokens=0,
             num_prefills=0,
             num_prefill_tokens=0,
-            causal=common.causal,
+            causal=True,
             prefill=None,
             decode=None,
         )
@@ -126,21 +128,24 @@ def _without_visits(step: ShardedStep, common: CommonAttentionMetadata) -> torch
     return lengths
 
 
-class NanoCPFlashInferImpl(ShardedAttention, FlashInferImpl):
-    """Attends to shards by FlashInfer's kernel ``fa2``, with float32 results."""
+class NanoCPFlashInferImpl(ShardedAttention, FlashInferImpl):  # type: ignore[misc]
+    """Attends to shards by FlashInfer's kernel ``fa2``."""
 
     def over_shards(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, launch: PlannedLaunch, rows: torch.Tensor
     ) -> None:
         assert launch.scale == self.scale
-        scales, quantized = None, query.dtype == current_platform.fp8_dtype()
+        scales, v_scale, quantized = None, 1.0, query.dtype == current_platform.fp8_dtype()
         if is_quantized_kv_cache(self.kv_cache_dtype):
-            scales = layer._q_scale_float if quantized else 1.0, layer._k_scale_float, layer._v_scale_float
+            scales = layer._q_scale_float if quantized else 1.0, layer._k_scale_float
+            v_scale = layer._v_scale_float
         if quantized:  # as they come for kernels of Blackwell; this one takes 16 bits
             query = query.to(launch.dtype)
         outputs, lses = flashinfer_launches.attend(query, *self.keys_and_values(kv_cache), launch, scales)
         layout = RowLayout(self.num_heads, self.head_size)
-        layout.outputs(rows).copy_(outputs)
+        into = layout.outputs(rows).copy_(outputs)
+        if v_scale != 1.0:
+            into.mul_(v_scale)  # in float32
         layout.lses(rows).copy_(lses)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -32,13 +32,6 @@ from .flash_tables import Launch, StepTables
 from .routed_layer import LocalBatch, Route
 from .split_kv import KV, Visits, pack
 from .split_kv import attend as attend_visits
-
-if TYPE_CHECKING:
-    from vllm.v1.attention.backend import AttentionImpl
-
-    _Base = AttentionImpl[Any]
-else:
-    _Base = object
 
 _layers = itertools.count()
 
@@ -66,10 +59,14 @@ def captured_tables(builder: Any, step: ShardedStep, layout: RowLayout, num_kv_h
     return made[step.capacity]
 
 
-class ShardedAttention(_Base):
+class ShardedAttention:
     """Mixed in before vLLM's implementation: plain rows, guests, own rows, merge. The KV of a rank's new tokens is in
     its cache before ``forward`` runs, so before it serves guests."""
 
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
     kv_cache_dtype: str
     supports_quant_query_input: bool
 
@@ -87,7 +84,7 @@ class ShardedAttention(_Base):
         """
         raise NotImplementedError
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         layer: torch.nn.Module,
         query: torch.Tensor,
@@ -112,9 +109,9 @@ class ShardedAttention(_Base):
         if attn_metadata is None and context.reserve is not None:
             context.reserve()
         args = (layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        stock: Callable[..., torch.Tensor] = super().forward  # type: ignore[misc]
         if rows is None:
-            return super().forward(*args)  # type: ignore[safe-super]
-        stock = super().forward
+            return stock(*args)
         if rows.routed is None:
             assert context.exchange is not None
             attend(

@@ -123,14 +123,6 @@ def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Engines]:
             speculative_config=DRAFTS,
             worker_extension_cls="tests.engine.oracle.Oracle",
         ),
-        # Stock that drafts as it does.
-        "drafting-stock": dict(
-            ranks=1,
-            max_num_batched_tokens=1 << 17,
-            num_gpu_blocks_override=4096,
-            speculative_config=DRAFTS,
-            worker_extension_cls="tests.engine.oracle.Oracle",
-        ),
         # What "moving" is compared with: vLLM's own way of several ranks.
         "round-robin": dict(
             ranks=3,

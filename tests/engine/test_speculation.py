@@ -120,25 +120,3 @@ def test_up_to_the_model_length(drafting: Engine, stock: Engine) -> None:
     teach(drafting, asks, theirs, [1.0])
     assert drafting.ask(asks)[0].tokens == theirs[0].tokens
     drafting.check_nothing_left()
-
-
-@pytest.mark.skipif(ROUNDS < 2, reason="starts one more engine: NANOCP_DRAFT_ROUNDS=2")
-def test_seeds(drafting: Engine, engines: Callable[..., Engine]) -> None:
-    """Sampled tokens are those of stock vLLM that verifies the same drafts, also behind a move."""
-    stock = engines("drafting-stock")
-    asks = [
-        Ask(prompt(40 + 110 * i, 47000 + i), dict(temperature=0.8, seed=i, max_tokens=90), delay=0.05 * i)
-        for i in range(6)
-    ]
-    greedy = [Ask(ask.prompt, dict(max_tokens=90)) for ask in asks]
-    teach(stock, [], [], [])
-    shares: list[float | None] = [1.0, 0.5, 0.0] * 2
-    answers = stock.ask(greedy)
-    teach(stock, asks, answers, shares)
-    teach(drafting, asks, answers, shares)
-    before = drafting.status()
-    ours, theirs = drafting.ask(asks), stock.ask(asks)
-    drafting.check_nothing_left()
-    assert [a.tokens for a in ours] == [a.tokens for a in theirs]
-    print(since(before, drafting))
-    assert counted(drafting)["accepted"] > 30

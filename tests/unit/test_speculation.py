@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 from vllm.config import SpeculativeConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.metrics.stats import SchedulerStats
@@ -20,6 +21,7 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_nanocp.entry.http_limits import check_seed
 from vllm_nanocp.executor.multiproc import OneWorld, RankGather
 from vllm_nanocp.sched.rank.stats import merge_scheduler_stats
 from vllm_nanocp.worker.worker import OneRank
@@ -142,3 +144,15 @@ def test_drafts_come_from_the_first_worker_of_a_rank_with_tokens() -> None:
         rank_gather=RankGather(2), collective_rpc=lambda name, timeout: [getattr(one, name)() for one in workers]
     )
     assert OneWorld.take_draft_token_ids(executor) == [fresh, None]  # type: ignore[arg-type]
+
+
+def test_seeds_are_refused() -> None:
+    def check(speculates: bool, **params: Any) -> None:
+        check_seed(SimpleNamespace(sampling_params=SamplingParams(**params)), speculates)
+
+    with pytest.raises(VLLMValidationError, match="A seed together with speculative decoding"):
+        check(True, temperature=0.5, seed=0)
+    check(False, temperature=0.5, seed=0)
+    check(True, temperature=0.5)
+    check(True, temperature=0.0, seed=0)
+    check_seed(SimpleNamespace(sampling_params=None), True)

@@ -47,6 +47,24 @@ def check(request: Any, max_model_len: int, rank_tokens: int, degree_limit: int)
     )
 
 
+def check_seed(request: Any, speculates: bool) -> None:
+    """Refuse sampling with a seed where drafts are verified: that its tokens are vLLM's has not been shown.
+
+    Raises:
+        VLLMValidationError: the front-end answers HTTP 400.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingType
+
+    params = request.sampling_params
+    if speculates and params is not None and params.sampling_type == SamplingType.RANDOM_SEED:
+        raise VLLMValidationError(
+            "A seed together with speculative decoding is not supported: that the tokens are those that vLLM samples "
+            "with the same drafts has not been shown. Leave seed out, use temperature 0, or serve without "
+            "--speculative-config."
+        )
+
+
 def install() -> None:
     """Check requests in this process's front-end. Idempotent; engines without nanocp are left alone."""
     from vllm.v1.engine.input_processor import InputProcessor
@@ -61,6 +79,7 @@ def install() -> None:
         vllm_config = self.vllm_config
         if nanocp_config.wanted(vllm_config.additional_config):
             config = nanocp_config.of(vllm_config)
+            check_seed(request, vllm_config.speculative_config is not None)
             cache = vllm_config.cache_config
             blocks = (cache.num_gpu_blocks or 1) - 1  # vLLM keeps one as its null block
             check(request, vllm_config.model_config.max_model_len, blocks * cache.block_size, config.degree_limit)

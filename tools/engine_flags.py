@@ -184,7 +184,7 @@ ENGINE = (
     Group(VLLM, "vLLM refuses `torch_shm` with several ranks, here as without this package", "mm_tensor_ipc"),
     Group(VLLM, "with it a multi-modal model keeps no KV, which is refused; text models ignore it", "mm_encoder_only"),
     Group(VLLM, "vLLM refuses any but the block size for models that are sharded", "prefix_match_unit"),
-    Group(VLLM, "attention that cannot serve shards is refused when the model is loaded, whatever chose it",
+    Group(VLLM, "attention that cannot serve shards is refused, whatever chose it: at start or with the model loaded",
           "attention_backend attention_config disable_sliding_window disable_hybrid_kv_cache_manager "
           "kv_cache_dtype_skip_layers"),
     Group(VLLM, "for models whose attention has windows or states, which are served with `max_degree` 1 only",

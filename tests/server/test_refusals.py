@@ -236,7 +236,7 @@ def fake_config(text: dict[str, Any] | None = None, cache_dtype: str = "auto", *
     return SimpleNamespace(
         model_config=SimpleNamespace(**{**fields, **model}),
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
-        attention_config=SimpleNamespace(backend=None),
+        attention_config=SimpleNamespace(backend=None, mla_prefill_backend=None, flash_attn_version=None),
     )
 
 
@@ -297,10 +297,67 @@ def test_latent_attention_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_one_line(str(caught.value), "fuse_attn_quant", "-cc.pass_config.fuse_attn_quant=false")
     passes.fuse_attn_quant = False
     check_model(config, NanoCPConfig(ranks=2))
-    config.cache_config.cache_dtype = "fp8"
+
+
+def latent_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cache_dtype: str = "auto", **attention: Any) -> Any:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    config = fake_config(LATENT, cache_dtype, use_mla=True)
+    config.compilation_config = SimpleNamespace(pass_config=SimpleNamespace(fuse_attn_quant=False))
+    config.attention_config.__dict__.update(attention)
+    return config
+
+
+def test_latent_attention_by_what_has_no_partial_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the model is loaded, which the layers are asked after."""
+    from vllm.platforms import current_platform
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    served: list[dict[str, Any]] = [
+        {"backend": AttentionBackendEnum.FLASH_ATTN_MLA, "mla_prefill_backend": MLAPrefillBackendEnum.FLASH_ATTN},
+        {"flash_attn_version": 3},
+    ]
+    for attention in served:
+        check_model(latent_on_a_gpu(monkeypatch, **attention), NanoCPConfig(ranks=2))
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"backend": AttentionBackendEnum.FLASHMLA}, "--attention-backend"),
+        ({"backend": AttentionBackendEnum.TRITON_MLA}, "TRITON_MLA"),
+        ({"mla_prefill_backend": MLAPrefillBackendEnum.FLASHINFER}, "mla_prefill_backend"),
+        ({"flash_attn_version": 2}, "flash_attn_version 2"),
+    ]
+    for attention, part in refused:
+        config = latent_on_a_gpu(monkeypatch, **attention)
+        with pytest.raises(NanoCPConfigError) as caught:
+            check_model(config, NanoCPConfig(ranks=2))
+        assert_one_line(str(caught.value), part, '"max_degree": 1')
+        check_model(config, NanoCPConfig(ranks=2, max_degree=1))
     with pytest.raises(NanoCPConfigError) as caught:
-        check_model(config, NanoCPConfig(ranks=2))
-    assert_one_line(str(caught.value), "--kv-cache-dtype fp8")
+        check_model(latent_on_a_gpu(monkeypatch), NanoCPConfig(ranks=2, exchange="routed"))
+    assert_one_line(str(caught.value), "exchange 'routed'", "'collective'")
+    for major in (8, 9, 10):
+        monkeypatch.setattr(current_platform, "get_device_capability", lambda major=major: DeviceCapability(major, 0))
+        if major == 9:
+            check_model(latent_on_a_gpu(monkeypatch), NanoCPConfig(ranks=2))
+            continue
+        with pytest.raises(NanoCPConfigError) as caught:
+            check_model(latent_on_a_gpu(monkeypatch), NanoCPConfig(ranks=2))
+        assert_one_line(str(caught.value), f"compute capability {major}.0", '"max_degree": 1')
+
+
+def test_a_checkpoint_that_asks_for_a_cache_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody gave a flag that could be left out: vLLM reads the type in the model's configuration."""
+    from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
+
+    quantized = SimpleNamespace(quantization_config={"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"})
+    model: Any = SimpleNamespace(hf_config=quantized)
+    found = resolve_kv_cache_dtype_string("auto", model)
+    assert found.startswith("fp8")
+    with pytest.raises(NanoCPConfigError) as caught:
+        check_model(latent_on_a_gpu(monkeypatch, found), NanoCPConfig(ranks=2))
+    assert_one_line(str(caught.value), f"--kv-cache-dtype {found}", "checkpoint", '"max_degree": 1')
 
 
 def test_flashinfer_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

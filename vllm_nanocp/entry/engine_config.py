@@ -17,6 +17,8 @@ from .refusals import CPU_WORKER, EXECUTORS, GPU_WORKER, SCHEDULER, check_enviro
 
 # From so many requests on, over all ranks, schedulers in processes of their own are worth their messages.
 MANY_REQUESTS = 1024
+# Where no cache but the model's own type is read, leaving the flag out is not enough for some checkpoints.
+_UNREAD_CACHE = "leave it out; for a checkpoint that says so itself "
 
 
 def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
@@ -42,7 +44,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
     if model.is_encoder_decoder:
         refuse("an encoder-decoder model with max_degree above 1", "cross-attention has no shards", instead)
     if model.use_mla:
-        _check_latent(vllm_config, cuda, instead)
+        _check_latent(vllm_config, config, cuda, instead)
     elif cuda and flashinfer_chosen(vllm_config):
         refuse_flashinfer(instead)
     if model.is_hybrid or model.is_attention_free:
@@ -71,7 +73,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
         refuse(
             f"--kv-cache-dtype {cache_dtype} with max_degree above 1",
             "the attention path here cannot read it",
-            "leave it out" + (", or use fp8" if "fp8" in CACHE_DTYPES[model.use_mla, cuda] else ""),
+            "leave it out, or use fp8" if "fp8" in CACHE_DTYPES[model.use_mla, cuda] else _UNREAD_CACHE + instead,
         )
     if envs.VLLM_BATCH_INVARIANT:
         refuse(
@@ -81,7 +83,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
         )
 
 
-def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
+def _check_latent(vllm_config: Any, config: NanoCPConfig, cuda: bool, instead: str) -> None:
     """Refuse what of multi-head latent attention has no partial results here."""
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -94,12 +96,7 @@ def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
             instead,
         )
     if cuda:
-        if vllm_config.compilation_config.pass_config.fuse_attn_quant:  # vLLM's default for quantised models
-            refuse(
-                "latent attention whose output is quantised (fuse_attn_quant) with max_degree above 1",
-                "partial results are merged before they may be rounded so",
-                "add -cc.pass_config.fuse_attn_quant=false",
-            )
+        _check_latent_on_gpus(vllm_config, config, instead)
         return
     if torch.cpu._is_amx_tile_supported() and vllm_config.attention_config.backend != AttentionBackendEnum.CPU_MLA:
         refuse(
@@ -113,6 +110,52 @@ def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
             f"latents of {sizes[0]} and rotated keys of {sizes[1]} numbers on CPU with max_degree above 1",
             "vLLM's kernel CPU_MLA takes 512 and 64 only, and fails at the first request",
             "serve the model on GPUs with --nanocp-config '{\"max_degree\": 1}'",
+        )
+
+
+def _check_latent_on_gpus(vllm_config: Any, config: NanoCPConfig, instead: str) -> None:
+    """Refuse what the layers would be refused for once the model is loaded, which takes long for a large one."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    attention, why = vllm_config.attention_config, "shards attend by FlashAttention 3"
+    if attention.backend not in (None, AttentionBackendEnum.FLASH_ATTN_MLA):
+        refuse(
+            f"latent attention by {attention.backend.name} with max_degree above 1",
+            why,
+            "leave --attention-backend out on a Hopper GPU, or " + instead,
+        )
+    if attention.mla_prefill_backend not in (None, MLAPrefillBackendEnum.FLASH_ATTN):
+        refuse(
+            f"latent attention whose prompts attend by {attention.mla_prefill_backend.name} with max_degree above 1",
+            why,
+            "leave mla_prefill_backend out of --attention-config, or " + instead,
+        )
+    if attention.flash_attn_version not in (None, 3):
+        refuse(
+            f"latent attention with flash_attn_version {attention.flash_attn_version} and max_degree above 1",
+            why,
+            "leave it out of --attention-config, or " + instead,
+        )
+    capability = current_platform.get_device_capability()
+    if capability is not None and capability.major != 9:
+        refuse(
+            f"latent attention on GPUs of compute capability {capability.as_version_str()} with max_degree above 1",
+            why + ", which is for Hopper (9.0)",
+            instead,
+        )
+    if config.exchange == "routed":
+        refuse(
+            "exchange 'routed' with latent attention",
+            "its kernel attends for grouped queries, not for latents",
+            "use 'auto' or 'collective'",
+        )
+    if vllm_config.compilation_config.pass_config.fuse_attn_quant:
+        refuse(
+            "latent attention whose output is quantised (fuse_attn_quant) with max_degree above 1",
+            "partial results are merged before they may be rounded so",
+            "add -cc.pass_config.fuse_attn_quant=false",
         )
 
 

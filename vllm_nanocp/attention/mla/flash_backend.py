@@ -3,8 +3,7 @@
 ``vllm/model_executor/layers/attention/mla_attention.py`` of vLLM 0.32.
 
 As on CPU (``cpu_backend.py``): layers are taken over as a whole, queries travel before they are absorbed, results
-come back in the space of values. A step without sharded rows runs stock code. It has not been run on a GPU yet, and so
-``engine_config.py`` refuses it there.
+come back in the space of values. A step without sharded rows runs stock code.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from vllm_nanocp.graph_capacities import visit_room
 from vllm_nanocp.placement.auto import AUTO
 from vllm_nanocp.sched.step_output import NanoCPSchedulerOutput
 
+from .test_queue import Queue
 from .world_shapes import MOVES, Ask, Shape, vllm_config  # noqa: F401
 from .worlds import InMode, World, WorldError, in_mode  # noqa: F401
 
@@ -57,6 +58,18 @@ def test_worlds(in_mode: InMode, monkeypatch: pytest.MonkeyPatch) -> None:  # no
     monkeypatch.setattr(Shape, "draw", draw)
     counts: Counter[str] = in_mode.run(AutoWorld, WORLDS)
     assert counts["rows"] > 25 and counts["moves"] + counts["spills"] and counts["full"], counts
+
+
+def test_who_may_not_move_is_not_asked_for(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Where requests spill and do not move, as is the default on GPUs, uneven ranks cost a step nothing."""
+    queue = Queue(vllm_config, moves={"max_moves": 0, "batch_margin": 0.0})
+    for number in range(8):  # those on one rank end
+        queue.add(f"r{number}", 20, 60 if number % 2 else 5)
+    queue.step(10)
+    for rank in queue.scheduler.ranks:
+        monkeypatch.setattr(rank, "decoding", lambda: pytest.fail("walks over all requests"))
+    queue.step(10)
+    queue.end()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from vllm_nanocp.sched.pacing import Pacing
 
 from .scheduler_world import payloads
 from .test_queue import Queue
-from .world_shapes import vllm_config  # noqa: F401
+from .test_speculation import WRONG, with_drafts
+from .world_shapes import MOVES, vllm_config  # noqa: F401
 from .worlds import InMode, World, in_mode  # noqa: F401
 
 WORLDS = int(os.environ.get("NANOCP_GAP_WORLDS", "2"))
@@ -258,4 +259,35 @@ def test_idle_sessions_keep_their_kv_in_steps_without_prompts(vllm_config: Any) 
     assert "second" not in queue.first and not gave_way
     queue.step(100)
     assert "second" in queue.first
+    queue.end()
+
+
+def test_one_that_moves_with_drafts_is_no_prompt(vllm_config: Any) -> None:  # noqa: F811
+    """It computes a part of a block again at its new home, and does not wait for a step with prompts."""
+    gap = PrefillGap(ms=30.0, decode_steps=50, fill=1.0, late_ms=10_000.0)
+    queue = paced(with_drafts(vllm_config, 3), gap, moves=MOVES[0] | {"max_moves": 0})
+    for name in ("moves", "stays"):
+        queue.add(name, 20, 100)
+    queue.step(5)
+    queue.add("prompt", 400, 3)
+    scheduler, made = queue.scheduler, queue.num_tokens["moves"]
+    home = scheduler.rank_of["moves"]
+    scheduler.mover._leave("moves", home, 1 - home)
+    queue.step(10)
+    assert scheduler.rank_of["moves"] == 1 - home and "prompt" not in queue.first
+    assert queue.num_tokens["moves"] == made + 10
+    queue.end()
+
+
+def test_drafts_are_not_learnt_as_prompts(vllm_config: Any) -> None:  # noqa: F811
+    queue = paced(with_drafts(vllm_config, 3), PrefillGap())
+    learnt: list[int] = []
+    queue.scheduler.pacing.steps.observe = lambda tokens, *_: learnt.append(tokens)  # type: ignore
+    for number in range(4):
+        queue.add(f"r{number}", 20, 60)
+    for _ in range(10):
+        output = queue.scheduler.schedule()
+        queue.scheduler.update_from_output(output, queue.device.execute(output))
+        queue.scheduler.update_draft_token_ids(queue.device.propose(output, lambda *_: [WRONG] * 3))
+    assert sum(learnt) == learnt[0] == 80 and queue.device.drafts["verified"]
     queue.end()

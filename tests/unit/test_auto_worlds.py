@@ -72,6 +72,27 @@ def test_who_may_not_move_is_not_asked_for(vllm_config: Any, monkeypatch: pytest
     queue.end()
 
 
+def test_visits_are_counted_once_for_all_that_ask(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Not again for each of many requests that wait because graphs have no room."""
+    queue = Queue(vllm_config, segment=128, blocks=100)
+    queue.scheduler.graph_room.room = 1
+    for number in range(2):
+        queue.add(f"sharded {number}", 200, 60)
+    queue.step(4)
+    graph_room, scheduler = queue.scheduler.graph_room, queue.scheduler
+    assert len(scheduler.sharded) == 1
+    counted: list[int] = []
+    visits = graph_room.visits
+    monkeypatch.setattr(graph_room, "visits", lambda: counted.append(scheduler.num_steps) or visits())
+    shard_map = next(iter(scheduler.sharded.values())).shard_map
+    for _ in range(5):
+        assert not graph_room.has_room(shard_map)
+    assert len(counted) == 1
+    while scheduler.has_requests():
+        queue.step()
+    assert graph_room.has_room(shard_map)
+
+
 @pytest.mark.parametrize(
     ("settings", "mode", "room"),
     [

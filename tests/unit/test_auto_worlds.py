@@ -17,6 +17,7 @@ from vllm_nanocp.graph_capacities import visit_room
 from vllm_nanocp.placement.auto import AUTO
 from vllm_nanocp.sched.step_output import NanoCPSchedulerOutput
 
+from .test_queue import Queue
 from .world_shapes import MOVES, Ask, Shape, vllm_config  # noqa: F401
 from .worlds import InMode, World, WorldError, in_mode  # noqa: F401
 
@@ -57,6 +58,39 @@ def test_worlds(in_mode: InMode, monkeypatch: pytest.MonkeyPatch) -> None:  # no
     monkeypatch.setattr(Shape, "draw", draw)
     counts: Counter[str] = in_mode.run(AutoWorld, WORLDS)
     assert counts["rows"] > 25 and counts["moves"] + counts["spills"] and counts["full"], counts
+
+
+def test_who_may_not_move_is_not_asked_for(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Where requests spill and do not move, as is the default on GPUs, uneven ranks cost a step nothing."""
+    queue = Queue(vllm_config, moves={"max_moves": 0, "batch_margin": 0.0})
+    for number in range(8):  # those on one rank end
+        queue.add(f"r{number}", 20, 60 if number % 2 else 5)
+    queue.step(10)
+    for rank in queue.scheduler.ranks:
+        monkeypatch.setattr(rank, "decoding", lambda: pytest.fail("walks over all requests"))
+    queue.step(10)
+    queue.end()
+
+
+def test_visits_are_counted_once_for_all_that_ask(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Not again for each of many requests that wait because graphs have no room."""
+    queue = Queue(vllm_config, segment=128, blocks=100)
+    queue.scheduler.graph_room.room = 1
+    for number in range(2):
+        queue.add(f"sharded {number}", 200, 60)
+    queue.step(4)
+    graph_room, scheduler = queue.scheduler.graph_room, queue.scheduler
+    assert len(scheduler.sharded) == 1
+    counted: list[int] = []
+    visits = graph_room.visits
+    monkeypatch.setattr(graph_room, "visits", lambda: counted.append(scheduler.num_steps) or visits())
+    shard_map = next(iter(scheduler.sharded.values())).shard_map
+    for _ in range(5):
+        assert not graph_room.has_room(shard_map)
+    assert len(counted) == 1
+    while scheduler.has_requests():
+        queue.step()
+    assert graph_room.has_room(shard_map)
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,20 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.request import Request
 
 from vllm_nanocp.config import parse
 from vllm_nanocp.errors import NanoCPConfigError
 from vllm_nanocp.placement.prefill_steps import LEAST, Allowance, PrefillGap, PrefillSteps, pairs_of
 from vllm_nanocp.sched.pacing import Pacing
 
-from .scheduler_world import payloads
+from .scheduler_world import Truth, payloads
 from .test_queue import Queue
-from .world_shapes import vllm_config  # noqa: F401
+from .test_speculation import WRONG, with_drafts
+from .world_shapes import MOVES, vllm_config  # noqa: F401
 from .worlds import InMode, World, in_mode  # noqa: F401
 
 WORLDS = int(os.environ.get("NANOCP_GAP_WORLDS", "2"))
@@ -259,3 +264,64 @@ def test_idle_sessions_keep_their_kv_in_steps_without_prompts(vllm_config: Any) 
     queue.step(100)
     assert "second" in queue.first
     queue.end()
+
+
+def test_one_that_moves_with_drafts_is_no_prompt(vllm_config: Any) -> None:  # noqa: F811
+    """It computes a part of a block again at its new home, and does not wait for a step with prompts."""
+    gap = PrefillGap(ms=30.0, decode_steps=50, fill=1.0, late_ms=10_000.0)
+    queue = paced(with_drafts(vllm_config, 3), gap, moves=MOVES[0] | {"max_moves": 0})
+    for name in ("moves", "stays"):
+        queue.add(name, 20, 100)
+    queue.step(5)
+    queue.add("prompt", 400, 3)
+    scheduler, made = queue.scheduler, queue.num_tokens["moves"]
+    home = scheduler.rank_of["moves"]
+    scheduler.mover._leave("moves", home, 1 - home)
+    queue.step(10)
+    assert scheduler.rank_of["moves"] == 1 - home and "prompt" not in queue.first
+    assert queue.num_tokens["moves"] == made + 10
+    queue.end()
+
+
+def test_drafts_are_not_learnt_as_prompts(vllm_config: Any) -> None:  # noqa: F811
+    queue = paced(with_drafts(vllm_config, 3), PrefillGap())
+    learnt: list[int] = []
+    queue.scheduler.pacing.steps.observe = lambda tokens, *_: learnt.append(tokens)  # type: ignore
+    for number in range(4):
+        queue.add(f"r{number}", 20, 60)
+    for _ in range(10):
+        output = queue.scheduler.schedule()
+        queue.scheduler.update_from_output(output, queue.device.execute(output))
+        queue.scheduler.update_draft_token_ids(queue.device.propose(output, lambda *_: [WRONG] * 3))
+    assert sum(learnt) == learnt[0] == 80 and queue.device.drafts["verified"]
+    queue.end()
+
+
+def test_a_prefix_is_followed_no_less_in_bounded_steps(vllm_config: Any) -> None:  # noqa: F811
+    """Who computes it for others waits behind a long prompt. That steps compute little of prompts is no sign of want of
+    room, and takes none of the patience: no more is computed than where steps are full."""
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(16, sha256)
+
+    def computed(paces: bool) -> int:
+        gap = PrefillGap(ms=30.0, decode_steps=0, fill=0.0, late_ms=0.0)
+        queue = paced(vllm_config, gap, caching=True, segment=1000)
+        queue.scheduler.pacing = queue.scheduler.pacing if paces else None
+
+        def add(name: str, prompt: list[int]) -> None:
+            truth = queue.truths[name] = Truth(len(queue.truths), prompt, 3, salt=0, stops=False)
+            params, came = SamplingParams(max_tokens=3, ignore_eos=True), float(len(queue.truths))
+            request = Request(name, list(prompt), params, None, arrival_time=came, block_hasher=hasher)
+            assert truth.num_prompt == len(prompt)
+            queue.scheduler.add_request(request)
+
+        for number in range(2):
+            add(f"long {number}", [100 + number] * 3200)
+        queue.step()
+        for number in range(3):
+            add(f"twin {number}", [7] * 1600 + [20 + number] * 16)
+        queue.end()
+        assert queue.scheduler.prefixes.num_set_aside
+        return queue.scheduler.num_tokens
+
+    assert computed(True) <= computed(False) + 100

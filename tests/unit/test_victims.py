@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -117,6 +119,29 @@ def test_full_caches_compute_less_again(
     again, without = found["computed"] - needed, youngest["computed"] - needed
     assert 0 < again < 0.7 * without, (found, youngest, stocks)
     assert again < 0.7 * (stocks["computed"] - needed), (found, youngest, stocks)
+
+
+@pytest.mark.parametrize("running", [["young", "old"], ["second", "young", "old"], ["old", "young"]])
+def test_the_oldest_stays_wherever_it_is(running: list[str]) -> None:
+    """One that was preempted runs behind others when it has come back: it would be the first to go again."""
+    blocks = {name: [SimpleNamespace(ref_cnt=1, is_null=False)] * 4 for name in running}
+    arrival = {"old": 0.0, "second": 1.0, "young": 2.0}
+    scheduler: Any = SimpleNamespace(
+        running=[
+            SimpleNamespace(request_id=name, arrival_time=arrival[name], num_computed_tokens=60, num_preemptions=0)
+            for name in running
+        ],
+        policy=SchedulingPolicy.FCFS,
+        num_free_blocks=0,
+        max_num_scheduled_tokens=64,
+        block_size=16,
+        spare_blocks=-1,
+        held_blocks=blocks,
+    )
+    scheduler._victim = lambda request: VictimDoors._victim(scheduler, request)
+    VictimDoors.choose_victims(scheduler)
+    assert sorted(one.request_id for one in scheduler.running) == sorted(running)
+    assert scheduler.running[0].request_id == "old"
 
 
 @pytest.mark.parametrize("apart", [False, True])

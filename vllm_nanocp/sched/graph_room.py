@@ -23,12 +23,18 @@ class GraphRoom:
     def __init__(self, scheduler: SchedulerState, room: int | None) -> None:
         self._scheduler = scheduler
         self.room = room
+        # The visits, and at which state of the requests: of many that find no room, each asks.
+        self._kept: Visits | None = None
+        self._kept_at: object = None
 
     def has_room(self, shard_map: ShardMap) -> bool:
         """Whether a request may be placed so."""
         if self.room is None or len(self._scheduler.sharded) + len(self._scheduler.mover.leaving) < self.room:
             return True
-        return self.visits().fits(shard_map.home, {run.rank for run in shard_map.runs[:-1]})
+        at = self.room, self._scheduler.members.changes, tuple(self._scheduler.mover.leaving.items())
+        if self._kept is None or self._kept_at != at:
+            self._kept, self._kept_at = self.visits(), at
+        return self._kept.fits(shard_map.home, {run.rank for run in shard_map.runs[:-1]})
 
     def near(self, more: int) -> Visits | None:
         """The visits, if so many requests more could be too many."""

@@ -266,6 +266,8 @@ class Mover:
         return request.request_id in self.scheduler.rank_of and can_shard(request) and at.made < request.max_tokens
 
     def _move(self) -> None:
+        if not self.config.max_moves:
+            return
         loads = self.loads()
         sources = drifted(loads, self.config)
         if not sources:

@@ -312,7 +312,7 @@ class NanoCPScheduler(RanksTogether):
         self.mover.last_work = work = self.mover.work()
         self._settle()
         prompts = not throttle_prefills and (self._allowed is None or self._allowed[0] > 0)
-        self.prefixes.observe(parts, prompts and self._pause_state == PauseState.UNPAUSED)
+        self.prefixes.observe(parts, prompts and self._pause_state == PauseState.UNPAUSED, self._allowed)
         if self.cadence is not None:
             self.cadence.note_backlog(bool(self.waiting) and not self.admission.cut_short)
         plan = self.members.take_plan()

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
 
     from .placer import Placer
-    from .rank.interface import Part, Rank
+    from .rank.interface import Allowed, Part, Rank
     from .shard_lifecycle import Members
 
 # When a request has waited in vain for so many, it waits for nobody.
 PATIENT_WITH = 4
+# Part of what a rank may compute of prompts in a step that it cannot use: no chunk of a prompt may fit into it.
+LEAST_LEFT = 1 / 16
 
 _arrival, _turn = attrgetter("arrival_time"), attrgetter("turn")
 
@@ -45,14 +47,14 @@ class Follower:
         request: in no queue.
         until: tokens of it that the leader will have computed.
         own_blocks: that it will take once it is placed.
-        patience: steps without a token for the leader that it still waits.
+        patience: whole steps without a token for the leader that it still waits.
         turn: what those that are set aside are sorted by.
     """
 
     request: Request
     until: int
     own_blocks: int
-    patience: int
+    patience: float
     turn: tuple[int, float, str]
 
 
@@ -258,17 +260,19 @@ class SharedPrefixes:
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def observe(self, parts: Sequence[Part], prompts: bool) -> None:
+    def observe(self, parts: Sequence[Part], prompts: bool, allowed: Allowed = None) -> None:
         """After a step: those whose leader has come far enough, or does not come on, go back to the queue.
 
         Args:
             parts: what each rank's scheduler has scheduled.
             prompts: whether prompts could be computed.
+            allowed: how much of them each rank could compute; None: as much as fits into a step.
         """
         if not self._leaders:
             return
-        spare = [self._budget - part.tokens for part in parts]
+        spare = [self._spare(part, allowed) for part in parts]
         idle = max(spare) * 2 >= self._budget
+        step = 1.0 if allowed is None else min(1.0, allowed[0] / self._budget)
         for request_id, leader in list(self._leaders.items()):
             computed = self._computed(leader)
             moved, leader.computed = computed > leader.computed, computed
@@ -280,9 +284,19 @@ class SharedPrefixes:
                 leader.stuck = waits and not moved and spare[rank] > 0
             if leader.followers:
                 # By priority, others may go before the leader for ever.
-                self._let_go(leader, lost=prompts and not moved and (idle or (waits and self._by_priority)))
+                lost = prompts and not moved and (idle or (waits and self._by_priority))
+                self._let_go(leader, step if lost else 0.0)
 
-    def _let_go(self, leader: Leader, lost: bool) -> None:
+    def _spare(self, part: Part, allowed: Allowed) -> int:
+        """Tokens that a rank had left for prompts in a step. Where it was not allowed to use all of it, the part that
+        was left of what it was allowed."""
+        if allowed is None:
+            return self._budget - part.tokens
+        tokens, pairs = allowed
+        left = min(1 - part.prompt_tokens / max(1, tokens), 1 - part.prompt_pairs / max(1.0, pairs))
+        return min(self._budget - part.tokens, int(left * self._budget)) if left > LEAST_LEFT else 0
+
+    def _let_go(self, leader: Leader, lost: float) -> None:
         """Release those who need wait no longer, or will not."""
         ready: list[Follower] = []
         for follower in leader.followers.values():

@@ -52,19 +52,26 @@ class AllowanceDoors(_Base):
         # Chunks of models with a recurrent state end where it is kept, and an encoder's input is chosen for its chunk.
         if self._allowance is None or self.need_mamba_block_aligned_split or request.has_encoder_inputs:
             return tokens
-        if request.num_tokens - computed <= 1:  # it decodes
+        if self._decodes(request, computed):
             return tokens
         if self.short_part and self.is_long(request):
             return self._allowance.take_part(1 - self.short_part, computed, tokens)
         return self._allowance.take(computed, tokens)
 
+    def _decodes(self, request: Request, computed: int) -> bool:
+        """Whether no prompt is left; one that has come with drafts may compute a part of a block again."""
+        left = request.num_tokens - computed
+        return left <= 1 or (left <= self.block_size and request.num_output_tokens > 0)
+
     def part_of(self, output: SchedulerOutput) -> Part:
-        """The step as the other ranks' scheduler sees it."""
-        part = Part.of(output)
-        if output.total_num_scheduled_tokens > len(output.num_scheduled_tokens):
+        """The step as the other ranks' scheduler sees it. Drafts are no prompts."""
+        part, drafts = Part.of(output), output.scheduled_spec_decode_tokens
+        if part.tokens > len(output.num_scheduled_tokens) + sum(map(len, drafts.values())):
             for request_id, tokens in output.num_scheduled_tokens.items():
-                at = self.requests[request_id].num_computed_tokens - tokens
-                if tokens > 1:
-                    part.prompt_tokens += tokens
-                    part.prompt_pairs += pairs_of(at, tokens)
+                if tokens > 1 + len(drafts.get(request_id, ())):
+                    request = self.requests[request_id]
+                    at = request.num_computed_tokens - tokens
+                    if not self._decodes(request, at):
+                        part.prompt_tokens += tokens
+                        part.prompt_pairs += pairs_of(at, tokens)
         return part

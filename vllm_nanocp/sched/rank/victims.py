@@ -43,7 +43,7 @@ class VictimDoors(_Base):
     def choose_victims(self) -> None:
         """Before a step: put the cheapest to compute again behind all others."""
         running = self.running
-        if len(running) < 3 or self.policy == SchedulingPolicy.PRIORITY:
+        if len(running) < 2 or self.policy == SchedulingPolicy.PRIORITY:
             return
         # A step takes no more than this.
         if self.num_free_blocks > len(running) + self.max_num_scheduled_tokens // self.block_size:
@@ -57,7 +57,8 @@ class VictimDoors(_Base):
         if chosen:
             last = [others[i] for i in reversed(chosen)]
             names = {request.request_id for request in last}
-            self.running = [request for request in running if request.request_id not in names] + last
+            # The oldest first: if it was preempted, it has come back behind others.
+            self.running = [oldest, *(request for request in others if request.request_id not in names), *last]
 
     def _victim(self, request: Request) -> Victim:
         held = self.held_blocks.get(request.request_id, ())

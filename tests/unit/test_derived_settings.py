@@ -21,7 +21,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import vllm_nanocp.plugin
 from vllm_nanocp.entry import engine_config, refusals
-from vllm_nanocp.entry.refusals import FLAGS, GPU_WORKER, SETTINGS, SHARDED_SETTINGS, check_settings
+from vllm_nanocp.entry.refusals import FLAGS, GPU_WORKER, PACED_SETTINGS, SETTINGS, SHARDED_SETTINGS, check_settings
 from vllm_nanocp.errors import NanoCPConfigError
 
 RANKS = 3
@@ -273,17 +273,21 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "another worker class": _set("parallel_config.worker_cls", "some.Worker"),
     "another scheduler class": _set("scheduler_config.scheduler_cls", "some.Scheduler"),
     "--kv-sharing-fast-prefill": _set("cache_config.kv_sharing_fast_prefill", True),
+    "--prefill-schedule-interval with prefill_gap": _set("scheduler_config.prefill_schedule_interval", 2),
+    "--no-enable-chunked-prefill with prefill_gap": _set("scheduler_config.enable_chunked_prefill", False),
 }
 
 
-@pytest.mark.parametrize("setting", [*SETTINGS, *SHARDED_SETTINGS], ids=lambda setting: setting.what[:40])
+@pytest.mark.parametrize("setting", [*SETTINGS, *SHARDED_SETTINGS, *PACED_SETTINGS], ids=lambda found: found.what[:40])
 def test_each_setting(tiny_model: str, setting: refusals.Setting) -> None:
     config = create(tiny_model, *NANOCP)
-    check_settings(config, RANKS)
+    check_settings(config, RANKS, paced=True)
     [change] = [change for what, change in CHANGES.items() if setting.what.startswith(what)]
     change(config)
-    assert setting.what in refusal(lambda: check_settings(config, RANKS))
-    if setting in SHARDED_SETTINGS:
+    assert setting.what in refusal(lambda: check_settings(config, RANKS, paced=True))
+    if setting in PACED_SETTINGS:
+        check_settings(config, RANKS)
+    elif setting in SHARDED_SETTINGS:
         check_settings(config, 1)
     else:
         refusal(lambda: check_settings(config, 1))

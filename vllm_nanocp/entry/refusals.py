@@ -303,6 +303,8 @@ SHARDED_SETTINGS = (
 PACED_SETTINGS = (
     Setting(lambda c: c.scheduler_config.prefill_schedule_interval > 1, "--prefill-schedule-interval with prefill_gap",
             "both say which steps compute prompts", "leave one of them out"),
+    Setting(lambda c: not c.scheduler_config.enable_chunked_prefill, "--no-enable-chunked-prefill with prefill_gap",
+            "it cuts prompts into chunks, so that their steps end in time", "leave one of them out"),
 )  # fmt: skip
 
 

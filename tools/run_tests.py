@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run all tests that need no GPU, in two pytest processes side by side: ``python -m tools.run_tests [ARGUMENTS]``.
+"""Run all tests that need no GPU: ``python -m tools.run_tests [ARGUMENTS]``.
 
-Engines leave cores idle while they start and end, and tests without engines use one core each. The halves take about
-as long as each other; together they need about 16 GiB. Their lines are told apart by what is before them. Arguments
-are pytest's, for both.
+First those that start engines and servers, one after another: their processes spin while they wait, so that two of them
+side by side take longer on two cores, and servers do not start in time. Then the unit tests, in two pytest processes
+side by side, whose lines are told apart by what is before them. Arguments are pytest's, for all.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
-# Pytest's exit code where no test was selected, as happens in one half with ``-k``.
+# Pytest's exit code where no test was selected, as happens in one part with ``-k``.
 NOTHING = 5
+interrupted = False
 
 
-def halves() -> dict[str, list[str]]:
-    """What each process is given to run, by its name."""
+def stages() -> list[dict[str, list[str]]]:
+    """What runs one after another; of each, what each process side by side is given to run, by its name."""
     early = sorted(glob("tests/unit/test_[a-m]*.py", root_dir=ROOT))
-    rest = ["tests", "--ignore=tests/engine", *(f"--ignore={file}" for file in early)]
-    return {"engines": ["tests/engine", *early], "servers": rest}
+    rest = ["tests/unit", *(f"--ignore={file}" for file in early)]
+    return [{"engines": ["tests", "--ignore=tests/unit"]}, {"units a-m": early, "units n-z": rest}]
 
 
 def exit_code(codes: Sequence[int]) -> int:
@@ -41,19 +42,23 @@ def _tell(name: str, lines: IO[str]) -> None:
         sys.stdout.flush()
 
 
-def main(arguments: Sequence[str]) -> int:
+def run(parts: dict[str, list[str]], arguments: Sequence[str]) -> list[int]:
+    """Exit codes of pytest processes side by side."""
     # Unbuffered, so that what it says is seen at once.
     command = [sys.executable, "-u", "-m", "pytest", "-q", "-m", "not gpu"]
     how: dict[str, Any] = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    processes = {name: subprocess.Popen([*command, *half, *arguments], **how) for name, half in halves().items()}
+    processes = {name: subprocess.Popen([*command, *part, *arguments], **how) for name, part in parts.items()}
 
-    def interrupt(*_: object) -> None:
-        """Both end their engines and servers. Ctrl-C reaches them anyhow."""
-        for process in processes.values():
-            process.send_signal(signal.SIGINT)
+    def interrupt(number: int, _: object) -> None:
+        """They end their engines and servers. Ctrl-C reaches them anyhow."""
+        global interrupted
+        interrupted = True
+        if number != signal.SIGINT:
+            for process in processes.values():
+                process.send_signal(signal.SIGINT)
 
     signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGINT, interrupt)
     tellers = [
         threading.Thread(target=_tell, args=(name, process.stdout), daemon=True) for name, process in processes.items()
     ]
@@ -62,6 +67,15 @@ def main(arguments: Sequence[str]) -> int:
     codes = [process.wait() for process in processes.values()]
     for teller in tellers:
         teller.join(5)  # what a test has left behind may hold the pipe
+    return codes
+
+
+def main(arguments: Sequence[str]) -> int:
+    """All stages, unless one is interrupted: what fails in one says nothing of the next."""
+    codes: list[int] = []
+    for parts in stages():
+        if not interrupted:
+            codes += run(parts, arguments)
     return exit_code(codes)
 
 

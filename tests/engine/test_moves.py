@@ -79,6 +79,7 @@ def check(
     return counts
 
 
+@pytest.mark.skipif("MOVES_REQUESTS" not in os.environ, reason="takes a minute: MOVES_REQUESTS=60")
 def test_a_trace(engines: Callable[..., Engine], stock: Engine) -> None:
     check(engines("moving"), stock, traced(REQUESTS, seed=0))
 

@@ -172,7 +172,7 @@ class Child(Stock):
     def schedule(self, at: dict[str, float]) -> None:
         from vllm_nanocp.sched.rank.wire import Answer, Scheduled
 
-        message = pickle.dumps([("schedule", (False,))], -1)
+        message = pickle.dumps([("schedule", (False, None))], -1)
         frame, at["child_schedule_message"] = cpu_ms(lambda: self.server.obey(message))
         at["child_schedule"] = self._inside["schedule"]
         result = Scheduled._make(Answer.decode(frame).result)

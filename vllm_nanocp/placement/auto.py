@@ -100,10 +100,10 @@ def choose(coefficients: Coefficients, bounds: Bounds, kv_tokens: float, sharded
         kv_tokens: that a rank holds now, in the mean.
         sharded: whether any request is sharded, so that steps have an exchange already.
     """
-    feedback_free = coefficients.kv_token
-    if not feedback_free > 0:  # KV costs nothing: nothing is to be gained
+    kv_token = coefficients.kv_token
+    if not kv_token > 0:  # KV costs nothing: nothing is to be gained
         return Segments(bounds.most, 2 * bounds.most, bounds.least)
-    guest, exchange = (max(0.0, seconds) / feedback_free for seconds in (coefficients.guest, coefficients.exchange))
+    guest, exchange = (max(0.0, seconds) / kv_token for seconds in (coefficients.guest, coefficients.exchange))
     size = bounds.clip((2 * guest / SPREAD * math.sqrt(max(0.0, kv_tokens))) ** (2 / 3))
     whole = bounds.clip((FURTHER if sharded else FIRST) * exchange, 2 * bounds.most)
     return Segments(size, max(size, whole), bounds.least)

@@ -84,21 +84,19 @@ class Allowance:
         """
         fit = int(math.sqrt(at * at + 2.0 * self.pairs) - at) if self.pairs > 0 else 0
         chunk = min(most, self.tokens, max(fit, LEAST if self.first else 0))
+        return self._spend(at, chunk)
+
+    def take_part(self, part: float, at: int, most: int) -> int:
+        """The same, of only a part of what is left: the rest is for others."""
+        mine = Allowance(int(part * self.tokens), part * self.pairs, self.first)
+        return self._spend(at, mine.take(at, most))
+
+    def _spend(self, at: int, chunk: int) -> int:
         if chunk <= 0:
             return 0
         self.first = False
         self.tokens -= chunk
         self.pairs -= pairs_of(at, chunk)
-        return chunk
-
-    def take_part(self, part: float, at: int, most: int) -> int:
-        """The same, of only a part of what is left: the rest is for others."""
-        mine = Allowance(int(part * self.tokens), part * self.pairs, self.first)
-        chunk = mine.take(at, most)
-        if chunk:
-            self.first = False
-            self.tokens -= chunk
-            self.pairs -= pairs_of(at, chunk)
         return chunk
 
 

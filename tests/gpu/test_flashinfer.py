@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from tests.engine.harness import Ask, Engine, prompt
+from tests.tiny_models import make_qwen3_moe
 from tests.unit.flashinfer_steps import FlashInferShape, ReferenceDecode, ReferencePrefill, missing_parameters
 from tests.unit.processes import run_ranks
 from vllm_nanocp.entry import engine_config
@@ -105,6 +106,30 @@ def test_the_kernel_keeps_its_promises(cache: str, name: str) -> None:
     kv = torch.float8_e4m3fn if cache == "fp8" else shape.dtype
     sizes = shape.num_heads, shape.num_kv_heads, shape.head_size, shape.block_size, shape.scale
     self_check(LaunchShape(*sizes, shape.dtype, kv), torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 4), (32, 4), (64, 8), (16, 1), (48, 1)])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_launches_have_room_for_their_pieces(block_size: int, heads: int, kv_heads: int) -> None:
+    """The library says what a plan takes: never more than is set aside, and at worst most of that."""
+    from vllm_nanocp.attention.gqa.flashinfer_launches import LaunchShape, Planners, workspace_bytes
+
+    device, host = torch.device("cuda"), functools.partial(torch.tensor, dtype=torch.int32)
+    shape = LaunchShape(heads, kv_heads, 128, block_size, 128**-0.5, BF16, BF16)
+    wrapper, most = Planners(shape, torch.empty(64, dtype=torch.uint8, device=device))._next(), 0
+    for rows in (1, 2, 3, 7, 40, 200):
+        for queries in (1, 2, 40, 300):
+            for blocks in (1, 9, 100, 700, 5000):
+                starts, pages = host(range(0, rows * queries + 1, queries)), host(range(0, rows * blocks + 1, blocks))
+                found, tables = wrapper.workspace_size(
+                    starts, pages, torch.empty(rows * blocks, dtype=torch.int32, device=device), host([1] * rows),
+                    heads, kv_heads, 128, block_size, q_data_type=BF16, kv_data_type=BF16, o_data_type=torch.float16,
+                )  # fmt: skip
+                most = max(most, found)
+                assert tables <= 8 << 20
+    need = workspace_bytes(shape, device)
+    print(json.dumps({"heads": heads, "kv_heads": kv_heads, "block": block_size, "taken": most, "set aside": need}))
+    assert 0.7 * need < most <= need
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name.endswith("x128")])
@@ -219,6 +244,14 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fp8": dict(kv_cache_dtype="fp8"),
     "tensor parallel": dict(tensor_parallel_size=2),
 }
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of the head size of most shapes above: nothing more is compiled."""
+    path = tmp_path_factory.mktemp("models") / "tiny-128"
+    make_qwen3_moe(path, dtype="bfloat16", head_dim=128, hidden_size=256, num_heads=8, num_kv_heads=2)
+    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from tests.unit.processes import run_ranks
 from tests.unit.test_flash import RANKS, TOLERANCE, Results, check
 from vllm_nanocp.attention.families import flashinfer_chosen
 from vllm_nanocp.attention.gqa import flashinfer_launches
+from vllm_nanocp.attention.gqa.flashinfer_backend import GroupedQueryWithFlashInfer
 from vllm_nanocp.attention.gqa.flashinfer_launches import LaunchShape
 from vllm_nanocp.errors import NanoCPConfigError
 
@@ -128,6 +129,10 @@ def test_float8_caches_are_read_with_their_scales() -> None:
     torch.testing.assert_close(layout.outputs(rows)[0], expected, rtol=2e-3, atol=2e3)
 
 
+def blocks_of(tokens: int) -> Any:
+    return SimpleNamespace(cache_config=SimpleNamespace(block_size=tokens))
+
+
 def test_a_kernel_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Triton says when it loads a kernel, at start: shared memory and registers are the device's own."""
     from triton.runtime.errors import OutOfResources
@@ -138,9 +143,31 @@ def test_a_kernel_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.Monke
         raise OutOfResources(74240, 65536, "shared memory")
 
     family = object.__new__(GroupedQueryOnGPU)
-    family.dtype = torch.bfloat16
+    family.dtype, family._config = torch.bfloat16, blocks_of(16)
+    layer = SimpleNamespace(impl=SimpleNamespace(warm_up=warm_up), kv_cache=torch.empty(1, 2, 16, 128))
     with pytest.raises(NanoCPConfigError, match="Required: 74240, Hardware limit: 65536"):
-        family.warm_up(SimpleNamespace(impl=SimpleNamespace(warm_up=warm_up), kv_cache=None))
+        family.warm_up(layer)
+
+
+def test_blocks_that_vllm_cuts_for_its_kernels_are_refused() -> None:
+    """Block tables are of the pieces then, and a plan's block ids of whole ones."""
+    family = object.__new__(GroupedQueryWithFlashInfer)
+    family.dtype, family._config = torch.bfloat16, blocks_of(128)
+    impl = SimpleNamespace(warm_up=lambda *_: pytest.fail("compiled first"))
+    with pytest.raises(NanoCPConfigError) as caught:
+        family.warm_up(SimpleNamespace(impl=impl, kv_cache=torch.empty(2, 2, 64, 128)))
+    assert "--block-size 128" in str(caught.value) and "use --block-size 64" in str(caught.value)
+
+
+def test_launches_have_room_for_their_pieces() -> None:
+    """vLLM's workspace where it is large enough; what the library takes is compared on GPUs."""
+    builder = flashinfer_steps.make_builder(SHAPES[0], torch.device("cpu"))
+    shape = builder._planners.shape
+    need = flashinfer_launches.workspace_bytes(shape, torch.device("cpu"))
+    assert len(builder._workspace_buffer) < need == len(builder._planners._workspace)
+    del builder.__dict__["_planners"]
+    builder._workspace_buffer = torch.zeros(need, dtype=torch.uint8)
+    assert builder._planners._workspace is builder._workspace_buffer
 
 
 def chosen(backend: Any, major: int | None, monkeypatch: pytest.MonkeyPatch) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+import vllm.envs as envs
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flashinfer import (
@@ -33,7 +34,7 @@ from ..partial_rows import RowLayout, warm_up
 from ..sharded_step import ShardedStep
 from . import flashinfer_launches
 from .flash_tables import StepTables, exact_tables
-from .flashinfer_launches import LaunchShape, PlannedLaunch, Planners
+from .flashinfer_launches import LaunchShape, PlannedLaunch, Planners, workspace_bytes
 from .gpu_layer import GroupedQueryOnGPU, ShardedAttention, captured_tables
 
 
@@ -99,7 +100,9 @@ class NanoCPFlashInferMetadataBuilder(FlashInferMetadataBuilder):
             dtype=dtype,
             kv_dtype=kv_dtype,
         )
-        return Planners(shape, self._get_workspace_buffer())
+        stock, need = self._get_workspace_buffer(), workspace_bytes(shape, self.device)
+        enough = len(stock) >= need
+        return Planners(shape, stock if enough else torch.empty(need, dtype=torch.uint8, device=self.device))
 
     def _nothing(self, common: CommonAttentionMetadata) -> FlashInferMetadata:
         """Of a batch of which stock attention computes nothing; so nothing is planned for it."""
@@ -158,7 +161,7 @@ class GroupedQueryWithFlashInfer(GroupedQueryOnGPU):
     def __init__(self, vllm_config: Any) -> None:
         super().__init__(vllm_config)
         self._cache = vllm_config.cache_config
-        self._scale = self.layout.head_size**-0.5
+        self._scale, self._workspace = self.layout.head_size**-0.5, 0
 
     def register(self) -> None:
         register_backend(AttentionBackendEnum.FLASHINFER, f"{__name__}.{NanoCPFlashInferBackend.__name__}")
@@ -191,8 +194,11 @@ class GroupedQueryWithFlashInfer(GroupedQueryOnGPU):
             dtype=self.dtype,
             kv_dtype=current_platform.fp8_dtype() if quantized else self.dtype,
         )
+        need = workspace_bytes(shape, device)
+        # Some models have so many query heads a KV head that vLLM's own may be too small.
+        self._workspace = need if need > envs.VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE else 0
         flashinfer_launches.self_check(shape, device)
         warm_up(layout, self.dtype, device)
 
     def most_memory(self, num_ranks: int, max_tokens: int) -> int:
-        return flashinfer_launches.most_memory(num_ranks, max_tokens, self.layout, self.dtype)
+        return self._workspace + flashinfer_launches.most_memory(num_ranks, max_tokens, self.layout, self.dtype)

@@ -37,7 +37,6 @@ RESULTS = torch.float16
 PLAN_BYTES = (8 << 20) + (128 << 10)
 # Launches of so many steps are kept: the host may plan a step while the last one has yet to be copied.
 _TURNS = 2
-_CHECK_WORKSPACE = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -190,6 +189,14 @@ def gather_pages(addresses: list[int], counts: np.ndarray, device: torch.device)
     return pages
 
 
+def workspace_bytes(shape: LaunchShape, device: torch.device) -> int:
+    """Bytes that FlashInfer takes at most for the pieces that a launch's KV is cut into, in float32, and their
+    log-sum-exps: it cuts into as many as two for each multiprocessor, all KV heads together, of a tile of queries."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    tile = 128 if shape.head_size < 256 else 64
+    return shape.num_heads * (2 * processors // shape.num_kv_heads) * tile * 4 * (shape.head_size + 1) + 64
+
+
 Scales = tuple[float, float]
 
 
@@ -262,7 +269,7 @@ def _check(shape: LaunchShape, device: torch.device) -> None:
     cache = torch.randn((64, shape.num_kv_heads, size, 2 * dim), device=device, generator=random).to(shape.kv_dtype)
     keys, values = cache.transpose(1, 2).split(dim, dim=-1)
     ids = torch.randperm(64, device=device, generator=random).to(torch.int32)
-    planners = Planners(shape, torch.empty(_CHECK_WORKSPACE, dtype=torch.uint8, device=device))
+    planners = Planners(shape, torch.empty(workspace_bytes(shape, device), dtype=torch.uint8, device=device))
     longest = 64 * size
     for causal, counts, lengths in (
         (False, (1,), (longest - 3,)),

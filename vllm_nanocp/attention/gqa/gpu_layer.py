@@ -257,6 +257,7 @@ class GroupedQueryOnGPU:
     def __init__(self, vllm_config: Any) -> None:
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         assert isinstance(model.dtype, torch.dtype)
+        self._config = vllm_config
         self.dtype, self.num_kv_heads = model.dtype, model.get_num_kv_heads(parallel)
         self.layout = RowLayout(model.get_num_attention_heads(parallel), model.get_head_size())
         self.query_bytes = self.layout.query_bytes(self.dtype)
@@ -282,6 +283,13 @@ class GroupedQueryOnGPU:
         return CapturedTables(capacity, num_ranks, max_reqs, self.layout, self.num_kv_heads, device, routes)
 
     def warm_up(self, layer: Any) -> None:
+        block_size, held = self._config.cache_config.block_size, layer.kv_cache.shape[2]
+        if held != block_size:  # vLLM's tables have such pieces then, while shards are laid out in whole blocks
+            refuse(
+                f"--block-size {block_size} with max_degree above 1",
+                f"the kernels of {self.backend.get_name()} take blocks of at most {held} tokens here",
+                f"use --block-size {held}, or " + UNSHARDED,
+            )
         try:
             layer.impl.warm_up(layer, layer.kv_cache, self.dtype)
         except OutOfResources as error:  # Triton has compared what its kernel takes with what the device has

@@ -2,8 +2,6 @@
 """The FlashInfer backend on GPUs. On one GPU: what the library returns; whole attention steps against float64, and
 against the error that stock attention itself makes on the same input, with tables of a step's size, with fixed ones,
 and replayed from a graph. On two: the same over NCCL and over the routed exchange, and engines next to stock vLLM.
-
-``engine_config.refuse_flashinfer`` refuses all of it until it has passed here.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from tests.engine.harness import Ask, Engine, prompt
 from tests.tiny_models import make_qwen3_moe
 from tests.unit.flashinfer_steps import FlashInferShape, ReferenceDecode, ReferencePrefill, missing_parameters
 from tests.unit.processes import run_ranks
-from vllm_nanocp.entry import engine_config
 
 from . import FOUR_GPUS, ONE_GPU, TWO_GPUS
 from .test_exact import STEP, TIE, partings
@@ -259,7 +256,6 @@ def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[str, s
     """Stock and nanocp, run the same way."""
     mode, exchange = request.param
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_config, "refuse_flashinfer", lambda _: None)
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
         args: dict[str, Any] = dict(
             dtype="bfloat16", block_size=16, num_gpu_blocks_override=8192, gpu_memory_utilization=0.03,

@@ -10,7 +10,6 @@ from typing import Any
 from .. import config as nanocp_config
 from .. import patches
 from ..attention.cache_dtypes import CACHE_DTYPES
-from ..attention.families import flashinfer_chosen
 from ..config import NanoCPConfig
 from ..errors import UNSHARDED, refuse
 from .refusals import CPU_WORKER, EXECUTORS, GPU_WORKER, SCHEDULER, check_environment, check_flags, check_settings
@@ -45,8 +44,6 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
         refuse("an encoder-decoder model with max_degree above 1", "cross-attention has no shards", instead)
     if model.use_mla:
         _check_latent(vllm_config, config, cuda, instead)
-    elif cuda and flashinfer_chosen(vllm_config):
-        refuse_flashinfer(instead)
     if model.is_hybrid or model.is_attention_free:
         refuse(
             "a hybrid or attention-free model with max_degree above 1",
@@ -157,16 +154,6 @@ def _check_latent_on_gpus(vllm_config: Any, config: NanoCPConfig, instead: str) 
             "partial results are merged before they may be rounded so",
             "add -cc.pass_config.fuse_attn_quant=false",
         )
-
-
-def refuse_flashinfer(instead: str) -> None:
-    """The only place that does: ``attention/gqa/flashinfer_backend.py`` is there, but only its kernels have been run. A
-    test on GPUs replaces this function."""
-    refuse(
-        "the attention backend FLASHINFER with max_degree above 1",
-        "no engine has run with it on GPUs yet",
-        "add --attention-backend FLASH_ATTN on a Hopper GPU, or " + instead,
-    )
 
 
 def check_graphs(vllm_config: Any, config: NanoCPConfig) -> None:

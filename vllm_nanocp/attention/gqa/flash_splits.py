@@ -121,5 +121,5 @@ def self_check(num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.d
     except Exception as error:
         raise NanoCPConfigError(
             f"nanocp: this FlashAttention does not return the partial results that shards need ({error!r:.200}); "
-            f"{UNSHARDED}"
+            f"add --attention-backend FLASHINFER, or {UNSHARDED}"
         ) from error

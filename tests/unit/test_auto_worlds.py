@@ -93,6 +93,25 @@ def test_visits_are_counted_once_for_all_that_ask(vllm_config: Any, monkeypatch:
     assert graph_room.has_room(shard_map)
 
 
+def test_who_finds_no_room_for_visits_waits_at_no_rank(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """It starts on one rank if all of it fits there now; else whichever comes first lets it start: room for all of it
+    on one rank, or for its visits."""
+    queue = Queue(vllm_config, segment=128)
+    for number in range(4):  # two on each rank, of whose 40 blocks they have 16
+        queue.add(f"small {number}", 120, 60)
+    queue.step(2)
+    scheduler = queue.scheduler
+    monkeypatch.setattr(scheduler.placer, "_has_room", lambda _: False)
+    queue.add("whole", 150, 2)
+    queue.add("large", 400, 2)
+    queue.step(4)
+    assert queue.num_tokens["whole"] == 2 and not scheduler.sharded and list(scheduler.unplaced) == ["large"]
+    monkeypatch.setattr(scheduler.placer, "_has_room", lambda _: True)
+    queue.step()
+    assert list(scheduler.sharded) == ["large"]
+    queue.end()
+
+
 @pytest.mark.parametrize(
     ("settings", "mode", "room"),
     [

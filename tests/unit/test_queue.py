@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from vllm import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_nanocp.placement import RankLoad, Want, place
-from vllm_nanocp.placement.queue import PATIENCE, STARTS, WINDOW, Blocked, ranks_for
+from vllm_nanocp.placement.queue import PATIENCE, STARTING_S, STARTS, WINDOW, Blocked, ranks_for
 
 from . import loopback
 from .scheduler_world import Device, Truth
@@ -303,9 +303,11 @@ def test_a_burst_starts_over_several_steps(
     apart: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In each step so many start, in their order; those that run decode in all of them; and nothing is lost."""
+    """In each step so many start, in their order, when there is no time for more; those that run decode in all of them;
+    and nothing is lost."""
     loopback.use(monkeypatch, apart)
     queue = Queue(vllm_config, max_reqs=200, blocks=1600, budget=4096)
+    queue.scheduler.admission.clock = count(step=STARTING_S).__next__
     for rank in range(2):
         queue.add(f"running {rank}", 40, 60)
     queue.step(3)
@@ -322,9 +324,30 @@ def test_a_burst_starts_over_several_steps(
     assert order == burst and all(queue.num_tokens[name] == 3 for name in burst)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_burst_starts_at_once_while_there_is_time(
+    vllm_config: Any,  # noqa: F811
+    apart: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many start in a step as in stock vLLM's ranks, which start all, until a bounded time has gone by."""
+    loopback.use(monkeypatch, apart)
+    queue = Queue(vllm_config, max_reqs=300, blocks=2400, budget=8192)
+    queue.scheduler.admission.clock = count(step=STARTING_S / 256.5).__next__
+    for i in range(256 + 100):
+        queue.add(f"r{i}", 20, 3)
+    queue.step()
+    assert len(queue.scheduler.unplaced) == 100, "others wait"
+    queue.step()
+    assert not queue.scheduler.unplaced
+    queue.end()
+    assert all(queue.num_tokens[f"r{i}"] == 3 for i in range(356))
+
+
 def test_short_outputs_leave_no_rank_empty(vllm_config: Any) -> None:  # noqa: F811
     """As many start as end: with one token each, the number grows while others wait."""
     queue = Queue(vllm_config, max_reqs=200, blocks=1600, budget=4096)
+    queue.scheduler.admission.clock = count(step=STARTING_S).__next__
     for i in range(8 * STARTS):
         queue.add(f"r{i}", 20, 1)
     queue.end()

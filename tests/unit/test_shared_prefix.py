@@ -7,6 +7,7 @@ cache; and that nobody waits for ever.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_nanocp.placement.queue import STARTS
+from vllm_nanocp.placement.queue import STARTING_S, STARTS
 
 from . import rank_insides
 from .scheduler_world import Device, Truth
@@ -278,6 +279,7 @@ def test_others_overtake_those_set_aside(config: Any) -> None:
 def test_those_set_aside_do_not_count_as_started(config: Any) -> None:
     """More of them than may start in a step, and as many behind them as may."""
     scheduler = shape(blocks=4 * BLOCKS, segment=1024, max_reqs=2 * STARTS).scheduler(config, False)
+    scheduler.admission.clock = itertools.count(step=STARTING_S).__next__
     rng = random.Random(2)
     stem = words(rng, 1400)
     requests, _ = requests_of(Load([stem + words(rng, 40) for _ in range(STARTS + 6)], [1] * (STARTS + 6)))

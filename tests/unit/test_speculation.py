@@ -23,10 +23,11 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_nanocp.entry.http_limits import check_seed
 from vllm_nanocp.executor.multiproc import OneWorld, RankGather
+from vllm_nanocp.placement.cost import CostModel
 from vllm_nanocp.sched.rank.stats import merge_scheduler_stats
 from vllm_nanocp.worker.worker import OneRank
 
-from .scheduler_world import Truth
+from .scheduler_world import Truth, payloads
 from .test_sessions import SessionWorld
 from .world_shapes import Ask, vllm_config
 from .worlds import World, run_worlds
@@ -112,6 +113,31 @@ def test_sessions(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nobody_is_preempted_for_drafts(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = run_worlds(Tight, vllm_config, 1, False, 3, monkeypatch)
     assert counts["preemptions"] == 0 and counts["accepted"] > 3 * 20, counts
+
+
+def test_steps_with_drafts_are_learned_from(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what moves and "auto" go by would stay what it was assumed to be before anything was measured."""
+    counts: Counter[str] = Counter()
+    observe = CostModel.observe
+
+    def counted(model: CostModel, *args: Any) -> bool:
+        counts["learned"] += 1
+        return observe(model, *args)
+
+    class Eager(DraftedWorld):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.lazy = 0.0
+            self.scheduler.mover.learns = True
+
+        def after(self, output: Any) -> None:
+            drafted = any(part.scheduled_spec_decode_tokens for part in payloads(output))
+            counts["drafted"] += drafted and not any(part.prompt_tokens for part in output.parts)
+            super().after(output)
+
+    monkeypatch.setattr(CostModel, "observe", counted)
+    run_worlds(Eager, vllm_config, 1, False, 2, monkeypatch)
+    assert counts["learned"] >= counts["drafted"] > 20, counts
 
 
 def test_statistics_of_all_ranks() -> None:

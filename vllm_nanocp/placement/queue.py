@@ -21,13 +21,18 @@ from .place import RankLoad, cdiv
 # Requests without room that are passed over in a step; of those looked at in full, ones that fail.
 WINDOW = 32
 LOOKS = 8
-# Requests that start in a step, of all ranks, and of each where there are many: the others start with the next ones,
-# while those that run decode. One takes about 40 us with 64 ranks, so a step waits some milliseconds for them, which
-# the step before it hides where steps are scheduled ahead.
+# Requests that start in a step at least, of all ranks, and of each where there are many.
 STARTS = 64
 STARTS_A_RANK = 2
-# Beside them so many for each that has ended in a step of late, or short outputs would leave ranks empty: of 8 ranks of
-# 256 requests with four tokens each, 512 end in a step. With more than one the number grows until the ranks are full.
+# More start until so many seconds have gone by since the first one: the others start with the next steps, while those
+# that run decode. So all but large bursts start at once, as in stock vLLM, and the step before hides most of that time
+# where steps are scheduled ahead.
+STARTING_S = 0.010
+# That one takes, be it of 2 ranks or of 64 (``benchmarks/schedule_cost.py``); for who has no clock.
+START_S = 30e-6
+# Beside the least so many for each that has ended in a step of late, or short outputs would leave ranks empty: of 8
+# ranks of 256 requests with four tokens each, 512 end in a step. With more than one the number grows until the ranks
+# are full.
 STARTS_AN_END = 2
 # But no more in all: placing them then takes most of a step already, so that more would gain little. So many at most
 # are set aside in a step, too, for a prefix that another one computes: they keep nobody from starting now.
@@ -107,8 +112,8 @@ class Blocked:
         return richest[0 if alone else want.limit - 1] + self.shared >= want.blocks and self.grown(room)
 
 
-def most_starts(ranks: int, ends: float) -> int:
-    """Requests that may start in a step.
+def least_starts(ranks: int, ends: float) -> int:
+    """Requests that may start in a step, however long that takes.
 
     Args:
         ranks: how many.
@@ -116,6 +121,17 @@ def most_starts(ranks: int, ends: float) -> int:
     """
     least = max(STARTS, STARTS_A_RANK * ranks)
     return max(least, min(MOST_STARTS, least + int(STARTS_AN_END * ends)))
+
+
+def may_start(started: int, least: int, seconds: float) -> bool:
+    """Whether one more may start in a step.
+
+    Args:
+        started: so far.
+        least: see ``least_starts``.
+        seconds: since the first one.
+    """
+    return started < least or (started < MOST_STARTS and seconds < STARTING_S)
 
 
 def as_overtaken(load: RankLoad, block_size: int) -> RankLoad:

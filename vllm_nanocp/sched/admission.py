@@ -3,14 +3,15 @@
 
 Who may overtake whom, and what room is kept for those that were overtaken, is policy (``placement.queue``). Requests
 for whose adapter there is no slot wait aside, by adapter, and are looked at again when there is one; as in vLLM they
-keep nobody waiting. A step passes over a bounded number of requests, and lets a bounded number start, however many
-wait.
+keep nobody waiting. A step passes over a bounded number of requests, and lets them start for a bounded time, however
+many wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -19,7 +20,7 @@ from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from ..placement import Prefix, RankLoad, ShardMap
-from ..placement.queue import ENDS_OVER, LOOKS, MOST_STARTS, WINDOW, Blocked, most_starts, ranks_for
+from ..placement.queue import ENDS_OVER, LOOKS, MOST_STARTS, WINDOW, Blocked, least_starts, may_start, ranks_for
 from .placer import NOWHERE
 from .rank.adapters import adapter_of
 
@@ -119,6 +120,7 @@ class Admission:
         # Requests placed so far: whose turn it is, where that decides.
         self.num_placed = 0
         self.num_overtakings = 0
+        self.clock: Callable[[], float] = perf_counter
         # Whether the last step let as many start as it may, and all found room: others may, too.
         self.cut_short = False
         # Requests that have left the ranks so far, and how many do in a step of late.
@@ -149,9 +151,10 @@ class Admission:
         """Place what fits of the first requests; those that do not are taken out of the queue and returned."""
         waiting, first_placed = self.scheduler.waiting, self.num_placed
         passed: list[Request] = []
-        looks, starts, aside = 0, most_starts(len(self.scheduler.ranks), self._ends), MOST_STARTS
+        looks, started, aside = 0, 0, MOST_STARTS
+        least, began = least_starts(len(self.scheduler.ranks), self._ends), self.clock()
         while waiting and len(passed) < WINDOW and looks < LOOKS:
-            if not starts or not aside:
+            if not aside or not may_start(started, least, self.clock() - began):
                 self.cut_short = not passed
                 break
             request = waiting.peek_request()
@@ -172,8 +175,8 @@ class Admission:
                     continue
             placed = self.num_placed
             if self._place(request, room, passed, may_wait=not passed and self._is_due(request)):
-                started = self.num_placed - placed  # or it is set aside, and starts when it comes back
-                starts, aside = starts - started, aside - 1 + started
+                now = self.num_placed - placed  # or it is set aside, and starts when it comes back
+                started, aside = started + now, aside - 1 + now
             else:
                 looks += bool(passed)
                 passed.append(waiting.pop_request())

@@ -24,12 +24,12 @@ from ..placement.auto import PRIOR
 from ..placement.cost import CostModel, StepLoad
 from ..placement.moves import Candidate, MoveConfig, drifted, plan_moves, spill_target
 from ..placement.place import RankedLoads, RankLoad
-from ..plan import Arrival, Batch
+from ..plan import Arrival
 from .rank.adapters import adapter_of
 from .sharded_request import ShardedRequest, can_shard
 
 if TYPE_CHECKING:
-    from .rank.interface import Decoding
+    from .rank.interface import Decoding, Part
     from .rank.rank_view import RankView
     from .state import SchedulerState
 
@@ -135,16 +135,17 @@ class Mover:
         # Without async scheduling nothing is in flight now.
         self._arrive()
 
-    def observe(self, batches: Sequence[Batch], work: Sequence[StepLoad], scheduled: float) -> None:
-        """Learn from a step whose output has come, if all ranks decoded: prompts take their time otherwise.
+    def observe(self, parts: Sequence[Part], work: Sequence[StepLoad], scheduled: float) -> None:
+        """Learn from a step whose output has come, if all ranks decoded, with drafts or without: prompts take their
+        time otherwise.
 
         Args:
-            batches: the ranks' in that step; empty if nothing was computed.
+            parts: the ranks' of that step.
             work: what each rank did in it.
             scheduled: when it was, by ``time.monotonic``.
         """
         now = time.monotonic()
-        if batches and all(batch.decode for batch in batches):
+        if any(part.tokens for part in parts) and not any(part.prompt_tokens for part in parts):
             self.model.observe(work, now - max(scheduled, self._last_update))
         self._last_update = now
 

@@ -125,7 +125,8 @@ class Placer:
         overtakes: bool = False,
     ) -> ShardMap | None:
         """A shard map for a request, or None when it has to wait. If a step would have more visits than graphs have
-        room for, it stays on one rank, if one can ever hold it.
+        room for, it stays on one rank, if one can ever hold it; but it does not wait at a rank, for there may be
+        room for its visits before there is for all of it.
 
         Args:
             request: waiting.
@@ -141,7 +142,8 @@ class Placer:
         if found is None or len(found.runs) == 1 or self._has_room(found):
             return found
         whole = self._rules(request, home) | dict(segment_size=request.num_tokens, max_degree=1)
-        return self._place(request, *how, whole) if self._fits_empty(request, whole) else found
+        now = (home, turn, prefix, closed, False, overtakes)
+        return self._place(request, *now, whole) if self._fits_empty(request, whole) else found
 
     def _place(
         self,

@@ -372,7 +372,7 @@ class NanoCPScheduler(RanksTogether):
         """
         assert isinstance(scheduler_output, NanoCPSchedulerOutput)
         if self.mover.learns:
-            self.mover.observe(scheduler_output.plan.batches, scheduler_output.work, scheduler_output.scheduled)
+            self.mover.observe(scheduler_output.parts, scheduler_output.work, scheduler_output.scheduled)
         if self.pacing is not None:
             self.pacing.observe(scheduler_output.parts, scheduler_output.scheduled)
         merged: dict[int, EngineCoreOutputs] = {}

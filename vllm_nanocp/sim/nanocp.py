@@ -17,7 +17,17 @@ from ..placement.cost import Coefficients, CostModel, StepLoad
 from ..placement.moves import KV_WEIGHT, Candidate, MoveConfig, drifted, plan_moves, spill_target, with_reserve
 from ..placement.place import start_degree, stripe_blocks
 from ..placement.prefill_steps import Allowance, PrefillGap, PrefillSteps
-from ..placement.queue import ENDS_OVER, LOOKS, WINDOW, Blocked, as_overtaken, most_starts, ranks_for
+from ..placement.queue import (
+    ENDS_OVER,
+    LOOKS,
+    START_S,
+    WINDOW,
+    Blocked,
+    as_overtaken,
+    least_starts,
+    may_start,
+    ranks_for,
+)
 from ..placement.victims import Victim, victims
 from ..placement.visits import Visits
 from .ranks import World
@@ -114,8 +124,11 @@ class Plugin:
     def _scan(self, room: _Room) -> list[int]:
         """Place what fits of the first requests; those that do not are taken out of the queue and returned."""
         passed: list[int] = []
-        looks, starts, placed_behind = 0, most_starts(self.world.setup.ranks, self.ends), False
-        while self.queue and len(passed) < WINDOW and looks < LOOKS and starts:
+        looks, started, placed_behind = 0, 0, False
+        least = least_starts(self.world.setup.ranks, self.ends)
+        while self.queue and len(passed) < WINDOW and looks < LOOKS:
+            if not may_start(started, least, started * START_S):
+                break
             request = self.queue[0]
             if passed:
                 if not any(room.free()):
@@ -126,7 +139,7 @@ class Plugin:
                     self._close_if_due(request, room)
                     continue
             if self._place(request, room, passed, may_wait=not passed and self._is_due(request)):
-                starts -= 1
+                started += 1
                 placed_behind |= bool(passed)
             else:
                 looks += bool(passed)

@@ -3,7 +3,9 @@
 
 Touches vLLM 0.32's ``Scheduler._reserve_prefill_lookahead``, which its scheduler asks of each request, running or
 waiting, how many of so many tokens it may compute: none lets a running one be passed over, and those that wait go on
-waiting.
+waiting. It is asked of each that decodes, so the doors' answer (``cut_chunk``) takes vLLM's place only for a part of a
+step: with something allowed for all of it, else from ``_handle_blocked_waiting_request`` on, which vLLM asks of each
+request that waits once those that run have had their tokens.
 """
 
 from __future__ import annotations
@@ -46,9 +48,34 @@ class AllowanceDoors(_Base):
         """Whether the step at hand computes no prompts."""
         return self._allowance is not None and self._allowance.tokens == 0 and not self._allowance.first
 
-    def _reserve_prefill_lookahead(self, request: Request, *args: Any) -> int:
-        tokens: int = super()._reserve_prefill_lookahead(request, *args)
-        computed: int = args[0]
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if self._allowance is not None:
+            self._cut_chunks()
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            self.__dict__.pop("_reserve_prefill_lookahead", None)
+
+    def _cut_chunks(self) -> None:
+        """From here on in this step vLLM's scheduler asks the doors."""
+        self._reserve_prefill_lookahead = self.cut_chunk  # type: ignore[method-assign, assignment]
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        self._cut_chunks()
+        return super()._handle_blocked_waiting_request(request)
+
+    def cut_chunk(self, request: Request, computed: int, most: int) -> int:
+        """How many tokens a request may compute in the step at hand.
+
+        Args:
+            request: runs, or would start now.
+            computed: tokens of it.
+            most: tokens that it could compute.
+
+        Returns:
+            None at all: it is passed over, or goes on waiting.
+        """
+        tokens = Scheduler._reserve_prefill_lookahead(self, request, computed, most)
         # Chunks of models with a recurrent state end where it is kept, and an encoder's input is chosen for its chunk.
         if self._allowance is None or self.need_mamba_block_aligned_split or request.has_encoder_inputs:
             return tokens

@@ -9,27 +9,21 @@ reads in each step, and ``Scheduler._inflight_prefills``.
 
 And the blocks that a prompt has yet to take are its own. vLLM's scheduler lets a request start if all of it fits into
 what is free, whatever prompts that run have yet to take of that, and preempts when they do. Touches
-``KVCacheManager.watermark_blocks``, which it keeps free of requests that wait, and
-``Scheduler._reserve_prefill_lookahead``.
+``KVCacheManager.watermark_blocks``, which it keeps free of requests that wait.
 """
 
 from __future__ import annotations
 
 from copy import copy
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from ...placement import cdiv
-
-if TYPE_CHECKING:
-    _Base = Scheduler
-else:
-    _Base = object
+from .allowance import AllowanceDoors
 
 # One part in so many of a step's tokens is for short prompts; a prompt is short if it has no more left to compute.
 PARTS = 4
@@ -41,13 +35,11 @@ def _left(request: Request) -> int:
     return request.num_tokens - request.num_computed_tokens
 
 
-class ChunkDoors(_Base):
+class ChunkDoors(AllowanceDoors):
     """Mixed into vLLM's scheduler: the size of chunks."""
 
     # Whether a member of a sharded request needs its whole chunk in a step, since others go on from there in the same.
     whole_chunks = False
-    # Part of what prompts may take of a step that is for short ones, while there are any.
-    short_part = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -101,13 +93,13 @@ class ChunkDoors(_Base):
             kept += self._inflight_prefill_reserved_blocks()
         return kept
 
-    def _reserve_prefill_lookahead(self, request: Request, *args: Any) -> int:
-        """vLLM's scheduler asks this of each request right before it takes blocks for it. To one that waits are given
-        none of those that prompts have yet to take, of which all that run have had theirs for this step."""
+    def cut_chunk(self, request: Request, computed: int, most: int) -> int:
+        """vLLM's scheduler asks this right before it takes blocks for a request. To one that waits are given none of
+        those that prompts have yet to take, of which all that run have had theirs for this step."""
         starts = request.status != RequestStatus.RUNNING and not self._holds_kv_blocks(request)
         if starts and self._keeps_blocks and self._inflight_prefills:
             self.kv_cache_manager.watermark_blocks = self._watermark + self._inflight_prefill_reserved_blocks()
-        return super()._reserve_prefill_lookahead(request, *args)
+        return super().cut_chunk(request, computed, most)
 
     def keep_no_more(self) -> None:
         """After the step: elsewhere these blocks are counted as taken (``RankView.to_take``)."""

@@ -4,7 +4,7 @@
 Those that wait here for room are taken so when it is there, in the order and with the room in which vLLM's scheduler
 would start them, as it does with vLLM's DecodeBenchConnector. Touches vLLM 0.32's
 ``Scheduler._handle_blocked_waiting_request``, which its scheduler asks of each waiting request once those that run have
-had their blocks, and ``Scheduler._reserve_prefill_lookahead``.
+had their blocks.
 """
 
 from __future__ import annotations
@@ -12,20 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from ...placement import cdiv
+from .allowance import AllowanceDoors
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
 
-    _Base = Scheduler
-else:
-    _Base = object
 
-
-class TakenDoors(_Base):
+class TakenDoors(AllowanceDoors):
     """Mixed into vLLM's scheduler: requests that take no prefill."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,7 +74,8 @@ class TakenDoors(_Base):
                 self.take_as_computed(request, tokens, self.kept_blocks)
         return ready
 
-    def _reserve_prefill_lookahead(self, request: Request, *args: Any) -> int:
+    def cut_chunk(self, request: Request, computed: int, most: int) -> int:
+        """See ``AllowanceDoors``."""
         if request.request_id in self.to_take_as_computed:
             return 0  # it waits, and those behind it do
-        return super()._reserve_prefill_lookahead(request, *args)
+        return super().cut_chunk(request, computed, most)

@@ -62,5 +62,7 @@ class VictimDoors(_Base):
 
     def _victim(self, request: Request) -> Victim:
         held = self.held_blocks.get(request.request_id, ())
-        frees = sum(block.ref_cnt == 1 and not block.is_null for block in held)
+        if held and held[0].is_null:  # null blocks come before all others
+            held = [block for block in held if not block.is_null]
+        frees = [block.ref_cnt for block in held].count(1)
         return Victim(request.num_computed_tokens, frees, request.num_preemptions)

@@ -81,7 +81,7 @@ def compare(shape: Shape) -> None:
             expected[place] = full_attention(query[place : place + 1], keys, values, length - 1, shape.scale)[0]
             if spare := -length % size:
                 cache[mine[-1], :, -spare:] = float("nan")
-    visits = Visits(NUM_ROWS, *(x.to(DEVICE) for x in vars(visits).values() if isinstance(x, torch.Tensor)))
+    visits = Visits(1, NUM_ROWS, *(x.to(DEVICE) for x in vars(visits).values() if isinstance(x, torch.Tensor)))
     table = table.to(DEVICE)
     visits.tables.copy_(torch.tensor([row.data_ptr() for row in table]))
     cache, query = cache.to(DEVICE), query.to(DEVICE)

@@ -144,7 +144,7 @@ class Mover:
             scheduled: when it was, by ``time.monotonic``.
         """
         now = time.monotonic()
-        if batches and all(batch.decode for batch in batches):
+        if batches and all(batch.queries for batch in batches):
             self.model.observe(work, now - max(scheduled, self._last_update))
         self._last_update = now
 

@@ -49,8 +49,8 @@ class PlanRow:
         home: the rank that computes the queries.
         num_queries: how many; positive.
         first_block: index of the first block in the home's block table that the home holds.
-        local_tokens: KV tokens the home holds with a position below the first query; with drafts and async scheduling at
-            most so many, for it is not known yet how many drafts of the step before are accepted.
+        local_tokens: KV tokens the home holds with a position below the first query; with drafts and async
+            scheduling at most so many, for it is not known yet how many drafts of the step before are accepted.
         holders: the other shards, at most one a rank; at the home, what it holds of earlier parts. Not empty.
     """
 

@@ -142,7 +142,9 @@ def test_homes_move(model: str) -> None:
         stock = Engine(model, 1, **args)
         nanocp = Engine(model, 2, {"segment_size": 600, "moves": moves}, **args, speculative_config=drafts)
     try:
-        asks = [Ask(prompt(n, 300 + n), dict(max_tokens=90, logprobs=20), delay=0.02 * i) for i, n in enumerate(LENGTHS)]
+        asks = [
+            Ask(prompt(n, 300 + n), dict(max_tokens=90, logprobs=20), delay=0.02 * i) for i, n in enumerate(LENGTHS)
+        ]
         theirs, again = stock.ask(asks), [stock.ask([ask])[0] for ask in asks]
         ours = nanocp.ask(asks)
         nanocp.check_nothing_left()

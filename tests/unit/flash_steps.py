@@ -246,9 +246,7 @@ def use_references() -> None:
     gpu_layer.merge_rows = reference_merge
 
 
-def make_routes(
-    shape: Shape, num_ranks: int, rank: int, capacity: int, shared: str | None, queries: int = 1
-) -> Routes:
+def make_routes(shape: Shape, num_ranks: int, rank: int, capacity: int, shared: str | None, queries: int = 1) -> Routes:
     """Over memory that all ranks write to: of the GPUs, or files in a folder that all processes map."""
     layout = RowLayout(shape.num_heads, shape.head_size)
     query_bytes = layout.query_bytes(shape.dtype)

@@ -178,7 +178,11 @@ def test_no_tokens_anywhere_are_no_batches() -> None:
 
 def test_a_rank_without_tokens_runs_an_idle_batch() -> None:
     busy = scheduled(cached=[(40, 1), (7, 1)])
-    assert batches_of(parts([scheduled(), busy, scheduled()]), idle_batch(4)) == [Batch(1, 4, 4), Batch(2, 2, 1), Batch(1, 4, 4)]
+    assert batches_of(parts([scheduled(), busy, scheduled()]), idle_batch(4)) == [
+        Batch(1, 4, 4),
+        Batch(2, 2, 1),
+        Batch(1, 4, 4),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,16 @@ class World:
         self.asks = {ask.request.request_id: ask for ask in self.draw()}
         truths = {name: ask.truth for name, ask in self.asks.items()}
         self.device = Device(
-            truths, shape.ranks, shape.blocks + 1, shape.block_size, shape.max_reqs, shape.degree, version, asynchronous,
+            truths,
+            shape.ranks,
+            shape.blocks + 1,
+            shape.block_size,
+            shape.max_reqs,
+            shape.degree,
+            version,
+            asynchronous,
             self.queries,
-        )  # fmt: skip
+        )
         self.depth = 2 if asynchronous else 1
         self.flying: deque[tuple[Any, Any]] = deque()
         self.answers: dict[str, list[int]] = {name: [] for name in self.asks}

@@ -89,8 +89,8 @@ class Flag:
 # Ways to draft without a model: they keep no KV, and take no part in the ranks' collectives. And those for GPUs only.
 DRAFTERS = ("ngram", "suffix", "custom_class")
 _GPU_DRAFTERS = ("ngram_gpu",)
-# Whether ``tests/gpu/test_drafts.py`` has passed. Then True, and both kinds are served on GPUs, with either model runner
-# and, with V2's, async scheduling.
+# Whether ``tests/gpu/test_drafts.py`` has passed. Then True, and both kinds are served on GPUs, with either model
+# runner and, with V2's, async scheduling.
 DRAFTS_RUN_ON_GPUS = False
 _DRAFT_MODEL = "a draft's layers have KV to be sharded, too, and ranks without tokens would have to draft beside others"
 _OTHER_DRAFTER = "use the method ngram, suffix or custom_class, or leave it out"

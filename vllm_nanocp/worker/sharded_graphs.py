@@ -64,7 +64,8 @@ class ShardedCapture(CudaGraphManager):
         config = nanocp_config.of(self.vllm_config)
         full = self._capture_descs.get(CUDAGraphMode.FULL, [])
         queries = self.decode_query_len
-        decode = [d.num_reqs for d in full if d.uniform_token_count == queries and d.num_reqs and not d.num_active_loras]
+        decodes = [d for d in full if d.uniform_token_count == queries and not d.num_active_loras]
+        decode = [d.num_reqs for d in decodes if d.num_reqs]
         if not decode or config.degree_limit == 1 or not replays(self.vllm_config):
             return
         self.sharded = [

@@ -100,8 +100,8 @@ class CapturedTables:
         rows, width = max_tokens + places, num_ranks + 1
         sizes = dict(
             send=places * queries, asks=places * 2, answers=places, counts=4, pick=capacity * queries * width,
-            tokens=capacity * queries, visiting=capacity, hidden=capacity, tables=places, pieces=self._visits.pieces.numel(), starts=self._programs + 1,
-            first=rows, count=rows,
+            tokens=capacity * queries, visiting=capacity, hidden=capacity, tables=places,
+            pieces=self._visits.pieces.numel(), starts=self._programs + 1, first=rows, count=rows,
         )  # fmt: skip
         self._sizes = _Parts(**sizes)
         self._ints = torch.zeros(sum(size + size % 2 for size in self._sizes), dtype=torch.int64, device=device)
@@ -186,7 +186,9 @@ class CapturedTables:
         asked, tokens = np.concatenate([place, here]), np.concatenate([token[row], token])
         send[asked] = tokens[:, None] + each
         at.asks[: 2 * len(asked)] = np.stack([asked, tokens], axis=1).reshape(-1)
-        guests = np.array([guest.home * self.capacity + guest.index // queries for guest in step.guests], dtype=np.int64)
+        guests = np.array(
+            [guest.home * self.capacity + guest.index // queries for guest in step.guests], dtype=np.int64
+        )
         at.answers[: len(guests) + mine] = np.concatenate([guests, here])
         at.counts[:] = step.serial * MAX_LAYERS, len(asked), len(guests) + mine, mine * queries
         at_places = lengths[self.max_tokens :]

@@ -209,7 +209,8 @@ def _send(  # type: ignore[no-untyped-def]
     ask, epoch, words_ptr, words_stride, asks_ptr, pointers_ptr, me, capacity, num_ranks, queries_at, asked_at,
     QUERIES: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """1. Send: copy a row's queries, as 4-byte words, to their holder's buffer, then raise the flag of their place there.
+    """1. Send: copy a row's queries, as 4-byte words, to their holder's buffer, then raise the flag of their place
+    there.
 
     Args:
         ask: which of the step's asks.

@@ -184,9 +184,6 @@ def worlds_of(queries: int) -> st.SearchStrategy[list[Batch]]:
     return st.lists(batches, min_size=2, max_size=5)
 
 
-QUERIES = pytest.mark.parametrize("queries", [1, 3])
-
-
 def stock_answer(manager: Any, worlds: list[Batch], rank: int) -> Any:
     """vLLM's functions, with an all-reduce that knows what the others would put in."""
 
@@ -220,10 +217,10 @@ def same(ours: Any, stock: Any) -> None:
             assert getattr(state, f.name) == getattr(stock_state, f.name), f.name
 
 
-@QUERIES
 @pytest.mark.parametrize("mode", MODES)
 @given(data=st.data())
-def test_without_shards_it_is_what_vllm_finds(mode: CUDAGraphMode, queries: int, data: st.DataObject) -> None:
+def test_without_shards_it_is_what_vllm_finds(mode: CUDAGraphMode, data: st.DataObject) -> None:
+    queries = data.draw(st.sampled_from([1, 3]))
     world = data.draw(worlds_of(queries))
     with pytest.MonkeyPatch.context() as patch:
         manager = make_manager(patch, mode, queries=queries)
@@ -231,13 +228,11 @@ def test_without_shards_it_is_what_vllm_finds(mode: CUDAGraphMode, queries: int,
             same(agree(manager, world, rank, False, None), stock_answer(manager, world, rank))
 
 
-@QUERIES
 @pytest.mark.parametrize("mode", MODES)
 @given(data=st.data(), visits=st.none() | st.integers(1, 10))
-def test_with_shards_all_ranks_find_the_same(
-    mode: CUDAGraphMode, queries: int, data: st.DataObject, visits: int | None
-) -> None:
+def test_with_shards_all_ranks_find_the_same(mode: CUDAGraphMode, data: st.DataObject, visits: int | None) -> None:
     """One graph that knows shards and has room for all; or, on every rank, none that would replay without them."""
+    queries = data.draw(st.sampled_from([1, 3]))
     world = data.draw(worlds_of(queries))
     with pytest.MonkeyPatch.context() as patch:
         manager = make_manager(patch, mode, queries=queries)

@@ -94,16 +94,18 @@ def _launch_all(shape: tuple[int, int, int], cache: torch.dtype) -> None:
     one = torch.ones(1)
     kv = KV(keys, values, 0.1, (None, one, one) if cache != dtype else (None, None, None))
     query_bytes, pointers = layout.query_bytes(dtype), torch.zeros(2, dtype=torch.int64)
-    buffer = torch.zeros(Routes.size(1, 2, layout, query_bytes), dtype=torch.uint8)
-    routes = Routes(1, 2, 0, layout, query_bytes, buffer, pointers)
-    visits = Visits.empty(1, routes.places, heads, kv_heads, size, CPU)
-    query = torch.zeros((routes.places, heads, size), dtype=dtype)
-    split_kv.attend(query, kv, visits, dtype)
-    split_kv.pack(layout.empty(1, CPU), layout, visits)
-    none = torch.zeros((routes.places, 2), dtype=torch.int64)
-    nowhere = torch.full((1, 3), -1, dtype=torch.int64)
-    route = Route(none, none[:, 0], none.new_zeros(4), nowhere, nowhere[0, :1])
-    routes.attend(LocalBatch(query[:1], query[:1].clone(), visits.done, visits.done[0]), kv, visits, route, 0)
+    for queries in (1, 4):
+        buffer = torch.zeros(Routes.size(1, 2, layout, query_bytes, queries), dtype=torch.uint8)
+        routes = Routes(1, 2, 0, layout, query_bytes, buffer, pointers, queries)
+        visits = Visits.empty(1, routes.places, heads, kv_heads, size, CPU, queries)
+        query = torch.zeros((routes.places * queries, heads, size), dtype=dtype)
+        split_kv.attend(query, kv, visits, dtype)
+        split_kv.pack(layout.empty(queries, CPU), layout, visits)
+        none = torch.zeros((routes.places, 2), dtype=torch.int64)
+        nowhere = torch.full((1, 3), -1, dtype=torch.int64)
+        route = Route(none, none[:, 0], none.new_zeros(4), nowhere, nowhere[0, :1])
+        batch = LocalBatch(query[:1], query[:1].clone(), visits.done, visits.done[0])
+        routes.attend(batch, kv, visits, route, 0)
 
 
 def signature(kernel: Any, args: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:

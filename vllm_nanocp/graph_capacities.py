@@ -31,11 +31,12 @@ def capacities(vllm_config: Any, routed: bool) -> tuple[int, ...]:
     config = nanocp_config.of(vllm_config)
     if config.graph_capacities is not None:
         return config.graph_capacities
-    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [_EAGER]
-    most = min(vllm_config.scheduler_config.max_num_seqs, max(sizes), largest_capacity(config.ranks))
+    sizes, queries = vllm_config.compilation_config.cudagraph_capture_sizes, 1 + vllm_config.num_speculative_tokens
+    largest = max(1, max(sizes) // queries) if sizes else _EAGER  # requests
+    most = min(vllm_config.scheduler_config.max_num_seqs, largest, largest_capacity(config.ranks * queries))
     if routed:
         return (most,)
-    most = min(most, max(_COLLECTIVE[0], _COLLECTIVE_ROWS // config.ranks))
+    most = min(most, max(_COLLECTIVE[0], _COLLECTIVE_ROWS // (config.ranks * queries)))
     return (*(c for c in _COLLECTIVE if c < most), most)
 
 

@@ -49,7 +49,8 @@ class PlanRow:
         home: the rank that computes the queries.
         num_queries: how many; positive.
         first_block: index of the first block in the home's block table that the home holds.
-        local_tokens: KV tokens the home holds with a position below the first query.
+        local_tokens: KV tokens the home holds with a position below the first query; with drafts and async
+            scheduling at most so many, for it is not known yet how many drafts of the step before are accepted.
         holders: the other shards, at most one a rank; at the home, what it holds of earlier parts. Not empty.
     """
 
@@ -67,16 +68,26 @@ class Batch(NamedTuple):
     Attributes:
         num_reqs: requests with tokens in this step.
         num_tokens: tokens of them.
-        decode: whether each has one token, after others that are computed already.
+        queries: tokens of each, if all have as many: one token after others that are computed already, and drafts of
+            the next ones. Else 0.
     """
 
     num_reqs: int
     num_tokens: int
-    decode: bool
+    queries: int
 
 
-# What a rank runs that has no tokens while another has: see ``worker.OneRank``.
-IDLE = Batch(num_reqs=1, num_tokens=1, decode=True)
+def idle_batch(queries: int) -> Batch:
+    """What a rank runs that has no tokens while another has: see ``worker.OneRank``.
+
+    Args:
+        queries: tokens of the one request in it.
+    """
+    return Batch(num_reqs=1, num_tokens=queries, queries=queries)
+
+
+# Without drafts.
+IDLE = idle_batch(1)
 
 
 @dataclass(slots=True)
@@ -99,7 +110,7 @@ class StepPlan:
     Attributes:
         rows: sharded requests with queries in this step. Every rank derives the order and the sizes of the
             exchange from it.
-        batches: each rank's; ``IDLE`` for one without tokens beside one with. Empty when no rank has any.
+        batches: each rank's; ``idle_batch`` for one without tokens beside one with. Empty when no rank has any.
         opened: for each rank, shards that rows of this or a later step visit: (shard id, block ids). An id is never
             used again.
         closed: shard ids that no row of this or a later step visits.
@@ -116,21 +127,22 @@ class StepPlan:
     departing: list[str] = field(default_factory=list)
     serial: int = 0
 
-    def most_visits(self, num_ranks: int) -> int | None:
-        """Queries of the busiest pair of ranks, or rows that visit of the busiest home, if they are more.
+    def most_visits(self, num_ranks: int, queries: int = 1) -> int | None:
+        """Visits of the busiest pair of ranks, or rows that visit of the busiest home, if they are more.
 
         Tables of fixed size have room for so many of both.
 
         Args:
             num_ranks: N.
+            queries: that each row has in such tables.
 
         Returns:
-            None when a row has several queries, or visits more shards than such tables have places for.
+            None when a row has more or fewer queries, or visits more shards than such tables have places for.
         """
         pairs: Counter[tuple[int, int]] = Counter()
         homes: Counter[int] = Counter()
         for row in self.rows:
-            if row.num_queries != 1 or len(row.holders) > num_ranks:
+            if row.num_queries != queries or len(row.holders) > num_ranks:
                 return None
             homes[row.home] += 1
             for holder in row.holders:

@@ -121,6 +121,8 @@ class Scenario:
     shards: list[list[Shard]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     batches: list[list[int]] = field(default_factory=list)
+    # Drafts of the step before, which the plan takes to be right and which were not.
+    wrong: int = 0
 
     def qkv(self, request: int, layer: int) -> list[torch.Tensor]:
         """Query, key and value of all of a request's tokens: [tokens, heads, head_size]."""
@@ -146,7 +148,7 @@ class Scenario:
                     home=home.rank,
                     num_queries=row.num_queries,
                     first_block=home.first_block,
-                    local_tokens=row.first - home.first_block * block_size,
+                    local_tokens=row.first - home.first_block * block_size + self.wrong,
                     holders=tuple(
                         Holder(s.rank, f"{self.seed}.{row.request}#{i}", len(s.blocks) * block_size)
                         for i, s in enumerate(shards[: row.shard])
@@ -166,12 +168,14 @@ def make_scenario(
     sharded: bool = True,
     decode_only: bool = False,
     plain_prefill: bool = False,
+    queries: int = 1,
 ) -> Scenario:
     """A random one. Of every three with shards, one has a rank without rows of its own.
 
-    With ``decode_only`` every row has one query and visits at most N - 1 shards: what a captured graph serves. With
+    With ``decode_only`` every row has ``queries`` and visits at most N - 1 shards: what a captured graph serves. With
     ``plain_prefill`` too, rows that visit nobody may have more: what fixed tables serve outside of graphs.
     """
+    decoded = queries
     dice = random.Random(seed)
     size, num_blocks = shape.block_size, 80
     scenario = Scenario(shape, seed, num_ranks, num_blocks)
@@ -197,9 +201,9 @@ def make_scenario(
 
     homes = [rank for rank in range(num_ranks) if rank != idle]
     for _ in range(dice.randint(0, 4)):
-        held = dice.randint(1, 3 * size)
-        queries = dice.choice([1, 1, held, dice.randint(1, held)])
-        tail(add([dice.choice(homes)], [], held), 1 if decode_only and not plain_prefill else queries)
+        held = max(decoded, dice.randint(1, 3 * size))
+        queries = dice.choice([decoded, decoded, held, dice.randint(1, held)])
+        tail(add([dice.choice(homes)], [], held), decoded if decode_only and not plain_prefill else queries)
     kinds = ["decode"] if decode_only else ["decode", "chunk", "chain"]
     for kind in dice.choices(kinds, k=dice.randint(1, 4)) if sharded else []:
         home = dice.choice(homes)
@@ -210,9 +214,10 @@ def make_scenario(
             holders.append(home if decode_only else dice.randrange(num_ranks))
         whole = [dice.randint(1, 4) for _ in holders]
         held = dice.choice([1, dice.randint(1, 3 * size), size, 2 * size])
+        held = max(held, decoded)
         request = add([*holders, home], whole, held)
         if kind == "decode":
-            tail(request, 1)
+            tail(request, decoded)
         elif kind == "chunk":
             tail(request, dice.choice([held, dice.randint(1, held)]))
         else:  # two consecutive chunks in one step, the second attending to the first
@@ -228,6 +233,7 @@ def make_scenario(
         if shape.decodes_first:
             batch.sort(key=lambda i: scenario.rows[i].num_queries > 1)
         scenario.batches.append(batch)
+    scenario.wrong = seed % decoded
     return scenario
 
 
@@ -340,6 +346,7 @@ class Kernel:
             ranks, rank); None: the collective one.
         exchange: of a group, the collective one.
         groups: of heads, each with an exchange of its own.
+        queries: that requests are decoded with.
     """
 
     builder: Callable[[Shape], Any]
@@ -356,6 +363,7 @@ class Kernel:
     routes: Callable[[Shape, int, int], Routes] | None = None
     exchange: Callable[[Any], CollectiveExchange] = CollectiveExchange
     groups: int = 1
+    queries: int = 1
 
 
 CPU_KERNEL = Kernel(
@@ -391,9 +399,9 @@ class RankSimulation:
     def _common(self) -> CommonAttentionMetadata:
         """What vLLM's model runner hands to the builder."""
         scenario, shape = self.scenario, self.scenario.shape
-        # A rank without tokens runs a dummy batch of one token, as vLLM makes it.
-        lengths = [row.num_queries for row in self.rows] or [1]
-        ends = [row.first + row.num_queries for row in self.rows] or [1]
+        # A rank without tokens runs a dummy batch of one request, as vLLM makes it.
+        lengths = [row.num_queries for row in self.rows] or [self.kernel.queries]
+        ends = [row.first + row.num_queries for row in self.rows] or [self.kernel.queries]
         starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
         table = torch.zeros(len(lengths), 40, dtype=torch.int32)
         mapping = []
@@ -406,7 +414,7 @@ class RankSimulation:
             starts = torch.cat([starts, starts[-1:].repeat(spare)])
             seq_lens = torch.cat([seq_lens, seq_lens.new_zeros(spare)])
             table = torch.cat([table, table.new_zeros(spare, 40)])
-            tokens = self.kernel.pad
+            tokens = self.kernel.pad * self.kernel.queries
         device = self.kernel.device
         return CommonAttentionMetadata(
             query_start_loc=starts.to(device),
@@ -417,8 +425,8 @@ class RankSimulation:
             max_query_len=max(lengths),
             max_seq_len=max(ends),
             block_table_tensor=table.to(device),
-            slot_mapping=(torch.cat(mapping) if mapping else torch.tensor([-1])).to(device),
-            seq_lens_cpu_upper_bound=seq_lens,
+            slot_mapping=(torch.cat(mapping) if mapping else torch.tensor([-1] * lengths[0])).to(device),
+            seq_lens_cpu_upper_bound=seq_lens + scenario.wrong * (seq_lens > 0),
         )
 
     def _past(self, impl: Any, cache: torch.Tensor, layer: int) -> None:
@@ -456,10 +464,10 @@ class RankSimulation:
         shards.update(plan)
         batch = [str(i) for i in scenario.batches[self.rank]]
         calls = self.exchange.calls
-        context.exchange = self.exchange
+        context.exchange, context.queries = self.exchange, kernel.queries
         context.step = make_step(plan, shards, scenario.num_ranks, batch.index)
         if context.step is not None and kernel.capacity:
-            visits = plan.most_visits(scenario.num_ranks)
+            visits = plan.most_visits(scenario.num_ranks, kernel.queries)
             assert visits is not None and visits <= kernel.capacity
             context.step.capacity = kernel.capacity
             context.step.serial = scenario.seed
@@ -473,7 +481,7 @@ class RankSimulation:
                 self._layer(impl, layer, number, common, metadata)
         finally:
             context.step = context.exchange = None
-            context.routes = {}
+            context.routes, context.queries = {}, 1
         if not kernel.replays and kernel.routes is None:
             assert self.exchange.calls - calls == (2 * LAYERS * kernel.groups if plan.rows else 0)
         guests = sum(h.rank == self.rank for row in plan.rows for h in row.holders)
@@ -498,11 +506,11 @@ class RankSimulation:
         if parts:
             joined = [torch.cat(x) for x in zip(*parts, strict=True)]
         else:
-            joined = [torch.randn(1, n, width).to(shape.dtype) for n, width in sizes]
+            joined = [torch.randn(self.kernel.queries, n, width).to(shape.dtype) for n, width in sizes]
         # As the model has them: slices of one projection.
         fused = torch.cat([x.flatten(1) for x in joined], dim=1)
-        if self.kernel.pad > len(fused):
-            fused = torch.cat([fused, fused.new_full((self.kernel.pad - len(fused), fused.shape[1]), 7.0)])
+        if (padded := self.kernel.pad * self.kernel.queries) > len(fused):
+            fused = torch.cat([fused, fused.new_full((padded - len(fused), fused.shape[1]), 7.0)])
         split = fused.split([n * width for n, width in sizes], dim=1)
         query, key, value = (x.view(-1, *size) for x, size in zip(split, sizes, strict=True))
         if self.rows:
@@ -526,7 +534,7 @@ class RankSimulation:
             self.errors.append(error.max().item() if error.isfinite().all() else float("inf"))
             at += row.num_queries
             kind = "plain" if row.shard == 0 else "sharded"
-            self.counts[f"{kind} {'decode' if row.num_queries == 1 else 'prefill'}"] += 1
+            self.counts[f"{kind} {'decode' if row.num_queries == self.kernel.queries else 'prefill'}"] += 1
             local_past = row.first - scenario.shards[row.request][row.shard].first_block * shape.block_size
             self.counts["no local past"] += bool(row.shard) and local_past == 0
 
@@ -545,7 +553,7 @@ def run_scenarios(
         counts: Counter[str] = Counter()
         errors: list[tuple[int, float]] = []
         for shape, seed, sharded in specs:
-            scenario = make_scenario(shape, seed, size, sharded, bool(used.capacity), not used.pad)
+            scenario = make_scenario(shape, seed, size, sharded, bool(used.capacity), not used.pad, used.queries)
             simulation = RankSimulation(scenario, rank, exchange, used)
             simulation.run()
             counts += simulation.counts

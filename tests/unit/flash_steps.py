@@ -205,28 +205,34 @@ def reference_attend(query: torch.Tensor, kv: KV, visits: Visits, _: torch.dtype
     """Results of pieces that are not in use are NaN."""
     visits.outputs.fill_(float("nan"))
     visits.lses.fill_(float("nan"))
-    group = query.shape[1] // kv.keys.shape[2]
+    group, queries = query.shape[1] // kv.keys.shape[2], visits.queries
     for piece, (row, begin, end) in enumerate(visits.pieces[: visits.starts[-1]].tolist()):
         place = row - visits.num_rows
+        seen = int(visits.seen[place]) if queries > 1 else 0
+        end = min(end, seen) if seen else end
         blocks = read_table(visits.tables[place].item(), -(-end // kv.keys.shape[1]))
         keys, values = (x[blocks].flatten(0, 1)[begin:end].double() for x in (kv.keys, kv.values))
         k, v = (x.repeat_interleave(group, 1) for x in (keys, values))
-        scores = torch.einsum("hd,khd->hk", query[place].double(), k) * kv.scale
+        scores = torch.einsum("qhd,khd->qhk", query[place * queries :][:queries].double(), k) * kv.scale
+        if seen:
+            last = seen - queries + torch.arange(queries)
+            scores.masked_fill_((torch.arange(begin, max(begin, end)) > last[:, None])[:, None], float("-inf"))
         visits.lses[piece] = scores.logsumexp(-1).float()
-        visits.outputs[piece] = torch.einsum("hk,khd->hd", scores.softmax(-1), v).float()
+        visits.outputs[piece] = torch.einsum("qhk,khd->qhd", scores.softmax(-1).nan_to_num(0), v).float()
 
 
 def reference_pack_visits(rows: torch.Tensor, layout: RowLayout, visits: Visits) -> None:
     """Likewise: ``test_decode_pieces.py`` has the kernel."""
     layout.outputs(rows).zero_()
     layout.lses(rows).fill_(float("-inf"))
-    for place in range(len(rows)):
+    queries = visits.queries
+    for place in range(len(rows) // queries):
         first, count = (int(x[visits.num_rows + place]) for x in (visits.first, visits.count))
         if count:
-            lse = visits.lses[first : first + count].double()
+            lse, mine = visits.lses[first : first + count].double(), slice(place * queries, (place + 1) * queries)
             outputs = visits.outputs[first : first + count].double()
-            layout.outputs(rows)[place] = (lse.softmax(0).unsqueeze(-1) * outputs).sum(0).float()
-            layout.lses(rows)[place] = lse.logsumexp(0).float()
+            layout.outputs(rows)[mine] = (lse.softmax(0).unsqueeze(-1) * outputs).sum(0).float()
+            layout.lses(rows)[mine] = lse.logsumexp(0).float()
 
 
 def use_references() -> None:
@@ -240,11 +246,11 @@ def use_references() -> None:
     gpu_layer.merge_rows = reference_merge
 
 
-def make_routes(shape: Shape, num_ranks: int, rank: int, capacity: int, shared: str | None) -> Routes:
+def make_routes(shape: Shape, num_ranks: int, rank: int, capacity: int, shared: str | None, queries: int = 1) -> Routes:
     """Over memory that all ranks write to: of the GPUs, or files in a folder that all processes map."""
     layout = RowLayout(shape.num_heads, shape.head_size)
     query_bytes = layout.query_bytes(shape.dtype)
-    size = Routes.size(capacity, num_ranks, layout, query_bytes)
+    size = Routes.size(capacity, num_ranks, layout, query_bytes, queries)
     if shared is None:
         import torch.distributed as dist
 
@@ -257,14 +263,19 @@ def make_routes(shape: Shape, num_ranks: int, rank: int, capacity: int, shared: 
         buffers = [torch.from_file(name, shared=True, size=size, dtype=torch.uint8) for name in names]
         _mapped.extend(buffers)
         buffer, pointers = buffers[rank], torch.tensor([b.data_ptr() for b in buffers])
-    return Routes(capacity, num_ranks, rank, layout, query_bytes, buffer, pointers)
+    return Routes(capacity, num_ranks, rank, layout, query_bytes, buffer, pointers, queries)
 
 
 _mapped: list[torch.Tensor] = []
 
 
 def flash_kernel(
-    device: str = "cpu", capacity: int = 0, pad: int = 16, routed: bool = False, shared: str | None = None
+    device: str = "cpu",
+    capacity: int = 0,
+    pad: int = 16,
+    routed: bool = False,
+    shared: str | None = None,
+    queries: int = 1,
 ) -> Kernel:
     """The backend on a device; on CPU with references in place of kernels.
 
@@ -274,6 +285,7 @@ def flash_kernel(
         pad: rows that batches are padded to, if the tables are fixed.
         routed: with the routed exchange.
         shared: an empty folder for its memory, on CPU.
+        queries: that requests are decoded with.
     """
     where = torch.device(device)
     flash_tables.queries_at_once = lambda *_: 7  # type: ignore[assignment]  # so that chunks take several launches
@@ -290,5 +302,6 @@ def flash_kernel(
         lambda impl, *args: impl.forward(*args),
         capacity,
         pad if capacity else 0,
-        routes=functools.cache(lambda *args: make_routes(*args, capacity, shared)) if routed else None,
+        routes=functools.cache(lambda *args: make_routes(*args, capacity, shared, queries)) if routed else None,
+        queries=queries,
     )

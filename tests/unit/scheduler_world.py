@@ -17,7 +17,7 @@ import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
-from vllm_nanocp.plan import IDLE, Batch, PlanRow, StepPlan
+from vllm_nanocp.plan import Batch, PlanRow, StepPlan, idle_batch
 from vllm_nanocp.sched.step_output import NanoCPSchedulerOutput
 from vllm_nanocp.step_messages import with_generators
 
@@ -85,6 +85,7 @@ class Device:
         degree: most ranks that may hold KV of one request.
         version: of the model runner.
         asynchronous: whether steps are scheduled before the output of those before is known.
+        queries: tokens that a request is decoded with, drafts included.
     """
 
     def __init__(
@@ -97,7 +98,9 @@ class Device:
         degree: int,
         version: int,
         asynchronous: bool,
+        queries: int = 1,
     ) -> None:
+        self.idle, self.most_drafts = idle_batch(queries if version == 2 else 1), queries - 1
         self.block_size, self.degree, self.version = block_size, degree, version
         self.stores = [Store(num_blocks, block_size) for _ in range(ranks)]
         make = V1 if version == 1 else V2
@@ -125,7 +128,7 @@ class Device:
         self._check_batches(plan, parts)
         for runner, part in zip(self.runners, parts, strict=True):
             for req_id, count in part.num_scheduled_tokens.items():
-                drafts = part.scheduled_spec_decode_tokens.get(req_id, ())
+                drafts = runner.drafts(runner.known[req_id], part.scheduled_spec_decode_tokens.get(req_id, ()))
                 self._write(runner, runner.known[req_id], count, drafts)
         self._read(plan, parts)
         self._count_drafts(plan, parts)
@@ -161,10 +164,11 @@ class Device:
     def _check_batches(self, plan: StepPlan, parts: Sequence[SchedulerOutput]) -> None:
         seen = []
         for runner, part in zip(self.runners, parts, strict=True):
-            counts = part.num_scheduled_tokens
-            # A token over others that are computed is a decode to the runners, wherever it came from.
-            decode = all(count == 1 and runner.known[req_id].computed for req_id, count in counts.items())
-            seen.append(Batch(len(counts), sum(counts.values()), decode) if counts else IDLE)
+            counts, drafts = part.num_scheduled_tokens, part.scheduled_spec_decode_tokens
+            decodes = [runner.decodes(runner.known[r], n, len(drafts.get(r, ()))) for r, n in counts.items()]
+            alike = len(set(counts.values())) == 1 and all(decodes)
+            queries = next(iter(counts.values())) if alike else 0
+            seen.append(Batch(len(counts), sum(counts.values()), queries) if counts else self.idle)
         if not any(part.num_scheduled_tokens for part in parts):
             seen = []
         if seen != plan.batches:
@@ -206,8 +210,8 @@ class Device:
     def _read_local(self, runner: Runner, known: Known, count: int, drafts: int, row: PlanRow | None) -> None:
         start = 0 if row is None else row.first_block * self.block_size
         end, who = known.computed + count - drafts + known.accepted, runner.who(known.req_id)
-        if row is not None and (row.num_queries, row.local_tokens) != (count, known.computed - start):
-            fail(f"{who}: has {count} queries from {known.computed} on, the plan says {row}")
+        if row is not None and (row.num_queries, row.local_tokens) != (count, known.computed + known.ahead - start):
+            fail(f"{who}: has {count} queries from {known.computed} + {known.ahead} on, the plan says {row}")
         blocks = known.blocks[start // self.block_size :]
         entries, positions, owners = self.stores[runner.rank].read(blocks, end - start)
         wrong = np.flatnonzero(entries != known.truth.chain[start:end])
@@ -251,7 +255,7 @@ class Device:
         for req_id in ids:
             known, drafts = runner.known[req_id], part.scheduled_spec_decode_tokens.get(req_id, ())
             count = part.num_scheduled_tokens[req_id] - len(drafts)
-            end = known.computed + count
+            end, known.rejected, known.ahead = known.computed + count, len(drafts) - known.accepted, 0
             made = [known.truth.token(at) for at in range(end, end + known.accepted + 1)]
             if known.is_member:
                 made = [GARBAGE]
@@ -287,6 +291,10 @@ class Device:
         for runner, part in zip(self.runners, payloads(output), strict=True):
             known = [runner.known[req_id] for req_id in part.num_scheduled_tokens]
             drafts = [draft(one.truth, one.computed + 1) for one in known]
+            if runner.keeps_drafts:
+                for one, mine in zip(known, drafts, strict=True):
+                    one.drafts = [*mine, *[GARBAGE] * (self.most_drafts - len(mine))]
+                drafts = [[UNKNOWN] * self.most_drafts for _ in known]
             found.append(DraftTokenIds([one.req_id for one in known], drafts) if known else None)
         return found
 

@@ -21,7 +21,7 @@ from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.sharded_step import ShardedStep
 from vllm_nanocp.config import MAX_PLACES
 from vllm_nanocp.graph_capacities import capacities
-from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
+from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan, idle_batch
 from vllm_nanocp.worker.dp_agreement import agree, capacity_of
 from vllm_nanocp.worker.runner import V1Runner, V2Runner
 from vllm_nanocp.worker.sharded_graphs import NanoCPCudaGraphManager, ShardedDescriptor, sharded_sizes
@@ -30,7 +30,7 @@ SIZES = [1, 2, 4, 8, 16, 24, 32]
 
 
 def make_manager(
-    monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, degree: int = 2, lora: Any = None
+    monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, degree: int = 2, lora: Any = None, queries: int = 1
 ) -> NanoCPCudaGraphManager:
     """With graphs 'captured' for all it would capture."""
     monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: SimpleNamespace(is_first_rank=1, is_last_rank=1))
@@ -49,7 +49,7 @@ def make_manager(
         additional_config={"nanocp": nanocp},
     )
     monkeypatch.setattr(cudagraph_utils.current_platform, "get_global_graph_pool", lambda: None, raising=False)
-    manager = NanoCPCudaGraphManager(config, torch.device("cpu"), mode, decode_query_len=1)
+    manager = NanoCPCudaGraphManager(config, torch.device("cpu"), mode, decode_query_len=queries)
     manager._graphs_captured = True
     manager.graphs = {d: SimpleNamespace() for d in manager._capture_descs.get(CUDAGraphMode.FULL, [])}  # type: ignore
     return manager
@@ -73,21 +73,27 @@ def test_sizes() -> None:
 
 
 @pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("queries", [1, 4])
 @pytest.mark.parametrize(("seqs", "largest"), [(256, 512), (1024, 512), (7, 8), (1024, None)])
-def test_no_number_of_sharded_rows_leaves_the_graphs(routed: bool, seqs: int, largest: int | None) -> None:
+def test_no_number_of_sharded_rows_leaves_the_graphs(
+    routed: bool, queries: int, seqs: int, largest: int | None
+) -> None:
     """Unless capacities are set: every batch that vLLM has a graph for has one with room for all its visits."""
     sizes = [] if largest is None else sorted({1, 2, 4, *range(8, largest + 1, 8)})
     config: Any = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=seqs),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=sizes),
+        num_speculative_tokens=queries - 1,
         additional_config={"nanocp": {"ranks": 4}},
     )
     found = capacities(config, routed)
     assert found == tuple(sorted(set(found))) and (len(found) == 1 or not routed)
-    pairs = sharded_sizes(sizes, found)
-    for rows in range(1, min(seqs, max(sizes, default=0)) + 1):
+    # Requests, as vLLM rounds tokens.
+    requests = sorted({-(-size // queries) for size in sizes if -(-size // queries) * queries <= max(sizes)})
+    pairs = sharded_sizes(requests, found)
+    for rows in range(1, min(seqs, max(requests, default=0)) + 1):
         fitting = [(size, c) for size, c in pairs if size >= rows and c >= rows]
-        vllms = min(size for size in sizes if size >= rows)
+        vllms = min(size for size in requests if size >= rows)
         assert fitting and min(fitting)[0] <= max(1.25 * vllms, vllms), rows
     config.additional_config = {"nanocp": {"ranks": 4, "graph_capacities": [3, 9]}}
     assert capacities(config, routed) == (3, 9)
@@ -100,6 +106,7 @@ def test_there_are_places_for_the_capacity(ranks: int) -> None:
     config: Any = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=1024),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=[1024]),
+        num_speculative_tokens=0,
         additional_config={"nanocp": {"ranks": ranks}},
     )
     (most,) = capacities(config, True)
@@ -166,11 +173,15 @@ def test_capture_lays_out_an_empty_step(
     assert len(seen) == len(manager._capture_descs[CUDAGraphMode.FULL])
 
 
-batches = st.one_of(
-    st.just(IDLE),
-    st.integers(1, 24).map(lambda n: Batch(n, n, True)),
-    st.tuples(st.integers(1, 24), st.integers(0, 40)).map(lambda t: Batch(t[0], sum(t), False)),
-)
+def worlds_of(queries: int) -> st.SearchStrategy[list[Batch]]:
+    """Batches of the ranks: idle, of decodes with drafts, of decodes with fewer, of anything."""
+    batches = st.one_of(
+        st.just(idle_batch(queries)),
+        st.integers(1, 24).map(lambda n: Batch(n, n * queries, queries)),
+        st.tuples(st.integers(1, 24), st.integers(1, queries)).map(lambda t: Batch(t[0], t[0] * t[1], t[1])),
+        st.tuples(st.integers(1, 24), st.integers(0, 40)).map(lambda t: Batch(t[0], sum(t), 0)),
+    )
+    return st.lists(batches, min_size=2, max_size=5)
 
 
 def stock_answer(manager: Any, worlds: list[Batch], rank: int) -> Any:
@@ -180,7 +191,7 @@ def stock_answer(manager: Any, worlds: list[Batch], rank: int) -> Any:
         for other, batch in enumerate(worlds):
             if other == rank:
                 continue
-            uniform = 1 if batch.decode else None
+            uniform = batch.queries or None
             desired = manager.dispatch(
                 batch.num_reqs, batch.num_tokens, uniform, num_active_loras=0, max_query_len=None
             )
@@ -193,7 +204,7 @@ def stock_answer(manager: Any, worlds: list[Batch], rank: int) -> Any:
             patch.setattr(dp_utils.dist, "all_reduce", contributions)
         mine = worlds[rank]
         return dp_utils.dispatch_cg_and_sync_dp(
-            manager, mine.num_reqs, mine.num_tokens, 1 if mine.decode else None, len(worlds), rank
+            manager, mine.num_reqs, mine.num_tokens, mine.queries or None, len(worlds), rank
         )
 
 
@@ -207,31 +218,36 @@ def same(ours: Any, stock: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@given(world=st.lists(batches, min_size=2, max_size=5))
-def test_without_shards_it_is_what_vllm_finds(mode: CUDAGraphMode, world: list[Batch]) -> None:
+@given(data=st.data())
+def test_without_shards_it_is_what_vllm_finds(mode: CUDAGraphMode, data: st.DataObject) -> None:
+    queries = data.draw(st.sampled_from([1, 3]))
+    world = data.draw(worlds_of(queries))
     with pytest.MonkeyPatch.context() as patch:
-        manager = make_manager(patch, mode)
+        manager = make_manager(patch, mode, queries=queries)
         for rank in range(len(world)):
             same(agree(manager, world, rank, False, None), stock_answer(manager, world, rank))
 
 
 @pytest.mark.parametrize("mode", MODES)
-@given(world=st.lists(batches, min_size=2, max_size=5), visits=st.none() | st.integers(1, 10))
-def test_with_shards_all_ranks_find_the_same(mode: CUDAGraphMode, world: list[Batch], visits: int | None) -> None:
+@given(data=st.data(), visits=st.none() | st.integers(1, 10))
+def test_with_shards_all_ranks_find_the_same(mode: CUDAGraphMode, data: st.DataObject, visits: int | None) -> None:
     """One graph that knows shards and has room for all; or, on every rank, none that would replay without them."""
+    queries = data.draw(st.sampled_from([1, 3]))
+    world = data.draw(worlds_of(queries))
     with pytest.MonkeyPatch.context() as patch:
-        manager = make_manager(patch, mode)
+        manager = make_manager(patch, mode, queries=queries)
         found = [agree(manager, world, rank, True, visits) for rank in range(len(world))]
         modes = {desc.cg_mode for desc, _ in found}
         assert len(modes) == 1
         if modes == {CUDAGraphMode.FULL}:
             assert len({desc for desc, _ in found}) == 1
             (desc, _) = found[0]
-            assert all(b.decode for b in world) and visits is not None and visits <= capacity_of(desc)
+            assert all(b.queries == queries for b in world) and visits is not None and visits <= capacity_of(desc)
             assert desc.num_tokens >= max(b.num_tokens for b in world)
+            assert desc.num_reqs is not None and desc.num_reqs * queries == desc.num_tokens
         else:
             assert all(capacity_of(desc) == 0 for desc, _ in found)
-            plain = [Batch(b.num_reqs, b.num_tokens, False) for b in world]
+            plain = [Batch(b.num_reqs, b.num_tokens, 0) for b in world]
             for rank, ours in enumerate(found):
                 same(ours, stock_answer(manager, plain, rank))
 
@@ -244,6 +260,8 @@ def test_busiest_pair() -> None:
     assert StepPlan(rows=[row(0, 1), row(0, 2), row(0, 2), row(1, 0)]).most_visits(3) == 3  # of three rows at 0
     assert StepPlan(rows=[row(0, 1, 1), row(2, 1)]).most_visits(3) == 2
     assert StepPlan(rows=[row(0, 1), row(0, 1, queries=2)]).most_visits(3) is None
+    assert StepPlan(rows=[row(0, 1, queries=2), row(0, 1, queries=2)]).most_visits(3, 2) == 2
+    assert StepPlan(rows=[row(0, 1), row(0, 1, queries=2)]).most_visits(3, 2) is None
     assert StepPlan(rows=[row(0, 1, 2, 0)]).most_visits(3) == 1  # the own part has a place of its own
     assert StepPlan(rows=[row(0, 1, 2, 0, 1)]).most_visits(3) is None
 
@@ -268,7 +286,7 @@ def test_the_v2_runner_asks_nobody(
     dispatch = module.dispatch_cg_and_sync_dp
     dispatch(manager, 3, 3, 1, 2, 0)
     assert len(asked) == 1  # vLLM's own warm-up runs have no plan
-    runner.plan = StepPlan(batches=[Batch(3, 3, True), IDLE])
+    runner.plan = StepPlan(batches=[Batch(3, 3, 1), IDLE])
     desc, _ = dispatch(manager, 3, 3, 1, 2, 0)
     assert (desc.cg_mode, desc.num_tokens) == (CUDAGraphMode.FULL, 4) and len(asked) == 1
     runner.plan.rows.append(PlanRow("r", 0, 1, 0, 0, (Holder(1, "s", 16),)))
@@ -276,7 +294,7 @@ def test_the_v2_runner_asks_nobody(
     try:
         desc, _ = dispatch(manager, 3, 3, 1, 2, 0)
         assert context.step.capacity == 2 == desc.capacity and len(asked) == 1
-        with pytest.raises(RuntimeError, match=r"rank 1 runs \(2, 2, True\)"):
+        with pytest.raises(RuntimeError, match=r"rank 1 runs \(2, 2, 1\)"):
             dispatch(manager, 2, 2, 1, 2, 1)
         runner._must_ask = True
         dispatch(manager, 3, 3, 1, 2, 0, max_query_len=1, uniform_decode=True)
@@ -295,7 +313,7 @@ def test_the_v1_runner_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     model_runner = runner_of(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE))
     model_runner.parallel_config = SimpleNamespace(data_parallel_rank=0)
     runner = V1Runner(model_runner)
-    world = [Batch(2, 9, False), IDLE]
+    world = [Batch(2, 9, 0), IDLE]
     runner.plan = StepPlan(batches=world)
     kwargs = dict(allow_microbatching=False, num_tokens_padded=9, uniform_decode=False, cudagraph_mode=0)
     ours = module.coordinate_batch_across_dp(num_tokens_unpadded=9, parallel_config=None, **kwargs)

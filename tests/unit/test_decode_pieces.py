@@ -55,49 +55,59 @@ def test_attend() -> None:
 
 def check_attend(rank: int, size: int) -> None:
     for shape in SHAPES:
-        compare(shape)
+        compare(shape, 1)
+    for shape in SHAPES[:2]:
+        compare(shape, 3)
 
 
-def compare(shape: Shape) -> None:
-    """Against float64; some places empty; NaN in whatever must not be read."""
+def compare(shape: Shape, queries: int) -> None:
+    """Against float64; some places empty; NaN in whatever must not be read. With several queries some places are of a
+    rank's own rows, of which pieces are made for more tokens than there are."""
     lengths, num_blocks, size = [1, 0, 300, 33, 0, 128, 700], 160, shape.block_size
     generator = torch.Generator().manual_seed(shape.head_size)
     cache = torch.randn((num_blocks, shape.num_kv_heads, size, 2 * shape.head_size), generator=generator)
     cache = cache.to(shape.dtype)
-    query = torch.randn((len(lengths), shape.num_heads, shape.head_size), generator=generator).to(shape.dtype)
-    visits = Visits.empty(
-        NUM_ROWS, len(lengths), shape.num_heads, shape.num_kv_heads, shape.head_size, torch.device("cpu")
-    )
+    query = torch.randn((len(lengths) * queries, shape.num_heads, shape.head_size), generator=generator)
+    query = query.to(shape.dtype)
+    heads = shape.num_heads, shape.num_kv_heads, shape.head_size
+    visits = Visits.empty(NUM_ROWS, len(lengths), *heads, torch.device("cpu"), queries)
+    own = [place for place, length in enumerate(lengths) if length >= queries > 1 and place % 2 == 0]
+    visits.seen[own] = torch.tensor([lengths[place] for place in own], dtype=torch.int32)
     table = torch.zeros((len(lengths), 50), dtype=torch.int32)
     free = torch.randperm(num_blocks - 1, generator=generator) + 1
     cache[0] = float("nan")
-    used = lay_out(visits, [0] * NUM_ROWS + lengths)
+    most = [length + (queries - 1 if place in own else 0) for place, length in enumerate(lengths)]
+    used = lay_out(visits, [0] * NUM_ROWS + most)
     expected = {}
     for place, length in enumerate(lengths):
         mine, free = free[: -(-length // size)], free[-(-length // size) :]
         table[place, : len(mine)] = mine
         if length:
             keys, values = cache[mine].transpose(1, 2).flatten(0, 1)[:length].split(shape.head_size, dim=-1)
-            expected[place] = full_attention(query[place : place + 1], keys, values, length - 1, shape.scale)[0]
+            mine, first = (
+                query[place * queries : (place + 1) * queries],
+                length - queries if place in own else length - 1,
+            )
+            expected[place] = full_attention(mine, keys, values, first, shape.scale)
             if spare := -length % size:
                 cache[mine[-1], :, -spare:] = float("nan")
-    visits = Visits(NUM_ROWS, *(x.to(DEVICE) for x in vars(visits).values() if isinstance(x, torch.Tensor)))
+    visits = Visits(queries, NUM_ROWS, *(x.to(DEVICE) for x in vars(visits).values() if isinstance(x, torch.Tensor)))
     table = table.to(DEVICE)
     visits.tables.copy_(torch.tensor([row.data_ptr() for row in table]))
     cache, query = cache.to(DEVICE), query.to(DEVICE)
     keys, values = cache.transpose(1, 2).split(shape.head_size, dim=-1)
     visits.outputs.fill_(float("nan"))
     layout, kv = RowLayout(shape.num_heads, shape.head_size), KV(keys, values, shape.scale)
-    packed = layout.empty(len(lengths), DEVICE)
+    packed = layout.empty(len(query), DEVICE)
     attend(query, kv, visits, shape.dtype)
     pack(packed, layout, visits)
     found = layout.outputs(packed).cpu().double()
     for place, right in expected.items():
-        torch.testing.assert_close(found[place], right, rtol=2e-2, atol=1e-2)
+        torch.testing.assert_close(found[place * queries :][:queries], right, rtol=2e-2, atol=1e-2)
     lses, outputs = visits.lses.clone(), visits.outputs.clone()
     if DEVICE.type == "cpu":
         reference_attend(query, kv, visits, shape.dtype)
         torch.testing.assert_close(lses[:used], visits.lses[:used], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(outputs[:used], visits.outputs[:used], rtol=2e-2, atol=1e-2)
     for place, length in enumerate(lengths):
-        assert (layout.lses(packed)[place] == float("-inf")).all() == (length == 0)
+        assert (layout.lses(packed)[place * queries :][:queries] == float("-inf")).all() == (length == 0)

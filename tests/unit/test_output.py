@@ -14,7 +14,7 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.metrics.stats import KVCacheEvictionEvent, PrefixCacheStats, SchedulerStats
 
-from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan
+from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan, idle_batch
 from vllm_nanocp.sched.rank.interface import Part
 from vllm_nanocp.sched.rank.stats import merge_prefix_cache, merge_scheduler_stats
 from vllm_nanocp.sched.step_output import batches_of, merge
@@ -65,7 +65,7 @@ def parts(outputs: Sequence[SchedulerOutput]) -> list[Part]:
 
 PLAN = StepPlan(
     rows=[PlanRow("old1.0", 1, 1, 3, 17, (Holder(0, "old1.0#0.0", 48),))],
-    batches=[Batch(3, 6, False), Batch(3, 3, True)],
+    batches=[Batch(3, 6, 0), Batch(3, 3, 1)],
     opened={0: [("old1.0#0.0", [5, 4, 3])]},
     closed=["gone#1.0"],
 )
@@ -144,9 +144,14 @@ def test_the_message_carries_each_request_once() -> None:
 
 
 def scheduled(
-    new: list[tuple[int, int]] | None = None, cached: list[tuple[int, int]] | None = None, resumed: int = 0
+    new: list[tuple[int, int]] | None = None,
+    cached: list[tuple[int, int]] | None = None,
+    resumed: int = 0,
+    drafts: Sequence[int] = (),
+    new_drafts: int = 0,
 ) -> SchedulerOutput:
-    """A rank's output from (computed before, scheduled now) of each request; the first cached ones are resumed."""
+    """A rank's output from (computed before, scheduled now) of each request; the first cached ones are resumed, and
+    have so many drafts, as has each new one."""
     out = SchedulerOutput.make_empty()
     for i, (computed, tokens) in enumerate(new or []):
         request = new_request(f"new{i}")
@@ -159,44 +164,59 @@ def scheduled(
         running.num_computed_tokens.append(computed)
         out.num_scheduled_tokens[f"old{i}"] = tokens
     running.resumed_req_ids = set(running.req_ids[:resumed])
+    spec = out.scheduled_spec_decode_tokens
+    spec |= {f"old{i}": [-1] * count for i, count in enumerate(drafts)}
+    spec |= {new.req_id: [-1] * new_drafts for new in out.scheduled_new_reqs if new_drafts}
     out.total_num_scheduled_tokens = sum(out.num_scheduled_tokens.values())
     return out
 
 
 def test_no_tokens_anywhere_are_no_batches() -> None:
-    assert batches_of(parts([scheduled(), scheduled()])) == []
-    assert batches_of([]) == []
+    assert batches_of(parts([scheduled(), scheduled()]), IDLE) == []
+    assert batches_of([], IDLE) == []
 
 
 def test_a_rank_without_tokens_runs_an_idle_batch() -> None:
     busy = scheduled(cached=[(40, 1), (7, 1)])
-    assert batches_of(parts([scheduled(), busy, scheduled()])) == [IDLE, Batch(2, 2, True), IDLE]
+    assert batches_of(parts([scheduled(), busy, scheduled()]), idle_batch(4)) == [
+        Batch(1, 4, 4),
+        Batch(2, 2, 1),
+        Batch(1, 4, 4),
+    ]
 
 
 @pytest.mark.parametrize(
     ("part", "batch"),
     [
-        (scheduled(cached=[(1, 1)]), Batch(1, 1, True)),
-        (scheduled(cached=[(31, 1), (32, 1), (9000, 1)]), Batch(3, 3, True)),
+        (scheduled(cached=[(1, 1)]), Batch(1, 1, 1)),
+        (scheduled(cached=[(31, 1), (32, 1), (9000, 1)]), Batch(3, 3, 1)),
         # A chunk of a prompt beside tokens that decode, and a last chunk of two tokens.
-        (scheduled(cached=[(31, 1), (512, 512)]), Batch(2, 513, False)),
-        (scheduled(cached=[(31, 2)]), Batch(1, 2, False)),
+        (scheduled(cached=[(31, 1), (512, 512)]), Batch(2, 513, 0)),
+        (scheduled(cached=[(31, 2)]), Batch(1, 2, 0)),
         # New ones: a prompt, a prompt of one token, one of which all but the last token was cached.
-        (scheduled(new=[(0, 12)]), Batch(1, 12, False)),
-        (scheduled(new=[(0, 1)]), Batch(1, 1, False)),
-        (scheduled(new=[(64, 1)]), Batch(1, 1, True)),
-        (scheduled(new=[(64, 1), (0, 1)], cached=[(5, 1)]), Batch(3, 3, False)),
-        (scheduled(new=[(64, 1)], cached=[(5, 1)]), Batch(2, 2, True)),
+        (scheduled(new=[(0, 12)]), Batch(1, 12, 0)),
+        (scheduled(new=[(0, 1)]), Batch(1, 1, 0)),
+        (scheduled(new=[(64, 1)]), Batch(1, 1, 1)),
+        (scheduled(new=[(64, 1), (0, 1)], cached=[(5, 1)]), Batch(3, 3, 0)),
+        (scheduled(new=[(64, 1)], cached=[(5, 1)]), Batch(2, 2, 1)),
         # Resumed after a preemption: from the start, from a cached prefix, and with a last token to go.
-        (scheduled(cached=[(0, 40), (5, 1)], resumed=1), Batch(2, 41, False)),
-        (scheduled(cached=[(0, 1)], resumed=1), Batch(1, 1, False)),
-        (scheduled(cached=[(32, 8)], resumed=1), Batch(1, 8, False)),
-        (scheduled(cached=[(32, 1), (5, 1)], resumed=1), Batch(2, 2, True)),
+        (scheduled(cached=[(0, 40), (5, 1)], resumed=1), Batch(2, 41, 0)),
+        (scheduled(cached=[(0, 1)], resumed=1), Batch(1, 1, 0)),
+        (scheduled(cached=[(32, 8)], resumed=1), Batch(1, 8, 0)),
+        (scheduled(cached=[(32, 1), (5, 1)], resumed=1), Batch(2, 2, 1)),
+        # With drafts: as many each, fewer of one, beside others that have none, a new one, several known tokens, a
+        # prompt of one token.
+        (scheduled(cached=[(31, 4), (5, 4)], drafts=[3, 3]), Batch(2, 8, 4)),
+        (scheduled(cached=[(31, 4), (5, 3)], drafts=[3, 2]), Batch(2, 7, 0)),
+        (scheduled(cached=[(31, 4), (5, 1)], drafts=[3]), Batch(2, 5, 0)),
+        (scheduled(new=[(64, 2)], cached=[(5, 2)], drafts=[1], new_drafts=1), Batch(2, 4, 2)),
+        (scheduled(cached=[(31, 4), (5, 4)], drafts=[3, 2]), Batch(2, 8, 0)),
+        (scheduled(cached=[(31, 4), (0, 4)], drafts=[3, 3], resumed=2), Batch(2, 8, 0)),
     ],
 )
 def test_what_is_a_decode_batch(part: SchedulerOutput, batch: Batch) -> None:
-    """One token each, and others before it: what vLLM's runners find of their own batch."""
-    assert batches_of(parts([part, scheduled()])) == [batch, IDLE]
+    """One token each beside its drafts, and others before it: what vLLM's runners find of their own batch."""
+    assert batches_of(parts([part, scheduled()]), IDLE) == [batch, IDLE]
 
 
 # -- statistics ------------------------------------------------------------------------------------------------

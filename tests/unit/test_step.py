@@ -137,7 +137,7 @@ def test_every_visit_meets_exactly_one_guest(world: World) -> None:
 
 
 def test_without_rows_there_is_no_sharded_step() -> None:
-    plan = StepPlan(batches=[Batch(3, 3, True), IDLE], opened={0: [("a", [1])]})
+    plan = StepPlan(batches=[Batch(3, 3, 1), IDLE], opened={0: [("a", [1])]})
     assert make_step(plan, ShardTable(0, CPU), 2, lambda _: 0) is None
 
 

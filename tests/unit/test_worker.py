@@ -45,7 +45,7 @@ class _Rank(OneRank, _Stock):  # type: ignore[misc]
 
 def step(departing: list[str]) -> StepMessage:
     empty = pickle.dumps(SchedulerOutput.make_empty())
-    plan = StepPlan(batches=[IDLE, Batch(1, 1, True)], departing=departing)
+    plan = StepPlan(batches=[IDLE, Batch(1, 1, 1)], departing=departing)
     return StepMessage([empty, empty], plan)
 
 

@@ -102,8 +102,13 @@ class Known:
     prefill_len: int = 0
     last: int = UNKNOWN
     draws: int = 0
-    # Drafts in the step at hand that are right.
+    # Drafts in the step at hand that are right, and those of the last one that were wrong.
     accepted: int = 0
+    rejected: int = 0
+    # Tokens that the scheduler takes for computed and that were drafts, which it does not know to be wrong.
+    ahead: int = 0
+    # Next drafts, where they stay on the device.
+    drafts: list[int] | None = None
 
     @property
     def is_member(self) -> bool:
@@ -118,6 +123,8 @@ class Runner:
     truths: dict[str, Truth | Session]
     max_reqs: int
     asynchronous: bool
+    # Whether drafts stay on the device.
+    keeps_drafts = False
     known: dict[str, Known] = field(default_factory=dict)
 
     def who(self, req_id: str) -> str:
@@ -162,7 +169,8 @@ class Runner:
             known.computed = computed
             return
         known.blocks += blocks[0] if blocks is not None else []
-        if known.computed != computed:
+        known.ahead = computed - known.computed
+        if known.ahead not in ((0, known.rejected) if self.asynchronous else (0,)):
             fail(f"{self.who(known.req_id)}: has computed {known.computed} tokens, the scheduler says {computed}")
 
     def inputs(self, known: Known, count: int) -> list[int]:
@@ -175,6 +183,19 @@ class Runner:
     def accept(self, known: Known, tokens: Sequence[int]) -> None:
         """Keep what drafts have made beside the first token."""
         raise NotImplementedError
+
+    def drafts(self, known: Known, scheduled: Sequence[int]) -> Sequence[int]:
+        """The drafts that are verified, of which so many are scheduled."""
+        if not self.keeps_drafts:
+            return scheduled
+        if len(known.drafts or ()) < len(scheduled) or set(scheduled) - {UNKNOWN}:
+            fail(f"{self.who(known.req_id)}: is to verify {scheduled}, has drafted {known.drafts}")
+        return (known.drafts or [])[: len(scheduled)]
+
+    def decodes(self, known: Known, count: int, drafts: int) -> bool:
+        """Whether these tokens are a decode to the runner, which may replay a graph of such: one over others that are
+        computed, wherever it came from, and drafts."""
+        return count - drafts == 1 and known.computed + known.ahead > 0
 
     def end(self, part: SchedulerOutput) -> None:
         """After a step."""
@@ -269,6 +290,8 @@ class V1(Runner):
 class V2(Runner):
     """``vllm/v1/worker/gpu/model_runner.py``."""
 
+    keeps_drafts = True
+
     def begin(self, part: SchedulerOutput, plan: StepPlan) -> None:
         for req_id in part.finished_req_ids | (part.preempted_req_ids or set()):
             self.known.pop(req_id, None)
@@ -300,3 +323,9 @@ class V2(Runner):
     def accept(self, known: Known, tokens: Sequence[int]) -> None:
         if tokens:
             known.last = tokens[-1]
+
+    def decodes(self, known: Known, count: int, drafts: int) -> bool:
+        have = known.computed + known.ahead
+        if have >= known.prefill_len and count - drafts != 1:
+            fail(f"{self.who(known.req_id)}: decodes {count} tokens with {drafts} drafts")
+        return have >= known.prefill_len or (count - drafts == 1 and have > 0)

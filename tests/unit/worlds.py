@@ -75,6 +75,8 @@ def same(whose: str, kept: RankView, has: RankView) -> None:
 class World:
     """EngineCore's loop around the scheduler and ranks without work."""
 
+    # Tokens that a request is decoded with, drafts included.
+    queries = 1
     # What vLLM and the plugin log below it belongs to these worlds.
     log_level = logging.ERROR
 
@@ -87,7 +89,15 @@ class World:
         self.asks = {ask.request.request_id: ask for ask in self.draw()}
         truths = {name: ask.truth for name, ask in self.asks.items()}
         self.device = Device(
-            truths, shape.ranks, shape.blocks + 1, shape.block_size, shape.max_reqs, shape.degree, version, asynchronous
+            truths,
+            shape.ranks,
+            shape.blocks + 1,
+            shape.block_size,
+            shape.max_reqs,
+            shape.degree,
+            version,
+            asynchronous,
+            self.queries,
         )
         self.depth = 2 if asynchronous else 1
         self.flying: deque[tuple[Any, Any]] = deque()
@@ -156,6 +166,7 @@ class World:
             output = self.scheduler.schedule()
             self.check_loads()
             self.flying.append((output, self.device.execute(output)))
+            self.launched(output)
             executed = output.total_num_scheduled_tokens > 0
             if len(self.flying) < self.depth and (executed or self.scheduler.has_requests()):
                 return
@@ -166,6 +177,9 @@ class World:
         self.deliver(self.scheduler.update_from_output(output, answers))
         self.check_loads()
         self.after(output)
+
+    def launched(self, output: Any) -> None:
+        """When the ranks have a step, and nobody knows its output yet."""
 
     def after(self, output: Any) -> None:
         """When a step's output has been taken in."""

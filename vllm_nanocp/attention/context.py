@@ -19,6 +19,7 @@ class AttentionContext:
     """Attributes:
     exchange: set once the process groups exist.
     capacities: of the graphs and tables of fixed size, ascending; see ``worker.sharded_graphs.capacities``.
+    queries: that each row has in tables of fixed size: what a request is decoded with, drafts included.
     routes: of the routed exchange, by capacity; empty without it.
     tables: of fixed size, by capacity; which ones, the family says.
     step: None in a step without sharded rows, which then is stock vLLM.
@@ -28,6 +29,7 @@ class AttentionContext:
 
     exchange: Exchange | None = None
     capacities: tuple[int, ...] = ()
+    queries: int = 1
     routes: dict[int, Routes] = field(default_factory=dict)
     tables: dict[int, Any] = field(default_factory=dict)
     step: ShardedStep | None = None

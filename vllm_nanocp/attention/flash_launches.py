@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from .partial_rows import RowLayout
+from .sharded_step import ShardedStep
 
 # Fewest pieces of a row where float32 results are asked for, see ``gqa/flash_splits.py``.
 MIN_PIECES = 2
@@ -96,14 +97,30 @@ def places_of(capacity: int, num_ranks: int) -> int:
     return capacity * (num_ranks + 1)
 
 
+def hidden_tokens(step: ShardedStep, rows: list[int], common: CommonAttentionMetadata) -> list[int]:
+    """For each own row, the tokens before those that are held here of its last run. What it sees here ends with the
+    batch's own length: with drafts and async scheduling the plan has the most that this may be, as the runner's bound.
+
+    Args:
+        step: this rank's part.
+        rows: of the batch, those of ``step.own``.
+        common: vLLM's metadata of the batch.
+    """
+    assert common.seq_lens_cpu_upper_bound is not None
+    most = common.seq_lens_cpu_upper_bound.tolist()
+    return [most[row] - own.num_queries - own.local_tokens for row, own in zip(rows, step.own, strict=True)]
+
+
 @dataclass
 class TableRow:
     """Some queries and what they see: the first ``length`` tokens of the blocks whose ids, int32, are at this address;
-    where a launch is causal, the last of these are their own."""
+    where a launch is causal, the last of these are their own. With ``ends``, a length on the device and what to take
+    off it, they see no more than that."""
 
     queries: int
     length: int
     table: int
+    ends: tuple[torch.Tensor, int] | None = None
 
 
 def groups_of(rows: list[TableRow], most: int, causal: bool) -> list[list[TableRow]]:
@@ -119,7 +136,9 @@ def groups_of(rows: list[TableRow], most: int, causal: bool) -> list[list[TableR
             taken = min(room, row.queries - at)
             at += taken
             room -= taken
-            groups[-1].append(TableRow(taken, row.length - (row.queries - at) * causal, row.table))
+            behind = (row.queries - at) * causal
+            ends = None if row.ends is None else (row.ends[0], row.ends[1] + behind)
+            groups[-1].append(TableRow(taken, row.length - behind, row.table, ends))
     return groups
 
 
@@ -148,6 +167,15 @@ def gather_tables(addresses: list[int], counts: list[int], device: torch.device)
     return table
 
 
+def _lengths_of(rows: list[TableRow], device: torch.device) -> torch.Tensor:
+    """The lengths of a launch's rows, int32. Either all rows have ends, or none."""
+    ends = [row.ends for row in rows if row.ends is not None]
+    if not ends:
+        return async_tensor_h2d([row.length for row in rows], device, torch.int32)
+    off = async_tensor_h2d([taken for _, taken in ends], device, torch.int32)
+    return torch.stack([length for length, _ in ends]) - off
+
+
 def make_launch(
     rows: list[TableRow], causal: bool, layout: RowLayout, num_kv_heads: int, block_size: int, device: torch.device
 ) -> ShardLaunch:
@@ -162,7 +190,7 @@ def make_launch(
     return ShardLaunch(
         num_queries=int(starts[-1]),
         query_starts=async_tensor_h2d(starts, device),
-        lengths=async_tensor_h2d(lengths, device, torch.int32),
+        lengths=_lengths_of(rows, device),
         block_table=table,
         max_queries=max(queries),
         max_length=max(lengths),

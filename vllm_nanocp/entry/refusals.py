@@ -47,13 +47,13 @@ def _given(value: Any) -> bool:
 def _draft_model(drafts: Any) -> bool:
     """Whether a method is one that drafts with a model; of a configuration, if it says so."""
     method = drafts.get("method") if isinstance(drafts, dict) else drafts
-    return isinstance(method, str) and method not in (*DRAFTERS, "[ngram]")
+    return isinstance(method, str) and method not in (*DRAFTERS, *_GPU_DRAFTERS, "[ngram]")
 
 
 def _drafts_on_a_gpu(drafts: Any) -> bool:
     from vllm.platforms import current_platform
 
-    return drafts is not None and not current_platform.is_cpu()
+    return drafts is not None and not DRAFTS_RUN_ON_GPUS and not current_platform.is_cpu()
 
 
 def _returns_experts(aux_output: Any) -> bool:
@@ -86,8 +86,12 @@ class Flag:
             refuse("--" + self.field.replace("_", "-") + (f" {value}" if self.shown else ""), self.why, self.instead)
 
 
-# Ways to draft without a model: they keep no KV, and take no part in the ranks' collectives.
+# Ways to draft without a model: they keep no KV, and take no part in the ranks' collectives. And those for GPUs only.
 DRAFTERS = ("ngram", "suffix", "custom_class")
+_GPU_DRAFTERS = ("ngram_gpu",)
+# Whether ``tests/gpu/test_drafts.py`` has passed. Then True, and both kinds are served on GPUs, with either model
+# runner and, with V2's, async scheduling.
+DRAFTS_RUN_ON_GPUS = False
 _DRAFT_MODEL = "a draft's layers have KV to be sharded, too, and ranks without tokens would have to draft beside others"
 _OTHER_DRAFTER = "use the method ngram, suffix or custom_class, or leave it out"
 _DRAFTS_ON_GPUS = "drafts verified against shards have not been run on a GPU yet"
@@ -229,6 +233,11 @@ def _multimodal(vllm_config: Any, field: str) -> Any:
     return getattr(getattr(vllm_config.model_config, "multimodal_config", None), field, None)
 
 
+def _drafts(vllm_config: Any) -> Any:
+    """The method by which requests are decoded with drafts; None if they are not."""
+    return None if vllm_config.speculative_config is None else vllm_config.speculative_config.method
+
+
 def _without_kv(vllm_config: Any) -> bool:
     """Whether no layer keeps KV: nothing to place requests by, and to place them otherwise is not built."""
     model = vllm_config.model_config
@@ -244,19 +253,22 @@ SETTINGS = (
             "it splits every request's KV, which nanocp does per request"),
     Setting(lambda c: c.parallel_config.prefill_context_parallel_size > 1, "prefill context parallelism",
             "chunks are placed by shard map"),
-    Setting(lambda c: c.speculative_config is not None and c.speculative_config.method not in DRAFTERS,
+    Setting(lambda c: _drafts(c) not in (None, *DRAFTERS, *_GPU_DRAFTERS),
             "speculative decoding with a draft model (--speculative-config, --spec-method, --spec-model, or a "
             "speculators checkpoint)", _DRAFT_MODEL,
             f"{_OTHER_DRAFTER}; of a speculators checkpoint, serve the model it was made for"),
-    Setting(lambda c: c.speculative_config is not None and c.parallel_config.worker_cls == GPU_WORKER,
+    Setting(lambda c: _drafts(c) and c.parallel_config.worker_cls == GPU_WORKER and not DRAFTS_RUN_ON_GPUS,
             "speculative decoding on GPUs (--speculative-config, --spec-method, --spec-model, --spec-tokens)",
             _DRAFTS_ON_GPUS),
-    Setting(lambda c: c.speculative_config is not None and c.scheduler_config.async_scheduling,
-            "speculative decoding with async scheduling", "the step plan has lengths of verified tokens only",
-            "add --no-async-scheduling"),
-    Setting(lambda c: c.speculative_config is not None and c.use_v2_model_runner,
-            "speculative decoding with the V2 model runner", "it has been run with V1 only",
+    Setting(lambda c: _drafts(c) in _GPU_DRAFTERS and c.parallel_config.worker_cls == CPU_WORKER,
+            "the method ngram_gpu on CPU", "it drafts on a GPU", "use the method ngram"),
+    Setting(lambda c: _drafts(c) and c.use_v2_model_runner and c.parallel_config.worker_cls == CPU_WORKER,
+            "speculative decoding with the V2 model runner on CPU", "it has been run with V1 only",
             "leave VLLM_USE_V2_MODEL_RUNNER unset"),
+    Setting(lambda c: _drafts(c) and c.scheduler_config.async_scheduling and not c.use_v2_model_runner,
+            "speculative decoding with async scheduling and the V1 model runner",
+            "what its runner knows of tokens in flight is another thing, and was not tried",
+            "add --no-async-scheduling, or use V2's on a GPU"),
     Setting(lambda c: c.kv_transfer_config is not None,
             "a KV connector (--kv-transfer-config, --kv-offloading-size)", _CONNECTORS),
     Setting(lambda c: c.ec_transfer_config is not None, "--ec-transfer-config",

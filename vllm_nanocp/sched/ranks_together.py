@@ -63,10 +63,19 @@ class RanksTogether(SchedulerInterface):
             if drafts is not None:
                 rank.update_draft_token_ids(drafts)
 
-    def update_draft_token_ids_in_output(
-        self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
+    def update_draft_token_ids_in_output(  # type: ignore[override]
+        self, draft_token_ids: Sequence[DraftTokenIds | None], scheduler_output: SchedulerOutput
     ) -> None:
-        raise NotImplementedError("nanocp: speculative decoding with async scheduling is refused at start")
+        """What the drafts of a step are that has been scheduled without, so that grammars can judge them.
+
+        Args:
+            draft_token_ids: see ``update_draft_token_ids``.
+            scheduler_output: of this class's ``schedule``; its bitmask has not been asked for.
+        """
+        assert isinstance(scheduler_output, NanoCPSchedulerOutput)
+        for rank, part, drafts in zip(self.ranks, scheduler_output.parts, draft_token_ids, strict=True):
+            if drafts is not None and part.structured:
+                rank.tell_drafts(part, drafts)
 
     def has_request(self, request_id: str) -> bool:
         """Whether a request, or an open session, is here: queued for all ranks, at one, sharded or on its way."""

@@ -33,6 +33,7 @@ from ..errors import UNSHARDED, refuse
 from ..graph_capacities import visit_room
 from ..metrics.collector import Collector
 from ..placement.moves import MoveConfig
+from ..plan import idle_batch
 from ..step_messages import generators_in
 from . import status
 from .admission import Admission
@@ -110,6 +111,8 @@ class NanoCPScheduler(RanksTogether):
             rank.on_turn = self._on_turn
             rank.on_change = partial(self.mover.changed.add, number)
         max_model_len, queries = vllm_config.model_config.max_model_len, 1 + vllm_config.num_speculative_tokens
+        # V1's runner makes its dummy batch of one token, V2's of as many as a request is decoded with.
+        self.idle = idle_batch(queries if vllm_config.use_v2_model_runner else 1)
         self.graph_room = GraphRoom(self, visit_room(vllm_config))
         self.placer = Placer(
             self.ranks,
@@ -319,7 +322,7 @@ class NanoCPScheduler(RanksTogether):
         self.num_steps += 1
         plan.serial = self.num_steps
         self.num_sharded_steps += bool(plan.rows)
-        plan.batches = batches_of(parts)
+        plan.batches = batches_of(parts, self.idle)
         for rank in self.ranks:
             for request_id, tokens in rank.introduced.items():
                 plan.arrived[request_id] = self.mover.arrival(request_id, tokens)

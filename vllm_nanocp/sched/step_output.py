@@ -12,7 +12,7 @@ from typing import Any
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 
 from ..placement.cost import StepLoad
-from ..plan import IDLE, Batch, StepPlan
+from ..plan import Batch, StepPlan
 from ..step_messages import StepMessage
 from .rank.interface import Part
 
@@ -86,8 +86,13 @@ def _add(out: NanoCPSchedulerOutput, part: SchedulerOutput) -> None:
         out.scheduled_encoder_inputs.update(part.scheduled_encoder_inputs)
 
 
-def batches_of(parts: Sequence[Part]) -> list[Batch]:
-    """The ranks' batches, as their model runners will see them; empty when there are no tokens at all."""
+def batches_of(parts: Sequence[Part], idle: Batch) -> list[Batch]:
+    """The ranks' batches, as their model runners will see them; empty when there are no tokens at all.
+
+    Args:
+        parts: the ranks'.
+        idle: what a rank runs that has none beside one that has.
+    """
     if not any(part.tokens for part in parts):
         return []
-    return [part.batch if part.tokens else IDLE for part in parts]
+    return [part.batch if part.tokens else idle for part in parts]

@@ -33,15 +33,15 @@ def agree(
         visits: see ``StepPlan.most_visits``.
     """
     mine, most = batches[rank], max(batch.num_tokens for batch in batches)
-    uniform = 1 if all(batch.decode for batch in batches) else None
+    uniform = mine.queries if mine.queries and all(batch.queries == mine.queries for batch in batches) else None
     desc: BatchExecutionDescriptor | None = None
     if sharded:
-        if manager is not None and uniform == 1 and visits is not None:
+        if manager is not None and uniform == manager.decode_query_len and visits is not None:
             desc = manager.sharded_graph(most, visits)
         if desc is None:
-            uniform, batches = None, [Batch(b.num_reqs, b.num_tokens, False) for b in batches]
+            uniform, batches = None, [Batch(b.num_reqs, b.num_tokens, 0) for b in batches]
     if desc is None and manager is not None:
-        wanted = [manager.dispatch(b.num_reqs, b.num_tokens, 1 if b.decode else None, 0).cg_mode for b in batches]
+        wanted = [manager.dispatch(b.num_reqs, b.num_tokens, b.queries or None, 0).cg_mode for b in batches]
         if CUDAGraphMode.NONE not in wanted:
             desc = manager.dispatch(mine.num_reqs, most, uniform, 0)
     if desc is None:

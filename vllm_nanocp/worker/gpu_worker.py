@@ -48,15 +48,15 @@ class NanoCPGPUWorker(OneRank, Worker):
     def _make_routes(self) -> str:
         """Memory of the routed exchange, for each capacity. Returns why there is none, the same on all ranks."""
         assert self.device is not None
-        group, ranks, routes = get_dp_group(), self.nanocp.ranks, {}
+        group, ranks, queries, routes = get_dp_group(), self.nanocp.ranks, context.queries, {}
         shape = (self.family.layout, self.family.query_bytes)
         problem = reachable(self.device, group.cpu_group)
         if problem:
             return problem
         try:
             for capacity in capacities(self.vllm_config, routed=True):
-                memory = allocate(Routes.size(capacity, ranks, *shape), group.device_group, self.device)
-                routes[capacity] = Routes(capacity, ranks, group.rank_in_group, *shape, *memory)
+                memory = allocate(Routes.size(capacity, ranks, *shape, queries), group.device_group, self.device)
+                routes[capacity] = Routes(capacity, ranks, group.rank_in_group, *shape, *memory, queries)
         except RuntimeError as error:  # a container may forbid what this takes
             problem = f"GPUs cannot share memory here ({error!r:.200})"
         problem = first_problem(problem, group.cpu_group)

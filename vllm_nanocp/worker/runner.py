@@ -9,7 +9,7 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 
 from ..attention.context import context
-from ..plan import StepPlan
+from ..plan import Batch, StepPlan
 
 
 class RunnerAdapter(Protocol):
@@ -134,9 +134,9 @@ class V2Runner:
                 kwargs |= dict(max_query_len=None, uniform_decode=False)
             return self._ask_ranks(manager, num_reqs, num_tokens, uniform_token_count, dp_size, dp_rank, **kwargs)
         mine = plan.batches[dp_rank]
-        seen = (num_reqs, num_tokens, uniform_token_count == 1)
-        _check(seen == (mine.num_reqs, mine.num_tokens, mine.decode), seen, plan, dp_rank)
-        visits = plan.most_visits(dp_size) if step is not None else None
+        seen = Batch(num_reqs, num_tokens, uniform_token_count or 0)
+        _check(seen == mine, tuple(seen), plan, dp_rank)
+        visits = plan.most_visits(dp_size, context.queries) if step is not None else None
         desc, state = agree(manager, plan.batches, dp_rank, step is not None, visits)
         if step is not None and capacity_of(desc):
             step.capacity, step.captured = capacity_of(desc), True

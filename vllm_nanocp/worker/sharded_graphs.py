@@ -36,14 +36,14 @@ SPARED = 0.2
 
 
 def sharded_sizes(sizes: Iterable[int], capacities: Sequence[int]) -> list[tuple[int, int]]:
-    """Which (tokens, capacity) are captured: of vLLM's sizes those that spare a batch much padding, with capacities
+    """Which (requests, capacity) are captured: of vLLM's sizes those that spare a batch much padding, with capacities
     worth it for a size.
 
-    A batch of T tokens has at most T rows that visit, so a capacity above T serves only the visits of larger batches on
-    other ranks; the smallest capacity that is enough for T is there, and all below it.
+    A batch of R requests has at most R rows that visit, so a capacity above R serves only the visits of larger batches
+    on other ranks; the smallest capacity that is enough for R is there, and all below it.
 
     Args:
-        sizes: tokens of vLLM's own decode graphs.
+        sizes: requests of vLLM's own decode graphs.
         capacities: ascending.
     """
     chosen: list[int] = []
@@ -63,12 +63,14 @@ class ShardedCapture(CudaGraphManager):
         self.sharded: list[ShardedDescriptor] = []
         config = nanocp_config.of(self.vllm_config)
         full = self._capture_descs.get(CUDAGraphMode.FULL, [])
-        decode = [d.num_tokens for d in full if d.uniform_token_count == 1 and not d.num_active_loras]
+        queries = self.decode_query_len
+        decodes = [d for d in full if d.uniform_token_count == queries and not d.num_active_loras]
+        decode = [d.num_reqs for d in decodes if d.num_reqs]
         if not decode or config.degree_limit == 1 or not replays(self.vllm_config):
             return
         self.sharded = [
             ShardedDescriptor(
-                cg_mode=CUDAGraphMode.FULL, num_tokens=size, num_reqs=size, uniform_token_count=1, capacity=capacity
+                CUDAGraphMode.FULL, size * queries, num_reqs=size, uniform_token_count=queries, capacity=capacity
             )
             for size, capacity in sharded_sizes(decode, context.capacities)
         ]

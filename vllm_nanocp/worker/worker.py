@@ -63,6 +63,7 @@ class OneRank(_Base):
         **kwargs: Any,
     ) -> None:
         self.nanocp = nanocp_config.of(vllm_config)
+        context.queries = 1 + vllm_config.num_speculative_tokens
         parallel = vllm_config.parallel_config
         tp_size = parallel.tensor_parallel_size
         parallel.world_size = tp_size
@@ -132,7 +133,7 @@ class OneRank(_Base):
         self.shards.update(plan)
         context.step = make_step(plan, self.shards, self.nanocp.ranks, self.runner.batch_row)
         if context.step is not None and context.routes:  # else the runner sets it, once it has chosen a graph
-            visits = plan.most_visits(self.nanocp.ranks)
+            visits = plan.most_visits(self.nanocp.ranks, context.queries)
             if visits is not None:
                 context.step.capacity = min((c for c in context.routes if c >= visits), default=0)
         self.runner.plan = plan

@@ -17,9 +17,11 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ...exchange.base import Counts
+from ..context import context
 from ..flash_launches import (
     TableRow,
     groups_of,
+    hidden_tokens,
     picks_of,
     pieces_that_fit,
     queries_at_once,
@@ -124,6 +126,9 @@ def exact_tables(
         TableRow(own.num_queries, own.local_tokens + own.num_queries, table_address(common, row, own.first_block))
         for own, row in zip(step.own, rows, strict=True)
     ]
+    if context.queries > 1:
+        for part, row, hidden in zip(held, rows, hidden_tokens(step, rows, common), strict=True):
+            part.ends = common.seq_lens[row], hidden
     tokens = pick = None
     if rows:
         seq_lens.index_fill_(0, async_tensor_h2d(rows, device, torch.int64), 0)

@@ -55,6 +55,7 @@ def captured_tables(builder: Any, step: ShardedStep, layout: RowLayout, num_kv_h
             num_kv_heads,
             builder.device,
             context.routes.get(step.capacity),
+            context.queries,
         )
     return made[step.capacity]
 
@@ -164,11 +165,12 @@ class ShardedAttention:
         query = output.to(current_platform.fp8_dtype()) if quantized else output
         routes = next(iter(context.routes.values()), None)
         places = 1 if routes is None else routes.places
-        visits = Visits.empty(1, places, self.num_heads, self.num_kv_heads, self.head_size, device)
+        heads, queries = (self.num_heads, self.num_kv_heads, self.head_size), context.queries
+        visits = Visits.empty(1, places, *heads, device, queries)
         kv = self.kv(layer, query, kv_cache)
         if routes is None:
             attend_visits(query, kv, visits, dtype)
-            pack(layout.empty(1, device), layout, visits)
+            pack(layout.empty(queries, device), layout, visits)
             return
         none = torch.zeros((places, 2), dtype=torch.int64, device=device)
         nowhere = torch.full((1, routes.num_ranks + 1), -1, dtype=torch.int64, device=device)
@@ -280,7 +282,8 @@ class GroupedQueryOnGPU:
 
     def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device) -> CapturedTables:
         routes = context.routes.get(capacity)
-        return CapturedTables(capacity, num_ranks, max_reqs, self.layout, self.num_kv_heads, device, routes)
+        kv_heads, queries = self.num_kv_heads, context.queries
+        return CapturedTables(capacity, num_ranks, max_reqs, self.layout, kv_heads, device, routes, queries)
 
     def warm_up(self, layer: Any) -> None:
         block_size, held = self._config.cache_config.block_size, layer.kv_cache.shape[2]

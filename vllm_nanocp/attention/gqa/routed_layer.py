@@ -17,6 +17,9 @@ All of a layer's attention is one kernel, whose programs do one of four things, 
 
 Programs that wait come behind those they wait for, here and on all other ranks, so they cannot keep these from running.
 
+Where requests are decoded with drafts a place is of 1 + k queries: they are sent at once, attend together, and
+have as many results. Rows that visit nobody are not this kernel's then.
+
 A flag is a number that grows with every layer of every step, the epoch; the step's part of it comes with the plan, so
 that all ranks agree also after a step that failed. Whoever waits, waits for that number or a larger one.
 
@@ -36,7 +39,7 @@ import triton.language as tl
 
 from ..flash_launches import places_of
 from ..partial_rows import RowLayout, add_piece
-from .split_kv import KV, Visits, attend_piece, kernel_arguments, programs_of, put_piece, put_row, table_at
+from .split_kv import KV, Visits, attend_piece, kernel_arguments, programs_of, put_piece, put_row, seen_at, table_at
 
 # Layers that a step's epochs have room for.
 MAX_LAYERS = 4096
@@ -47,10 +50,11 @@ class Route:
     """Which places a step uses, in device memory.
 
     Attributes:
-        asks: int64 [places, 2], a place that a query goes to, and the query's index in the batch.
+        asks: int64 [places, 2], a place that queries go to, and the first one's index in the batch.
         answers: int64 [places], places whose queries come here.
         counts: int64 [4], the epoch of the step's first layer; how many asks, answers and results there are.
-        pick: int64 [most results, num_partials], which places make a result; -1 for none.
+        pick: int64 [most results, num_partials], which rows make a result, of each place as many as it has queries; -1
+            for none.
         tokens: int64 [most results], where in the batch a result goes.
     """
 
@@ -89,6 +93,7 @@ class Routes:
         query_bytes: most bytes of a query, over all heads; a multiple of 4.
         buffer: uint8 [``size``], this rank's, zeroed before any rank writes to it.
         pointers: int64 [num_ranks], where each rank's buffer is in this process's address space.
+        queries: of a place.
     """
 
     def __init__(
@@ -100,31 +105,33 @@ class Routes:
         query_bytes: int,
         buffer: torch.Tensor,
         pointers: torch.Tensor,
+        queries: int = 1,
     ) -> None:
+        self.queries = queries
         self.capacity, self.num_ranks, self.rank, self.layout = capacity, num_ranks, rank, layout
         # The rank's own buffer once more, as that of rank ``num_ranks``: own rows go through the same steps as visits.
         self.pointers = torch.cat([pointers, pointers[rank : rank + 1]])
         self.places = places_of(capacity, num_ranks)
-        parts = _parts(self.places, layout, query_bytes)
+        parts = _parts(self.places, layout, query_bytes, queries)
         self._queries_at, self._rows_at, self._asked_at, self._answered_at, _ = offsets = _offsets(parts)
         queries, rows, asked, answered = (buffer[a : a + n] for a, n in zip(offsets, parts, strict=False))
         self._queries = queries
-        self.rows = rows.view(torch.float32).view(self.places, layout.size)
+        self.rows = rows.view(torch.float32).view(self.places * self.queries, layout.size)
         self._asked, self._answered = asked.view(torch.int64), answered.view(torch.int64)
 
     @staticmethod
-    def size(capacity: int, num_ranks: int, layout: RowLayout, query_bytes: int) -> int:
+    def size(capacity: int, num_ranks: int, layout: RowLayout, query_bytes: int, queries: int = 1) -> int:
         """Bytes of a buffer."""
-        return _offsets(_parts(places_of(capacity, num_ranks), layout, query_bytes))[-1]
+        return _offsets(_parts(places_of(capacity, num_ranks), layout, query_bytes, queries))[-1]
 
     def visiting(self, like: torch.Tensor) -> torch.Tensor:
-        """The queries that were sent here: [places, num_heads, head_size].
+        """The queries that were sent here: [places * queries, num_heads, head_size].
 
         Args:
             like: [tokens, num_heads, head_size], of the type that is sent.
         """
-        row = like.shape[1] * like.shape[2]
-        return self._queries.view(like.dtype)[: self.places * row].view(self.places, *like.shape[1:])
+        row, rows = like.shape[1] * like.shape[2], self.places * self.queries
+        return self._queries.view(like.dtype)[: rows * row].view(rows, *like.shape[1:])
 
     def attend(self, batch: LocalBatch, kv: KV, visits: Visits, route: Route, layer: int) -> None:
         """Attention of a layer: of all rows that have pieces, and of those that visit.
@@ -138,13 +145,14 @@ class Routes:
         """
         query, output, layout = batch.query, batch.output, self.layout
         assert query.stride()[1:] == output.stride()[1:] == (layout.head_size, 1)
+        assert visits.queries == self.queries
         words = query.view(torch.int32)
         arguments = kernel_arguments(kv, visits, layout.num_heads, output.dtype)
         most_results, num_partials = route.pick.shape
         # As many as a GPU runs at once: more would only take their turns.
         most = programs_of(1, query.device)
         attending = (len(visits.starts) - 1) * arguments["KV_HEADS"]
-        sending, answering = min(most, self.places), min(most, self.places * layout.num_heads)
+        sending, answering = min(most, self.places), min(most, self.rows.shape[0] * layout.num_heads)
         collecting = min(most, most_results * layout.num_heads)
         _layer_kernel[(sending + attending + answering + collecting,)](
             query_ptr=query, words_ptr=words, query_stride=query.stride(0), words_stride=words.stride(0),
@@ -164,9 +172,10 @@ class Routes:
         )  # fmt: skip
 
 
-def _parts(places: int, layout: RowLayout, query_bytes: int) -> tuple[int, int, int, int]:
-    """Bytes of a buffer's parts: queries, rows, a flag for each query, and one for each head of a row."""
-    return places * query_bytes, places * layout.size * 4, places * 8, places * layout.num_heads * 8
+def _parts(places: int, layout: RowLayout, query_bytes: int, queries: int) -> tuple[int, int, int, int]:
+    """Bytes of a buffer's parts: queries, rows, a flag for each place, and one for each head of a row."""
+    rows = places * queries
+    return rows * query_bytes, rows * layout.size * 4, places * 8, rows * layout.num_heads * 8
 
 
 def _offsets(parts: tuple[int, ...]) -> list[int]:
@@ -198,9 +207,10 @@ def _place_there(place, me, capacity, num_ranks):  # type: ignore[no-untyped-def
 @triton.jit
 def _send(  # type: ignore[no-untyped-def]
     ask, epoch, words_ptr, words_stride, asks_ptr, pointers_ptr, me, capacity, num_ranks, queries_at, asked_at,
-    WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    QUERIES: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """1. Send: copy one query, as 4-byte words, to its holder's buffer, then raise the flag of its place there.
+    """1. Send: copy a row's queries, as 4-byte words, to their holder's buffer, then raise the flag of their place
+    there.
 
     Args:
         ask: which of the step's asks.
@@ -212,10 +222,12 @@ def _send(  # type: ignore[no-untyped-def]
     peer, there = _place_there(tl.load(asks_ptr + ask * 2), me, capacity, num_ranks)
     base = tl.load(pointers_ptr + peer)
     source = words_ptr + tl.load(asks_ptr + ask * 2 + 1) * words_stride
-    target = (base + queries_at + there * (WORDS * 4)).to(tl.pointer_type(tl.int32))
-    for first in range(0, WORDS, BLOCK_WORDS):
-        at = first + tl.arange(0, BLOCK_WORDS)
-        tl.store(target + at, tl.load(source + at, mask=at < WORDS), mask=at < WORDS)
+    target = (base + queries_at + there * (QUERIES * WORDS * 4)).to(tl.pointer_type(tl.int32))
+    for query in range(QUERIES):
+        for first in range(0, WORDS, BLOCK_WORDS):
+            at = first + tl.arange(0, BLOCK_WORDS)
+            word = tl.load(source + query * words_stride + at, mask=at < WORDS)
+            tl.store(target + query * WORDS + at, word, mask=at < WORDS)
     _signal(base + asked_at + there * 8, epoch)
 
 
@@ -252,9 +264,9 @@ def _put_result(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _answer(  # type: ignore[no-untyped-def]
-    place, head, epoch, outs_ptr, lses_ptr, first_ptr, count_ptr, done_ptr, pointers_ptr,
+    place, query, head, epoch, outs_ptr, lses_ptr, first_ptr, count_ptr, done_ptr, pointers_ptr,
     me, capacity, num_ranks, num_rows, row_size, rows_at, answered_at,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
+    QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """3. Answer: once all pieces of a place's KV head have their result, merge them for one query head into the row at
     the home, then raise that head's flag there.
@@ -263,7 +275,7 @@ def _answer(  # type: ignore[no-untyped-def]
     read it, so that the last of these can put it back to 0 for the next layer.
 
     Args:
-        place, head: of the visit, and the query head.
+        place, query, head: of the visit, which of its queries, and the query head.
         outs_ptr, lses_ptr, first_ptr, count_ptr, done_ptr: see ``Visits``.
         rows_at, answered_at: bytes into a buffer, of result rows and of their flags.
     """
@@ -274,11 +286,12 @@ def _answer(  # type: ignore[no-untyped-def]
         pass
     heads = KV_HEADS * GROUP
     base = tl.load(pointers_ptr + home)
+    there = there * QUERIES + query
     row = (base + rows_at + there * row_size * 4).to(tl.pointer_type(tl.float32))
-    put_row(row, head, heads, outs_ptr, lses_ptr, first, pieces, HEAD, WIDE)
+    put_row(row, query, head, heads, outs_ptr, lses_ptr, first, pieces, QUERIES, HEAD, WIDE)
     _signal(base + answered_at + (there * heads + head) * 8, epoch)
     # The last of the heads that wait for the same pieces leaves the count as it was.
-    if tl.atomic_add(done, 1, sem="relaxed", scope="gpu") == pieces + GROUP - 1:
+    if tl.atomic_add(done, 1, sem="relaxed", scope="gpu") == pieces + QUERIES * GROUP - 1:
         tl.store(done, 0)
 
 
@@ -326,8 +339,8 @@ def _layer_kernel(  # type: ignore[no-untyped-def]
     token_ptr, num_partials, visiting_ptr, rows_ptr, asked_ptr, answered_ptr, pointers_ptr, me, layer, capacity,
     num_ranks, sending, attending, answering, collecting, row_size, queries_at, rows_at, asked_at, answered_at,
     keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale, block_stride, token_stride, head_stride,
-    tables_ptr, pieces_ptr, starts_ptr, outs_ptr, lses_ptr, num_rows,
-    WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, PARTIALS: tl.constexpr,
+    tables_ptr, pieces_ptr, seen_ptr, starts_ptr, outs_ptr, lses_ptr, num_rows,
+    WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, PARTIALS: tl.constexpr, QUERIES: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
     WIDE: tl.constexpr, TYPE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -347,30 +360,31 @@ def _layer_kernel(  # type: ignore[no-untyped-def]
         for ask in range(program, tl.load(counts_ptr + 1).to(tl.int32), sending):
             _send(
                 ask, epoch, words_ptr, words_stride, asks_ptr, pointers_ptr, me, capacity, num_ranks, queries_at,
-                asked_at, WORDS, BLOCK_WORDS,
+                asked_at, QUERIES, WORDS, BLOCK_WORDS,
             )  # fmt: skip
     elif behind < 0:
         number, kv_head = (program - sending) // KV_HEADS, (program - sending) % KV_HEADS
         for piece in range(tl.load(starts_ptr + number), tl.load(starts_ptr + number + 1)):
             row, begin = tl.load(pieces_ptr + piece * 3), tl.load(pieces_ptr + piece * 3 + 1).to(tl.int32)
-            end = tl.load(pieces_ptr + piece * 3 + 2).to(tl.int32)
+            end, seen = tl.load(pieces_ptr + piece * 3 + 2).to(tl.int32), 0
             if row < num_rows:
                 query, table = query_ptr + row * query_stride, batch_table_ptr + row * batch_table_stride
                 end = tl.minimum(end, tl.load(seq_lens_ptr + row))
             else:
                 place = row - num_rows
                 _await(asked_ptr + place, epoch)
-                query, table = visiting_ptr + place * (KV_HEADS * GROUP * HEAD), table_at(tables_ptr, place)
+                query, table = visiting_ptr + place * (QUERIES * KV_HEADS * GROUP * HEAD), table_at(tables_ptr, place)
+                seen, end = seen_at(seen_ptr, place, end, QUERIES)
             acc, lse = attend_piece(
-                query, table, begin, end, kv_head,
-                keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale,
-                block_stride, token_stride, head_stride, GROUP, ROWS, BLOCK, HEAD, WIDE, TYPE, TILE, STAGES,
+                query, table, begin, end, seen, kv_head,
+                keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale, block_stride, token_stride,
+                head_stride, QUERIES, KV_HEADS, GROUP, ROWS, BLOCK, HEAD, WIDE, TYPE, TILE, STAGES,
             )  # fmt: skip
             pieces = tl.load(count_ptr + row)
             if (row < num_rows) & (pieces == 1):
                 _put_result(acc, output_ptr, output_stride, row, kv_head, GROUP, ROWS, HEAD, WIDE)
             else:
-                put_piece(acc, lse, outs_ptr, lses_ptr, piece, kv_head, KV_HEADS, GROUP, ROWS, HEAD, WIDE)
+                put_piece(acc, lse, outs_ptr, lses_ptr, piece, kv_head, QUERIES, KV_HEADS, GROUP, ROWS, HEAD, WIDE)
                 tl.debug_barrier()
                 done = done_ptr + row * KV_HEADS + kv_head
                 before = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu")
@@ -381,11 +395,11 @@ def _layer_kernel(  # type: ignore[no-untyped-def]
                         KV_HEADS, GROUP, ROWS, HEAD, WIDE,
                     )  # fmt: skip
     elif behind < answering:
-        for item in range(behind, tl.load(counts_ptr + 2).to(tl.int32) * heads, answering):
+        for item in range(behind, tl.load(counts_ptr + 2).to(tl.int32) * QUERIES * heads, answering):
             _answer(
-                tl.load(answers_ptr + item // heads), item % heads, epoch, outs_ptr, lses_ptr, first_ptr, count_ptr,
-                done_ptr, pointers_ptr, me, capacity, num_ranks, num_rows, row_size, rows_at, answered_at,
-                KV_HEADS, GROUP, HEAD, WIDE,
+                tl.load(answers_ptr + item // (QUERIES * heads)), item // heads % QUERIES, item % heads, epoch,
+                outs_ptr, lses_ptr, first_ptr, count_ptr, done_ptr, pointers_ptr, me, capacity, num_ranks, num_rows,
+                row_size, rows_at, answered_at, QUERIES, KV_HEADS, GROUP, HEAD, WIDE,
             )  # fmt: skip
     else:
         for item in range(behind - answering, tl.load(counts_ptr + 3).to(tl.int32) * heads, collecting):

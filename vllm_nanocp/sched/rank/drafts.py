@@ -3,8 +3,11 @@
 
 vLLM's scheduler preempts for the blocks of drafts, which most likely are given back in the next step. Here a rank with
 too few blocks verifies fewer drafts instead: nobody is preempted or spilled for them, and a request that just fits its
-rank ends there. Touches vLLM 0.32's ``Scheduler.num_spec_tokens``, ``Request.spec_token_ids`` and
-``Request.spec_decode_metrics``.
+rank ends there. Touches vLLM 0.32's ``Scheduler.num_spec_tokens``, ``_update_after_schedule``,
+``Request.spec_token_ids`` and ``Request.spec_decode_metrics``.
+
+With async scheduling, and with the V2 model runner, the drafts themselves are in the model runner's memory, and the
+scheduler has only how many there are. They cannot go along: a request goes on without at its new home.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
 from ...placement import cdiv
-from .interface import Decoding
+from .interface import Decoding, Part
 from .view_doors import ViewDoors
 
 
@@ -43,6 +48,9 @@ class Speculation(NamedTuple):
 class DraftDoors(ViewDoors):
     """Mixed into vLLM's scheduler: drafts where there is no block for them, and who may leave."""
 
+    # Drafts a step, kept while ``num_spec_tokens`` says that there are none.
+    _most_drafts = 0
+
     @property
     def speculates(self) -> bool:
         """Whether requests are decoded with drafts."""
@@ -53,20 +61,28 @@ class DraftDoors(ViewDoors):
             return super().schedule(*args, **kwargs)
         self.fit_drafts()
         with self._unpadded():
-            output = super().schedule(*args, **kwargs)
-        if self.dynamic_sd_lookup is None:
-            output.num_spec_tokens_to_schedule = self.num_spec_tokens
-        return output
+            return super().schedule(*args, **kwargs)
 
     @contextmanager
     def _unpadded(self) -> Iterator[None]:
         """While it schedules, vLLM pads requests that start with one token left with as many drafts as there may be,
         for the sake of graphs. The blocks of a member end with its run, and there is none for these."""
-        most, self.num_spec_tokens = self.num_spec_tokens, 0
+        self._most_drafts, self.num_spec_tokens = self.num_spec_tokens, 0
         try:
             yield
         finally:
-            self.num_spec_tokens = most
+            self.num_spec_tokens = self._most_drafts
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """The end of ``schedule``: with async scheduling by this number requests have their next drafts."""
+        if self._most_drafts and self.dynamic_sd_lookup is None:
+            scheduler_output.num_spec_tokens_to_schedule = self._most_drafts
+        super()._update_after_schedule(scheduler_output)
+
+    def drop_drafts(self, request: Request) -> None:
+        """Of a request that was out of its model runner's batch: drafts that lie there, or lay at another rank."""
+        if self.use_v2_model_runner or isinstance(self, AsyncScheduler):
+            request.spec_token_ids = []
 
     def fit_drafts(self) -> None:
         """Before a step: leave out drafts whose blocks are needed for tokens that are known. O(requests that run)."""
@@ -76,7 +92,7 @@ class DraftDoors(ViewDoors):
         view, held, block_size = self.view, self.held_blocks, self.block_size
         room = view.free_blocks - view.to_take - view.promised
         for request in drafted:
-            have = request.num_tokens
+            have = max(request.num_tokens, request.num_computed_tokens + 1)  # those in flight, if all are right
             blocks = max(len(held[request.request_id]), cdiv(have, block_size))  # it has them, or is about to
             more = cdiv(have + len(request.spec_token_ids), block_size) - blocks
             if more <= 0:
@@ -86,12 +102,23 @@ class DraftDoors(ViewDoors):
             else:
                 request.spec_token_ids = request.spec_token_ids[: max(0, blocks * block_size - have)]
 
+    def tell_drafts(self, part: Part, draft_token_ids: DraftTokenIds) -> None:
+        """What the drafts are that a step was scheduled with unknown; before its bitmask is asked for."""
+        assert not isinstance(part.payload, bytes)
+        self.update_draft_token_ids_in_output(draft_token_ids, part.payload)
+
     def decoding(self) -> list[Decoding]:
         """Requests that run, have computed their prompt, and may leave: with drafts all, else those whose last block is
         full."""
-        block_size = 1 if self.speculates else self.block_size
+        drafted, block_size = self.speculates, 1 if self.speculates else self.block_size
         return [
-            Decoding(r.request_id, r.num_computed_tokens, r.num_output_tokens + r.num_output_placeholders, r.num_tokens)
+            Decoding(
+                r.request_id,
+                # Of what is in flight, drafts may be wrong.
+                min(r.num_computed_tokens, r.num_tokens - 1) if drafted else r.num_computed_tokens,
+                r.num_output_tokens + r.num_output_placeholders,
+                r.num_tokens,
+            )
             for r in self.running
             if not r.num_computed_tokens % block_size and r.num_computed_tokens >= r.num_prompt_tokens
         ]

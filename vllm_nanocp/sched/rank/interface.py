@@ -33,7 +33,7 @@ class Decoding(NamedTuple):
 
     Attributes:
         request_id: its id.
-        computed: tokens whose KV is there or in flight.
+        computed: tokens whose KV is there or in flight; with drafts those that are there for certain.
         made: output tokens, those in flight included.
         known: tokens that have come back.
     """
@@ -47,13 +47,15 @@ class Decoding(NamedTuple):
 def batch_of(part: SchedulerOutput) -> Batch:
     """A rank's batch as its model runner will see it."""
     num_reqs, num_tokens = len(part.num_scheduled_tokens), part.total_num_scheduled_tokens
-    # One token each; a request's first token is no decode, though it may be its only one.
+    drafts = sum(map(len, part.scheduled_spec_decode_tokens.values()))
+    # One token each beside its drafts; a request's first token is no decode, though it may be its only one.
     decode = (
-        num_tokens == num_reqs
+        num_tokens == num_reqs + drafts
         and all(part.scheduled_cached_reqs.num_computed_tokens)
         and all(request.num_computed_tokens for request in part.scheduled_new_reqs)
     )
-    return Batch(num_reqs, num_tokens, decode)
+    most = max(part.num_scheduled_tokens.values(), default=0) if drafts else 1
+    return Batch(num_reqs, num_tokens, most if decode and most * num_reqs == num_tokens else 0)
 
 
 @dataclass(slots=True)
@@ -133,6 +135,7 @@ class Rank(Protocol):
     def begin_bitmask(self, part: Part) -> None: ...
     def end_bitmask(self) -> Any: ...
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None: ...
+    def tell_drafts(self, part: Part, draft_token_ids: DraftTokenIds) -> None: ...
 
     # Requests that are here.
     def enter(self, request: Request, to_share: int = 0, taken: int = 0) -> None: ...

@@ -250,6 +250,7 @@ class RankDoors(DraftDoors, ChunkDoors, VictimDoors, TakenDoors, AllowanceDoors)
     def stay(self, request_id: str) -> None:
         """Take back one that was about to leave."""
         self._left(request := self.requests[request_id])
+        self.drop_drafts(request)
         self.running.append(request)
         self.refresh()
 
@@ -297,6 +298,7 @@ class RankDoors(DraftDoors, ChunkDoors, VictimDoors, TakenDoors, AllowanceDoors)
         self.unfold(request.request_id, first_block)
         self.requests[request.request_id] = request
         self._strangers.add(request.request_id)
+        self.drop_drafts(request)
         self.running.insert(0, request)
         self.refresh()
 

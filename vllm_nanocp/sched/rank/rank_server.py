@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from .cached_blocks import CacheRecorder
@@ -247,6 +247,9 @@ class RankServer:
     def do_bitmask(self, serial: int) -> bytes | None:
         bitmask = self.scheduler.get_grammar_bitmask(self._step(serial))
         return None if bitmask is None else pickle.dumps(bitmask, -1)
+
+    def do_tell_drafts(self, serial: int, draft_token_ids: DraftTokenIds) -> None:
+        self.scheduler.update_draft_token_ids_in_output(draft_token_ids, self._step(serial))
 
     def do_update(self, serial: int, output: bytes) -> Any:
         """Returns an ``Updated``, plain: of the outputs only those that are not sent from here."""

@@ -195,6 +195,9 @@ class RemoteRank:
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
         self._tell("update_draft_token_ids", draft_token_ids)
 
+    def tell_drafts(self, part: Part, draft_token_ids: Any) -> None:
+        self._tell("tell_drafts", part.serial, draft_token_ids)
+
     # -- requests ----------------------------------------------------------------------------------------------
 
     def enter(self, request: Request, to_share: int = 0, taken: int = 0) -> None:

@@ -84,11 +84,8 @@ def compare(shape: Shape, queries: int) -> None:
         table[place, : len(mine)] = mine
         if length:
             keys, values = cache[mine].transpose(1, 2).flatten(0, 1)[:length].split(shape.head_size, dim=-1)
-            mine, first = (
-                query[place * queries : (place + 1) * queries],
-                length - queries if place in own else length - 1,
-            )
-            expected[place] = full_attention(mine, keys, values, first, shape.scale)
+            asking, first = query[place * queries :][:queries], length - (queries if place in own else 1)
+            expected[place] = full_attention(asking, keys, values, first, shape.scale)
             if spare := -length % size:
                 cache[mine[-1], :, -spare:] = float("nan")
     visits = Visits(queries, NUM_ROWS, *(x.to(DEVICE) for x in vars(visits).values() if isinstance(x, torch.Tensor)))

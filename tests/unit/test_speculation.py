@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from copy import copy
+from functools import partial
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from vllm.config import SpeculativeConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
@@ -24,7 +26,14 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_nanocp.entry.http_limits import check_seed
 from vllm_nanocp.executor.multiproc import OneWorld, RankGather
 from vllm_nanocp.placement.cost import CostModel
+from vllm_nanocp.plan import StepPlan
+from vllm_nanocp.sched.rank.drafts import DraftDoors
+from vllm_nanocp.sched.rank.interface import Part
+from vllm_nanocp.sched.rank.rank_server import RankServer
+from vllm_nanocp.sched.rank.remote_rank import RemoteRank
 from vllm_nanocp.sched.rank.stats import merge_scheduler_stats
+from vllm_nanocp.sched.scheduler import NanoCPScheduler
+from vllm_nanocp.sched.step_output import merge
 from vllm_nanocp.worker.worker import OneRank
 
 from .scheduler_world import Truth, payloads
@@ -178,6 +187,28 @@ def test_drafts_come_from_the_first_worker_of_a_rank_with_tokens() -> None:
         rank_gather=RankGather(2), collective_rpc=lambda name, timeout: [getattr(one, name)() for one in workers]
     )
     assert OneWorld.take_draft_token_ids(executor) == [fresh, None]  # type: ignore[arg-type]
+
+
+def test_grammars_hear_of_drafts_that_were_scheduled_unknown() -> None:
+    """With async scheduling a step is scheduled with placeholders; where the bitmask is made, they are filled in."""
+    heard: list[Any] = []
+    drafts = [DraftTokenIds(["a"], [[1, 2]]), DraftTokenIds(["b"], [[3]]), None]
+    outputs = [SchedulerOutput.make_empty() for _ in drafts]
+    outputs[0].has_structured_output_requests = outputs[2].has_structured_output_requests = True
+    vllms = SimpleNamespace(update_draft_token_ids_in_output=lambda *args: heard.append(args))
+    server = SimpleNamespace(scheduler=vllms, _step=lambda serial: outputs[serial])
+    near = SimpleNamespace(_tell=lambda name, *args: getattr(RankServer, f"do_{name}")(server, *args))
+    parts = [Part.of(output) for output in outputs]
+    for number, part in enumerate(parts):
+        part.serial = number
+    for rank in (
+        SimpleNamespace(tell_drafts=partial(DraftDoors.tell_drafts, vllms)),
+        SimpleNamespace(tell_drafts=partial(RemoteRank.tell_drafts, near)),  # type: ignore[arg-type]
+    ):
+        scheduler = SimpleNamespace(ranks=[rank] * 3)
+        NanoCPScheduler.update_draft_token_ids_in_output(scheduler, drafts, merge(parts, StepPlan()))  # type: ignore[arg-type]
+        assert heard == [(drafts[0], outputs[0])]
+        heard.clear()
 
 
 def test_seeds_are_refused() -> None:

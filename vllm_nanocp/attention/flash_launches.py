@@ -4,7 +4,7 @@ together, where their block ids are, where their results are found. No kernel of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ class TableRow:
     queries: int
     length: int
     table: int
-    ends: tuple[torch.Tensor, int] | None = None
+    ends: tuple[torch.Tensor, int] | None = field(default=None, kw_only=True)
 
 
 def groups_of(rows: list[TableRow], most: int, causal: bool) -> list[list[TableRow]]:
@@ -138,7 +138,7 @@ def groups_of(rows: list[TableRow], most: int, causal: bool) -> list[list[TableR
             room -= taken
             behind = (row.queries - at) * causal
             ends = None if row.ends is None else (row.ends[0], row.ends[1] + behind)
-            groups[-1].append(TableRow(taken, row.length - behind, row.table, ends))
+            groups[-1].append(TableRow(taken, row.length - behind, row.table, ends=ends))
     return groups
 
 

@@ -114,8 +114,8 @@ class Routes:
         self.places = places_of(capacity, num_ranks)
         parts = _parts(self.places, layout, query_bytes, queries)
         self._queries_at, self._rows_at, self._asked_at, self._answered_at, _ = offsets = _offsets(parts)
-        queries, rows, asked, answered = (buffer[a : a + n] for a, n in zip(offsets, parts, strict=False))
-        self._queries = queries
+        asking, rows, asked, answered = (buffer[a : a + n] for a, n in zip(offsets, parts, strict=False))
+        self._queries = asking
         self.rows = rows.view(torch.float32).view(self.places * self.queries, layout.size)
         self._asked, self._answered = asked.view(torch.int64), answered.view(torch.int64)
 

@@ -136,7 +136,7 @@ class Scheduled(NamedTuple):
 
     serial: int
     tokens: int
-    batch: tuple[int, int, bool]
+    batch: tuple[int, int, int]
     scheduled: dict[str, int]
     structured: bool
     pending: bool

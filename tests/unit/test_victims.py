@@ -55,6 +55,28 @@ def test_a_long_one_stays() -> None:
     assert victims([Victim(900, 32, preemptions=1), Victim(1000, 32)], 1) == [1], "another one's turn"
 
 
+def test_of_many_each_is_looked_at_a_few_times() -> None:
+    looks: Counter[str] = Counter()
+
+    class Looked:
+        def __init__(self, cost: float) -> None:
+            self._cost = cost
+
+        @property
+        def cost(self) -> float:
+            looks["cost"] += 1
+            return self._cost
+
+        @property
+        def frees(self) -> int:
+            looks["frees"] += 1
+            return 100
+
+    running: Any = [Looked(1000.0 + i) for i in range(1024)]
+    assert len(victims(running, 30_000)) == 300
+    assert looks.total() < 16 * len(running), looks
+
+
 LENGTHS = {"a": 40, "b": 40, "c": 50, "d": 50, "e": 40, "f": 40, "g": 280, "h": 280}
 OUTPUTS = 70
 

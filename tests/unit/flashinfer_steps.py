@@ -157,7 +157,7 @@ def install() -> None:
         "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping",
         "flashinfer.decode": "fast_decode_plan trtllm_batch_decode_with_kv_cache",
         "flashinfer.prefill": "trtllm_batch_context_with_kv_cache",
-        "flashinfer.utils": "FP4Tensor",
+        "flashinfer.utils": "FP4Tensor get_device_sm_count get_trtllm_gen_multi_ctas_kv_counter_bytes",
     }
     for module, members in names.items():
         made = ModuleType(module)
@@ -247,6 +247,8 @@ def make_builder(
         "nvfp4_trtllm": False,
         "nvfp4_fa2": False,
         "_workspace_buffer": workspace,
+        "use_fa2_native_decode": False,  # vLLM 0.33, below Hopper
+        "use_trtllm_dcp_prefill": False,
         "_prefill_wrapper": None,
         "_noncausal_prefill_wrapper": None,
         "_decode_wrapper": None,
@@ -286,6 +288,7 @@ def make_impl(shape: Shape) -> NanoCPFlashInferImpl:
         "bmm1_scale": None,
         "bmm2_scale": None,
         "o_sf_scale": None,
+        "_multi_ctas_kv_counter_buffer": None,  # vLLM 0.33, for kernels of Blackwell
         "dcp_world_size": 1,
     }
     impl = object.__new__(NanoCPFlashInferImpl)

@@ -259,7 +259,18 @@ def test_flashinfer_as_vllm_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
         NanoCPFlashInferImpl,
     )
 
-    monkeypatch.setattr(flashinfer_steps.stock, "can_use_trtllm_attention", lambda *_, **__: True)
+    stock = flashinfer_steps.stock
+    monkeypatch.setattr(stock, "can_use_trtllm_attention", lambda *_, **__: True)
+    # With the engine's configuration it sets more. This is what it takes of it; memory is not that of a GPU.
+    engine = SimpleNamespace(
+        attention_config=SimpleNamespace(disable_flashinfer_q_quantization=True),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=8),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+    )
+    monkeypatch.setattr(stock, "get_current_vllm_config_or_none", lambda: engine)
+    for name in ("get_device_sm_count", "get_trtllm_gen_multi_ctas_kv_counter_bytes"):  # of 0.33, as the next
+        monkeypatch.setattr(stock, name, lambda *_: 8, raising=False)
+    monkeypatch.setattr(stock, "_get_multi_ctas_kv_counter_buffer", lambda size, _: torch.zeros(size), raising=False)
 
     def judge(scale: float = 0.1, **args: Any) -> None:
         made: dict[str, Any] = dict(num_heads=8, head_size=64, scale=0.1, num_kv_heads=2, alibi_slopes=None)

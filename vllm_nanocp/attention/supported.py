@@ -52,7 +52,9 @@ KNOWN = frozenset(
         *("use_zentorch_sdpa", "vllm_flash_attn_version", "batch_invariant_enabled", "supports_quant_query_input"),
         *("need_to_return_lse_for_decode", "dcp_rank", "pcp_rank", "total_cp_world_size", "total_cp_rank"),
         *("dcp_combine", "_dcp_dtype", "_dcp_max_num_tokens", "cp_kv_cache_interleave_size"),
-        *("cache_dtype", "supports_xqa_or_trtllm_gen_decode", "bmm1_scale", "bmm2_scale"),  # of FlashInfer
+        # of FlashInfer; the buffer is of 0.33, room for counters of stock attention's kernels on Blackwell
+        *("cache_dtype", "supports_xqa_or_trtllm_gen_decode", "bmm1_scale", "bmm2_scale"),
+        "_multi_ctas_kv_counter_buffer",
         # of latent attention
         *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "v_head_dim"),
         *("kv_b_proj", "q_pad_num_heads", "_use_flashinfer_concat_mla_k", "_pad_v"),

@@ -42,6 +42,7 @@ PATCHES = (
     Patch("cpu_shm_names", platform="cpu"),
     Patch("cpu_cache_dtype", platform="cpu"),
     Patch("deepseek_one_token"),
+    Patch("draft_top_k"),
     Patch("cpu_mla_rope", platform="cpu"),
     Patch("cpu_mla_chunks", platform="cpu"),
 )

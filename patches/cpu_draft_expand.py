@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Temperature, `top_k` and `top_p` of requests that are decoded with drafts, on CPU.
 
-Wrong upstream: `expand_batch_to_tokens` (vllm/v1/sample/rejection_sampler.py) gives each draft the value of its request.
+Wrong upstream: `expand_batch_to_tokens` (vllm/v1/sample/rejection_sampler.py) gives each draft its request's value.
 On CPU its kernel writes to a copy of the output in 64-bit integers (`_expand_kernel_impl`, vllm/utils/
 cpu_triton_utils.py), so that any other output stays uninitialised: drafts are verified with a temperature that is
 whatever the memory held. Sampled tokens have the wrong distribution, and the same seed gives others each time.

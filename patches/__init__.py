@@ -43,6 +43,7 @@ PATCHES = (
     Patch("cpu_cache_dtype", platform="cpu"),
     Patch("deepseek_one_token"),
     Patch("draft_top_k"),
+    Patch("cpu_draft_expand", platform="cpu"),
     Patch("cpu_mla_rope", platform="cpu"),
     Patch("cpu_mla_chunks", platform="cpu"),
 )

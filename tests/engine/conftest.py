@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests import forked  # noqa: F401  (before any engine starts)
+
 from .harness import RESTLESS, Engine
 
 # Per-rank blocks of the small engines: 1,536 tokens, while a request may have 4,096.

@@ -67,7 +67,7 @@ def nothing_left(server: Server) -> None:
 @pytest.fixture(params=[FLAGS], ids=["default"])
 def doomed(request: pytest.FixtureRequest, tiny_model: str, tmp_path: Path) -> Iterator[Server]:
     """A server of one test's own, with the flags that the test asks for."""
-    with serving(tiny_model, tmp_path / "serve.log", request.param) as server:
+    with serving(tiny_model, tmp_path / "serve.log", request.param, spawn=request.param != FLAGS) as server:
         yield server
 
 

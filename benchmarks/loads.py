@@ -139,7 +139,7 @@ class Loads:
 
     def decode(self, n: int, tokens: int, beside: int = 0) -> dict[str, Any]:
         """While all decode."""
-        long = [(0.0, self.spec("long", beside, 4 * OUTPUT))] if beside else []
+        long = [(0.0, self.spec("long", beside, 6 * OUTPUT))] if beside else []
         later = 3.0 if beside else 0.0
         found = self.play([*long, *((later, self.spec("short", tokens, OUTPUT)) for _ in range(n))])
         shorts = [s for s in found if s["name"] == "short"]

@@ -282,7 +282,9 @@ CASES = [
 
 @pytest.mark.parametrize("engines", CASES, indirect=True)
 def test_tokens(engines: tuple[str, str, Engine, Engine]) -> None:
-    """As ``test_exact.py`` has it: bfloat16 runs part where candidates are close, also stock's own two."""
+    """Bfloat16 runs part where candidates are close. Stock's own two with FlashInfer do not, whatever the batch; but two
+    ranks add up what experts make in another order than one. So: at most as many as with FlashAttention, and only where
+    candidates are a step of bfloat16 or two apart."""
     mode, exchange, stock, nanocp = engines
     asks = [
         Ask(prompt(n, 50 + n + 7 * k), dict(max_tokens=24, logprobs=20), delay=0.01 * i)
@@ -301,5 +303,5 @@ def test_tokens(engines: tuple[str, str, Engine, Engine]) -> None:
     for worker in nanocp.call(nanocp.llm.collective_rpc("nanocp_counters")):
         assert bool(worker["captured_steps"]) == (mode != "eager")
         assert bool(worker["routed_steps"]) == (exchange == "routed")
-    assert len(gaps) <= 1.5 * len(allowed) + 3
-    assert max(gaps, default=0.0) <= max([TIE, *allowed]) + 2 * STEP
+    assert len(gaps) <= 1.5 * len(allowed) + 0.4 * len(asks)
+    assert max(gaps, default=0.0) <= max([0.0, *allowed]) + 2 * STEP + 1e-4

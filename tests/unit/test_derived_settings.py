@@ -248,7 +248,8 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "decode context parallelism": _set("parallel_config.decode_context_parallel_size", 2),
     "prefill context parallelism": _set("parallel_config.prefill_context_parallel_size", 2),
     "speculative decoding with a draft model": _drafts("eagle3"),
-    "speculative decoding on GPUs": _drafts("ngram", "parallel_config.worker_cls", GPU_WORKER),
+    "speculative decoding on GPUs by this method": _drafts("ngram", "parallel_config.worker_cls", GPU_WORKER),
+    "speculative decoding on GPUs with the V1": _drafts("ngram_gpu", "parallel_config.worker_cls", GPU_WORKER),
     "speculative decoding with async scheduling": _drafts("ngram", "scheduler_config.async_scheduling", True),
     "speculative decoding with the V2 model runner": _drafts("ngram", "attention_config.hisparse_config", object()),
     "the method ngram_gpu on CPU": _drafts("ngram_gpu"),
@@ -294,15 +295,11 @@ def test_each_setting(tiny_model: str, setting: refusals.Setting) -> None:
         refusal(lambda: check_settings(config, 1))
 
 
-def test_drafts_on_gpus_wait_for_one_word(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """V2's runner with async scheduling, which is vLLM's default with the method ngram_gpu, and V1's without."""
+def test_drafts_on_gpus(tiny_model: str) -> None:
+    """V2's runner with async scheduling, which is vLLM's default with the method ngram_gpu."""
     config = create(tiny_model, *NANOCP)
     _drafts("ngram_gpu", "parallel_config.worker_cls", GPU_WORKER)(config)
-    assert "speculative decoding on GPUs" in refusal(lambda: check_settings(config, RANKS))
-    monkeypatch.setattr(refusals, "DRAFTS_RUN_ON_GPUS", True)
-    check_settings(config, RANKS)
     _set("scheduler_config.async_scheduling", True)(config)
-    assert "the V1 model runner" in refusal(lambda: check_settings(config, RANKS))
     _set("attention_config.hisparse_config", object())(config)  # by which vLLM takes V2's
     check_settings(config, RANKS)
 

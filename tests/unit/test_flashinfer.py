@@ -149,6 +149,16 @@ def test_a_kernel_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.Monke
         family.warm_up(layer)
 
 
+def test_drafts_are_refused() -> None:
+    family = object.__new__(GroupedQueryWithFlashInfer)
+    layers = {"layer": SimpleNamespace(impl=SimpleNamespace(scale=1.0))}
+    family._config = SimpleNamespace(num_speculative_tokens=0)
+    family.attach(layers)
+    family._config = SimpleNamespace(num_speculative_tokens=3)
+    with pytest.raises(NanoCPConfigError, match="speculative decoding with FLASHINFER"):
+        family.attach(layers)
+
+
 def test_blocks_that_vllm_cuts_for_its_kernels_are_refused() -> None:
     """Block tables are of the pieces then, and a plan's block ids of whole ones."""
     family = object.__new__(GroupedQueryWithFlashInfer)

@@ -14,6 +14,7 @@ from typing import Any
 from .. import config as nanocp_config
 from ..sched.sharded_request import can_shard
 from ..wrapping import to_wrap, wraps
+from .refusals import GPU_DRAFTERS
 
 
 def check(request: Any, max_model_len: int, rank_tokens: int, degree_limit: int) -> None:
@@ -47,8 +48,14 @@ def check(request: Any, max_model_len: int, rank_tokens: int, degree_limit: int)
     )
 
 
-def check_seed(request: Any, speculates: bool) -> None:
-    """Refuse sampling with a seed where drafts are verified: that its tokens are vLLM's has not been shown.
+def check_drafts(request: Any, method: str | None) -> None:
+    """Refuse what has not been shown to work where drafts are verified.
+
+    Sampling with a seed: that its tokens are vLLM's. Structured output on GPUs: there it has left its grammar.
+
+    Args:
+        request: vLLM's ``EngineCoreRequest``.
+        method: of speculative decoding; None: there is none.
 
     Raises:
         VLLMValidationError: the front-end answers HTTP 400.
@@ -57,7 +64,14 @@ def check_seed(request: Any, speculates: bool) -> None:
     from vllm.sampling_params import SamplingType
 
     params = request.sampling_params
-    if speculates and params is not None and params.sampling_type == SamplingType.RANDOM_SEED:
+    if method is None or params is None:
+        return
+    if method in GPU_DRAFTERS and params.structured_outputs is not None:
+        raise VLLMValidationError(
+            "Structured output together with speculative decoding is not supported on GPUs: it has not kept to its "
+            "grammar there. Leave it out, or serve without --speculative-config."
+        )
+    if params.sampling_type == SamplingType.RANDOM_SEED:
         raise VLLMValidationError(
             "A seed together with speculative decoding is not supported: that the tokens are those that vLLM samples "
             "with the same drafts has not been shown. Leave seed out, use temperature 0, or serve without "
@@ -79,7 +93,8 @@ def install() -> None:
         vllm_config = self.vllm_config
         if nanocp_config.wanted(vllm_config.additional_config):
             config = nanocp_config.of(vllm_config)
-            check_seed(request, vllm_config.speculative_config is not None)
+            drafts = vllm_config.speculative_config
+            check_drafts(request, None if drafts is None else drafts.method)
             cache = vllm_config.cache_config
             blocks = (cache.num_gpu_blocks or 1) - 1  # vLLM keeps one as its null block
             check(request, vllm_config.model_config.max_model_len, blocks * cache.block_size, config.degree_limit)

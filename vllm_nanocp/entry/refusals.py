@@ -47,13 +47,15 @@ def _given(value: Any) -> bool:
 def _draft_model(drafts: Any) -> bool:
     """Whether a method is one that drafts with a model; of a configuration, if it says so."""
     method = drafts.get("method") if isinstance(drafts, dict) else drafts
-    return isinstance(method, str) and method not in (*DRAFTERS, *_GPU_DRAFTERS, "[ngram]")
+    return isinstance(method, str) and method not in (*DRAFTERS, *GPU_DRAFTERS, "[ngram]")
 
 
 def _drafts_on_a_gpu(drafts: Any) -> bool:
+    """Whether a method, or a configuration that names one, drafts by what has not been run there."""
     from vllm.platforms import current_platform
 
-    return drafts is not None and not DRAFTS_RUN_ON_GPUS and not current_platform.is_cpu()
+    method = drafts.get("method") if isinstance(drafts, dict) else drafts
+    return isinstance(method, str) and method not in GPU_DRAFTERS and not current_platform.is_cpu()
 
 
 def _returns_experts(aux_output: Any) -> bool:
@@ -88,13 +90,11 @@ class Flag:
 
 # Ways to draft without a model: they keep no KV, and take no part in the ranks' collectives. And those for GPUs only.
 DRAFTERS = ("ngram", "suffix", "custom_class")
-_GPU_DRAFTERS = ("ngram_gpu",)
-# Whether ``tests/gpu/test_drafts.py`` has passed. Then True, and both kinds are served on GPUs, with either model
-# runner and, with V2's, async scheduling.
-DRAFTS_RUN_ON_GPUS = False
+GPU_DRAFTERS = ("ngram_gpu",)
 _DRAFT_MODEL = "a draft's layers have KV to be sharded, too, and ranks without tokens would have to draft beside others"
 _OTHER_DRAFTER = "use the method ngram, suffix or custom_class, or leave it out"
-_DRAFTS_ON_GPUS = "drafts verified against shards have not been run on a GPU yet"
+_DRAFTS_ON_GPUS = "of the ways to draft only ngram_gpu has been run on GPUs"
+_DRAFT_ON_GPUS = "use the method ngram_gpu, or leave it out"
 _ONE_ENGINE = "one engine holds all ranks"
 _ONE_ADDRESS = "one scheduler serves all ranks behind one address"
 _MICRO_BATCHES = "a sharded step cannot be cut into micro-batches"
@@ -114,8 +114,8 @@ FLAGS = (
     Flag("prefill_context_parallel_size", _above_one, "chunks are placed by shard map", shown=True),
     Flag("speculative_config", _draft_model, _DRAFT_MODEL, _OTHER_DRAFTER),
     Flag("spec_method", _draft_model, _DRAFT_MODEL, _OTHER_DRAFTER, shown=True),
-    Flag("speculative_config", _drafts_on_a_gpu, _DRAFTS_ON_GPUS),
-    Flag("spec_method", _drafts_on_a_gpu, _DRAFTS_ON_GPUS),
+    Flag("speculative_config", _drafts_on_a_gpu, _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS),
+    Flag("spec_method", _drafts_on_a_gpu, _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS, shown=True),
     *(Flag(field, bool, _ONE_ADDRESS) for field in
       ("data_parallel_external_lb", "data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb")),
     *(Flag(field, _given, _ONE_ENGINE) for field in
@@ -253,14 +253,17 @@ SETTINGS = (
             "it splits every request's KV, which nanocp does per request"),
     Setting(lambda c: c.parallel_config.prefill_context_parallel_size > 1, "prefill context parallelism",
             "chunks are placed by shard map"),
-    Setting(lambda c: _drafts(c) not in (None, *DRAFTERS, *_GPU_DRAFTERS),
+    Setting(lambda c: _drafts(c) not in (None, *DRAFTERS, *GPU_DRAFTERS),
             "speculative decoding with a draft model (--speculative-config, --spec-method, --spec-model, or a "
             "speculators checkpoint)", _DRAFT_MODEL,
             f"{_OTHER_DRAFTER}; of a speculators checkpoint, serve the model it was made for"),
-    Setting(lambda c: _drafts(c) and c.parallel_config.worker_cls == GPU_WORKER and not DRAFTS_RUN_ON_GPUS,
-            "speculative decoding on GPUs (--speculative-config, --spec-method, --spec-model, --spec-tokens)",
-            _DRAFTS_ON_GPUS),
-    Setting(lambda c: _drafts(c) in _GPU_DRAFTERS and c.parallel_config.worker_cls == CPU_WORKER,
+    Setting(lambda c: _drafts(c) in DRAFTERS and c.parallel_config.worker_cls == GPU_WORKER,
+            "speculative decoding on GPUs by this method (--speculative-config, --spec-method)",
+            _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS),
+    Setting(lambda c: _drafts(c) and c.parallel_config.worker_cls == GPU_WORKER and not c.use_v2_model_runner,
+            "speculative decoding on GPUs with the V1 model runner", "it has been run with V2's only",
+            "leave VLLM_USE_V2_MODEL_RUNNER unset, or leave speculative decoding out"),
+    Setting(lambda c: _drafts(c) in GPU_DRAFTERS and c.parallel_config.worker_cls == CPU_WORKER,
             "the method ngram_gpu on CPU", "it drafts on a GPU", "use the method ngram"),
     Setting(lambda c: _drafts(c) and c.use_v2_model_runner and c.parallel_config.worker_cls == CPU_WORKER,
             "speculative decoding with the V2 model runner on CPU", "it has been run with V1 only",
@@ -268,7 +271,7 @@ SETTINGS = (
     Setting(lambda c: _drafts(c) and c.scheduler_config.async_scheduling and not c.use_v2_model_runner,
             "speculative decoding with async scheduling and the V1 model runner",
             "what its runner knows of tokens in flight is another thing, and was not tried",
-            "add --no-async-scheduling, or use V2's on a GPU"),
+            "add --no-async-scheduling"),
     Setting(lambda c: c.kv_transfer_config is not None,
             "a KV connector (--kv-transfer-config, --kv-offloading-size)", _CONNECTORS),
     Setting(lambda c: c.ec_transfer_config is not None, "--ec-transfer-config",

@@ -22,7 +22,7 @@ from tests.unit.flashinfer_steps import FlashInferShape, ReferenceDecode, Refere
 from tests.unit.processes import run_ranks
 
 from . import FOUR_GPUS, ONE_GPU, TWO_GPUS
-from .test_exact import STEP, TIE, partings
+from .test_exact import STEP, partings
 
 pytestmark = [pytest.mark.gpu, ONE_GPU]
 

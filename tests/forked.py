@@ -13,6 +13,8 @@ from collections.abc import Callable
 from multiprocessing import forkserver, spawn
 from typing import Any
 
+import setproctitle
+
 _IMPORTED = [
     __name__,
     "vllm.v1.engine.core",
@@ -42,6 +44,7 @@ def _prepare_with_environment(data: dict[str, Any]) -> None:
     _prepare(data)
 
 
+setproctitle.getproctitle()  # it finds where the title is by the environment's first place, so before that is replaced
 multiprocessing.get_context = _forking
 spawn.get_preparation_data = _describe_with_environment  # type: ignore[assignment]
 spawn.prepare = _prepare_with_environment  # type: ignore[assignment]

@@ -282,9 +282,9 @@ CASES = [
 
 @pytest.mark.parametrize("engines", CASES, indirect=True)
 def test_tokens(engines: tuple[str, str, Engine, Engine]) -> None:
-    """Bfloat16 runs part where candidates are close. Stock's own two with FlashInfer do not, whatever the batch; but two
-    ranks add up what experts make in another order than one. So: at most as many as with FlashAttention, and only where
-    candidates are a step of bfloat16 or two apart."""
+    """Bfloat16 runs part where candidates are close. With FlashInfer stock's own two do not, whatever the batch; but
+    two ranks add up what experts make in another order than one. So: as many as with FlashAttention at most, and only
+    where candidates are one or two steps of bfloat16 apart."""
     mode, exchange, stock, nanocp = engines
     asks = [
         Ask(prompt(n, 50 + n + 7 * k), dict(max_tokens=24, logprobs=20), delay=0.01 * i)

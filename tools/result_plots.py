@@ -59,10 +59,10 @@ def draw_long(plot: Any) -> Any:
 
 def draw_short(plot: Any) -> Any:
     """The plugin over stock with more and more short requests that begin at once."""
-    ratios = load("gpu_scheduler_processes_4xH200.json")["ratios"]
+    ratios = load("gpu_control_plane_4xH200.json")["ratios"]
     loads = sorted((int(name.split(":")[1]), runs) for name, runs in ratios.items() if name.startswith("flat:"))
     kinds = (
-        ("gap_p50", "gap p50", "lower is better"),
+        ("tpot_p50", "time per output token p50", "lower is better"),
         ("tokens_per_s", "tokens a second", "higher is better"),
         ("ttft_p50", "time to first token p50", "lower is better"),
     )

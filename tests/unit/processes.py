@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -18,7 +19,8 @@ import torch.distributed as dist
 
 # The server imports what is slow to import once; the processes are forked from it, before any thread of OpenMP.
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["vllm.v1.attention.backends.cpu_attn"])
+if "tests.forked" not in sys.modules:  # that has more of it imported, for engines
+    _CONTEXT.set_forkserver_preload(["vllm.v1.attention.backends.cpu_attn"])
 
 
 def _main(

@@ -280,6 +280,29 @@ def test_a_grammar_that_fails_ends_its_request_only(
     assert counts["arrivals"] and counts["fail at first"] > 2 and bool(counts["fail later"]) == apart, counts
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_drafts_that_end_reasoning_wait_for_a_grammar_that_is_being_compiled(fails: bool) -> None:
+    """They are left out from the end of reasoning on, for nothing can judge them; then as in stock vLLM."""
+    rank, stock = manager(RankGrammars, True, False), manager(StructuredOutputManager, True, False)
+    request = structured([1])
+    step(rank, request, 100)
+    moved = unpack(pack(request), None)
+    assert moved.structured_output_request is not None
+    compiled = Future[Any]()
+    moved.structured_output_request._grammar = compiled
+    rank.replay(moved)
+    drafts = [[101, END, 102], [101, 102, -1], [END], []]
+    found = [rank.validate_tokens(moved, list(some)) for some in drafts]
+    assert found == [[101], [101, 102], [], []]
+    if fails:
+        compiled.set_exception(ValueError("in vain"))
+        assert [rank.validate_tokens(moved, list(some)) for some in drafts] == found
+    else:
+        compiled.set_result(Grammar())
+        for some in drafts:
+            assert rank.validate_tokens(moved, list(some)) == stock.validate_tokens(request, list(some))
+
+
 @pytest.mark.parametrize("errors", [set(), {}], ids=["0.32", "0.33"])
 def test_a_grammar_that_fails_is_noted_as_each_version_does(errors: Any) -> None:
     """0.33 has a dict there: from each request to what its client is told."""

@@ -57,6 +57,16 @@ class RankGrammars(StructuredOutputManager):
             note_grammar_begins(structured, begins)
         return bounds
 
+    def validate_tokens(self, request: Request, spec_tokens: list[int]) -> list[int]:
+        """Drafts that may be verified. Where one of them ends the reasoning of a request whose grammar is still being
+        compiled here, or has failed, only those before it: nothing can judge what follows."""
+        structured = request.structured_output_request
+        if structured is not None and (structured.grammar is None or isinstance(structured.grammar, Exception)):
+            known = [token for token in spec_tokens if token != -1]
+            begins = self._get_constraint_bounds(request, known).constraint_start
+            spec_tokens = known[: max(0, begins - 1)]
+        return super().validate_tokens(request, spec_tokens)
+
     def accept_tokens(self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any) -> bool:
         structured = request.structured_output_request
         # A request that runs when it comes has not waited for its grammar to be compiled.

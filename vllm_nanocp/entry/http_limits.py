@@ -51,7 +51,8 @@ def check(request: Any, max_model_len: int, rank_tokens: int, degree_limit: int)
 def check_drafts(request: Any, method: str | None) -> None:
     """Refuse what has not been shown to work where drafts are verified.
 
-    Sampling with a seed: that its tokens are vLLM's. Structured output on GPUs: there it has left its grammar.
+    Sampling with a seed: that its tokens are vLLM's. Structured output on
+    GPUs: that it keeps to its grammar.
 
     Args:
         request: vLLM's ``EngineCoreRequest``.
@@ -68,8 +69,8 @@ def check_drafts(request: Any, method: str | None) -> None:
         return
     if method in GPU_DRAFTERS and params.structured_outputs is not None:
         raise VLLMValidationError(
-            "Structured output together with speculative decoding is not supported on GPUs: it has not kept to its "
-            "grammar there. Leave it out, or serve without --speculative-config."
+            "Structured output together with speculative decoding is not supported on GPUs: that it keeps to its "
+            "grammar there has not been shown. Leave it out, or serve without --speculative-config."
         )
     if params.sampling_type == SamplingType.RANDOM_SEED:
         raise VLLMValidationError(

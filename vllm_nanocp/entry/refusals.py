@@ -92,7 +92,7 @@ class Flag:
 DRAFTERS = ("ngram", "suffix", "custom_class")
 GPU_DRAFTERS = ("ngram_gpu",)
 _DRAFT_MODEL = "a draft's layers have KV to be sharded, too, and ranks without tokens would have to draft beside others"
-_OTHER_DRAFTER = "use the method ngram, suffix or custom_class, or leave it out"
+_OTHER_DRAFTER = "use the method ngram, suffix or custom_class, on GPUs ngram_gpu, or leave it out"
 _DRAFTS_ON_GPUS = "of the ways to draft only ngram_gpu has been run on GPUs"
 _DRAFT_ON_GPUS = "use the method ngram_gpu, or leave it out"
 _ONE_ENGINE = "one engine holds all ranks"

@@ -17,6 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_nanocp.sched.step_output import NanoCPSchedulerOutput
 
+from . import loopback
 from .scheduler_world import Device, Session, Truth, WorldError, base, payloads
 from .test_sessions import SessionWorld
 from .world_shapes import Shape, vllm_config  # noqa: F401
@@ -153,3 +154,53 @@ def test_requests_between_ranks_keep_their_slot(vllm_config: Any, away: str) -> 
     else:
         rank.stay("a")
         assert step() == ["a"]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_who_waits_for_the_slot_of_one_that_does_not_come_starts(
+    vllm_config: Any,  # noqa: F811
+    apart: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Behind messages the slot is known to be free a step later: only the rank knows whether others there have it."""
+    loopback.use(monkeypatch, apart)
+    sizes = dict(seed=0, ranks=2, block_size=16, blocks=40, max_reqs=8, budget=512, segment=4096, degree=2)
+    rest = dict(moves=False, caching=False, priorities=False, chunk=0, reserve=0)
+    scheduler = Shape(**sizes, **rest).scheduler(with_adapters(vllm_config, 1), False)  # type: ignore[arg-type]
+    device = Device({"a": Truth(1, [11] * 20, 4, 2, stops=False)}, 2, 41, 16, 8, 2, 1, False)
+
+    def step() -> list[str]:
+        output = scheduler.schedule()
+        scheduler.update_from_output(output, device.execute(output))
+        return sorted(name for part in payloads(output) for name in part.num_scheduled_tokens)
+
+    for rank in scheduler.ranks:
+        rank.expect("coming", 2)
+    scheduler.add_request(Request("a", [11] * 20, SamplingParams(max_tokens=4), None, lora_request=adapter(1)))
+    assert [step(), step()] == [[], []]
+    scheduler.ranks[1].expect_no_more("coming")
+    ran = [step(), step()]
+    assert ran == ([[], ["a"]] if apart else [["a"], ["a"]])
+
+
+def test_behind_messages_more_adapters_may_be_known_but_no_fewer(
+    vllm_config: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With fewer one would start there that finds no slot."""
+    loopback.use(monkeypatch)
+    world = AdapterWorld(vllm_config, 1, 1, False)
+    for _, request in world.arrivals()[:8]:
+        world.scheduler.add_request(request)
+    world.scheduler.schedule()
+    world.check_loads()
+    rank = next(rank for rank in world.scheduler.ranks if rank.view.adapters)
+    right = rank.view.adapters
+    rank.view.adapters = right | {99}
+    rank.on_change()
+    world.check_loads()
+    rank.view.adapters = frozenset(list(right)[1:])
+    rank.on_change()
+    with pytest.raises(WorldError, match="at its near end: adapters is kept as"):
+        world.check_loads()
+    world.scheduler.shutdown()

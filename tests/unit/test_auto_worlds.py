@@ -139,3 +139,27 @@ def test_the_room_is_that_of_the_graphs(
     monkeypatch.setattr(config.compilation_config, "cudagraph_mode", CUDAGraphMode[mode])
     monkeypatch.setattr(config.compilation_config, "cudagraph_capture_sizes", [1, 2, 4, 128])
     assert visit_room(config) == room
+
+
+def test_who_lacked_only_visits_starts_when_another_ends(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Also behind one that waits for room, and where ranks have less room than when it was looked at."""
+    queue = Queue(vllm_config, segment=256, blocks=100, budget=2048)
+    scheduler = queue.scheduler
+    queue.add("visits", 280, 12)
+    queue.step(4)
+    assert list(scheduler.sharded) == ["visits"]
+    monkeypatch.setattr(scheduler.placer, "_has_room", lambda _: not scheduler.sharded)
+    for number in range(2):
+        queue.add(f"runs {number}", 250, 80)
+    queue.add("all", 3100, 2)
+    queue.add("large", 1500, 2)  # on one rank there is never so much room while these run
+    queue.step()
+    assert list(scheduler.unplaced) == ["all", "large"]
+    for number in range(2):
+        queue.add(f"more {number}", 200, 40)
+    while "visits" in scheduler.requests:
+        queue.step()
+    assert list(scheduler.unplaced) == ["all", "large"]
+    queue.step()
+    assert list(scheduler.unplaced) == ["all"], "large has started"
+    queue.end()

@@ -19,9 +19,10 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_nanocp.entry.http_limits import check_drafts
@@ -123,9 +124,22 @@ def test_worlds(vllm_config: Any, monkeypatch: pytest.MonkeyPatch, version: int,
     assert counts["preemptions"] and counts["aborts"] and counts["resets"] and counts["pauses"], counts
 
 
-def test_sessions(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = run_worlds(DraftedSessions, vllm_config, 1, False, WORLDS // 2, monkeypatch)
+@pytest.mark.parametrize(("version", "asynchronous"), [(1, False), (2, True)], ids=["v1", "v2-async"])
+def test_sessions(vllm_config: Any, monkeypatch: pytest.MonkeyPatch, version: int, asynchronous: bool) -> None:
+    """One that has made its tokens goes on from all of them but the last, whatever drafts were behind it."""
+    frontiers: Counter[int] = Counter()
+    stop = Scheduler._handle_stopped_request
+
+    def stopped(scheduler: Any, request: Request) -> bool:
+        holds, finished = request.num_computed_tokens > 0, stop(scheduler, request)
+        if holds and request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
+            frontiers[request.num_computed_tokens - request.num_tokens] += 1
+        return finished
+
+    monkeypatch.setattr(Scheduler, "_handle_stopped_request", stopped)
+    counts = run_worlds(DraftedSessions, vllm_config, version, asynchronous, WORLDS // 2, monkeypatch)
     assert counts["accepted"] > 100, counts
+    assert frontiers.keys() == {-1}, frontiers
 
 
 def test_nobody_is_preempted_for_drafts(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

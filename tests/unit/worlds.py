@@ -289,6 +289,8 @@ class World:
             for name, sign in more_room
             if (getattr(has, name) - getattr(known, name)) * sign > 0
         }
+        if known.adapters > has.adapters:  # only the rank knows whether others there have the one that one less needs
+            as_has["adapters"] = has.adapters
         self.counts["less room known"] += bool(as_has)
         return replace(known, **as_has), has
 

@@ -94,6 +94,8 @@ class Placer:
         has_room: Callable[[ShardMap], bool],
     ) -> None:
         self.segments, self._has_room = segments, has_room
+        # Whether the last request asked for had room but for its visits.
+        self.lacks_visits = False
         self.ranks = ranks
         self.config = config
         self.block_size = block_size
@@ -139,7 +141,8 @@ class Placer:
         """
         how = (home, turn, prefix, closed, may_wait, overtakes)
         found = self._place(request, *how)
-        if found is None or len(found.runs) == 1 or self._has_room(found):
+        self.lacks_visits = found is not None and len(found.runs) > 1 and not self._has_room(found)
+        if not self.lacks_visits:
             return found
         whole = self._rules(request, home) | dict(segment_size=request.num_tokens, max_degree=1)
         now = (home, turn, prefix, closed, False, overtakes)

@@ -60,6 +60,8 @@ class Members:
         self.num_parallel_parts = 0
         # How often a request has been sharded, gone on to its next run, moved or ended.
         self.changes = 0
+        # Sharded requests that have ended, or given up their shards.
+        self.num_closed = 0
         # Sharded requests by rank, and at which of these changes.
         self._shards = [0] * len(ranks)
         self._shards_at = 0
@@ -204,6 +206,7 @@ class Members:
         self.plan.closed.extend(shard for shard, _ in sharded.open_shards.values())
         del self.sharded[sharded.request.request_id]
         self.changes += 1
+        self.num_closed += 1
 
     def take_back(self, sharded: ShardedRequest) -> None:
         """Give back all shards of a request whose active member waits at its rank; it waits nowhere then."""

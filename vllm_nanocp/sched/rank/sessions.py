@@ -62,8 +62,10 @@ class SessionDoors(_Base):
     def _handle_stopped_request(self, request: Request) -> bool:
         preempted = request.num_computed_tokens == 0
         if self.num_spec_tokens:
-            # A stop among accepted drafts: what was computed of those behind it is not the session's.
-            request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+            # A stop among accepted drafts: what was computed of those behind it is not the session's. With async
+            # scheduling vLLM subtracts all that is yet to come, those included.
+            most = request.num_tokens - 1 + request.num_output_placeholders
+            request.num_computed_tokens = min(request.num_computed_tokens, most)
         finished = super()._handle_stopped_request(request)
         if preempted and not finished:
             self._preempted_turns.append(request)

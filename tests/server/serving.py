@@ -103,6 +103,13 @@ class Server:
         self.log = log
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
+        # What the scheduler tells of a sharded request is part of what is tested.
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})}
+        if not spawn and not any(flag.startswith("--api-server-count") for flag in flags):
+            # vLLM sets it for several API servers, which is too late where prometheus_client is imported already.
+            folder = log.with_suffix(".metrics")
+            folder.mkdir()
+            environment["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
         command = [*(VLLM if spawn else FORKED), "serve", model, *flags, "--host", "127.0.0.1", "--port", str(port)]
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
@@ -112,8 +119,7 @@ class Server:
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
-                # What the scheduler tells of a sharded request is part of what is tested.
-                env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})},
+                env=environment,
             )
         self.client = httpx.Client(base_url=self.url, timeout=ANSWER_LIMIT_S, trust_env=False)
         if not wait:

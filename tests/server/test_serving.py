@@ -30,7 +30,7 @@ time.sleep(120)
 @pytest.fixture
 def stubborn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.setattr(serving, "VLLM", [sys.executable, "-c", SCRIPT])
-    server = Server("none", tmp_path / "serve.log", flags=[], wait=False)
+    server = Server("none", tmp_path / "serve.log", flags=[], wait=False, spawn=True)
     yield server
     server.client.close()
     server.kill()

@@ -280,7 +280,7 @@ def test_flashinfer_as_vllm_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
         layers["m"].impl = NanoCPFlashInferImpl(**made | {"scale": scale})
         sizes = dict(get_num_attention_heads=lambda _: 8, get_num_kv_heads=lambda _: 2, get_head_size=lambda: 64)
         model = SimpleNamespace(dtype=torch.bfloat16, **sizes)
-        config = SimpleNamespace(model_config=model, parallel_config=None, cache_config=None)
+        config = SimpleNamespace(model_config=model, parallel_config=None, cache_config=None, num_speculative_tokens=0)
         family = GroupedQueryWithFlashInfer(config)
         family.attach(check_layers(layers, family))
 

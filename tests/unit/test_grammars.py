@@ -280,16 +280,22 @@ def test_a_grammar_that_fails_ends_its_request_only(
     assert counts["arrivals"] and counts["fail at first"] > 2 and bool(counts["fail later"]) == apart, counts
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_drafts_that_end_reasoning_wait_for_a_grammar_that_is_being_compiled(fails: bool) -> None:
-    """They are left out from the end of reasoning on, for nothing can judge them; then as in stock vLLM."""
-    rank, stock = manager(RankGrammars, True, False), manager(StructuredOutputManager, True, False)
+def moved_while_compiled(rank: Any) -> tuple[Request, Request, Future[Any]]:
+    """A request that reasons, the same as it comes to another rank, and its grammar there, which is being compiled."""
     request = structured([1])
     step(rank, request, 100)
     moved = unpack(pack(request), None)
     assert moved.structured_output_request is not None
     compiled = Future[Any]()
     moved.structured_output_request._grammar = compiled
+    return request, moved, compiled
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_drafts_that_end_reasoning_wait_for_a_grammar_that_is_being_compiled(fails: bool) -> None:
+    """They are left out from the end of reasoning on, for nothing can judge them; then as in stock vLLM."""
+    rank, stock = manager(RankGrammars, True, False), manager(StructuredOutputManager, True, False)
+    request, moved, compiled = moved_while_compiled(rank)
     rank.replay(moved)
     drafts = [[101, END, 102], [101, 102, -1], [END], []]
     found = [rank.validate_tokens(moved, list(some)) for some in drafts]
@@ -314,12 +320,7 @@ def test_a_grammar_that_fails_is_noted_as_each_version_does(errors: Any) -> None
 def test_a_grammar_that_fails_while_its_request_reasons_is_refused_its_tokens() -> None:
     """As tokens that a grammar rejects, by which vLLM's scheduler ends a request with an error."""
     rank = manager(RankGrammars, True, False)
-    request = structured([1])
-    step(rank, request, 100)
-    moved = unpack(pack(request), None)
-    assert moved.structured_output_request is not None
-    compiled = Future[Any]()
-    moved.structured_output_request._grammar = compiled
+    _, moved, compiled = moved_while_compiled(rank)
     assert rank.replay(moved)
     step(rank, moved, 101)
     compiled.set_exception(ValueError("in vain"))

@@ -14,7 +14,7 @@ from typing import Any
 from .. import config as nanocp_config
 from ..sched.sharded_request import can_shard
 from ..wrapping import to_wrap, wraps
-from .refusals import GPU_DRAFTERS
+from .refusals import GPU_DRAFTERS, draft_method
 
 
 def check(request: Any, max_model_len: int, rank_tokens: int, degree_limit: int) -> None:
@@ -51,8 +51,8 @@ def check(request: Any, max_model_len: int, rank_tokens: int, degree_limit: int)
 def check_drafts(request: Any, method: str | None) -> None:
     """Refuse what has not been shown to work where drafts are verified.
 
-    Sampling with a seed: that its tokens are vLLM's. Structured output on
-    GPUs: that it keeps to its grammar.
+    Sampling with a seed: that its tokens are vLLM's. Structured output on GPUs: that it keeps to its
+    grammar.
 
     Args:
         request: vLLM's ``EngineCoreRequest``.
@@ -94,8 +94,7 @@ def install() -> None:
         vllm_config = self.vllm_config
         if nanocp_config.wanted(vllm_config.additional_config):
             config = nanocp_config.of(vllm_config)
-            drafts = vllm_config.speculative_config
-            check_drafts(request, None if drafts is None else drafts.method)
+            check_drafts(request, draft_method(vllm_config))
             cache = vllm_config.cache_config
             blocks = (cache.num_gpu_blocks or 1) - 1  # vLLM keeps one as its null block
             check(request, vllm_config.model_config.max_model_len, blocks * cache.block_size, config.degree_limit)

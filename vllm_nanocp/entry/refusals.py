@@ -44,9 +44,14 @@ def _given(value: Any) -> bool:
     return value is not None
 
 
+def _named(drafts: Any) -> Any:
+    """The method that a flag names: of ``--spec-method`` its value, of a configuration a part."""
+    return drafts.get("method") if isinstance(drafts, dict) else drafts
+
+
 def _draft_model(drafts: Any) -> bool:
     """Whether a method is one that drafts with a model; of a configuration, if it says so."""
-    method = drafts.get("method") if isinstance(drafts, dict) else drafts
+    method = _named(drafts)
     return isinstance(method, str) and method not in (*DRAFTERS, *GPU_DRAFTERS, "[ngram]")
 
 
@@ -54,7 +59,7 @@ def _drafts_on_a_gpu(drafts: Any) -> bool:
     """Whether a method, or a configuration that names one, drafts by what has not been run there."""
     from vllm.platforms import current_platform
 
-    method = drafts.get("method") if isinstance(drafts, dict) else drafts
+    method = _named(drafts)
     return isinstance(method, str) and method not in GPU_DRAFTERS and not current_platform.is_cpu()
 
 
@@ -233,7 +238,7 @@ def _multimodal(vllm_config: Any, field: str) -> Any:
     return getattr(getattr(vllm_config.model_config, "multimodal_config", None), field, None)
 
 
-def _drafts(vllm_config: Any) -> Any:
+def draft_method(vllm_config: Any) -> Any:
     """The method by which requests are decoded with drafts; None if they are not."""
     return None if vllm_config.speculative_config is None else vllm_config.speculative_config.method
 
@@ -253,22 +258,22 @@ SETTINGS = (
             "it splits every request's KV, which nanocp does per request"),
     Setting(lambda c: c.parallel_config.prefill_context_parallel_size > 1, "prefill context parallelism",
             "chunks are placed by shard map"),
-    Setting(lambda c: _drafts(c) not in (None, *DRAFTERS, *GPU_DRAFTERS),
+    Setting(lambda c: draft_method(c) not in (None, *DRAFTERS, *GPU_DRAFTERS),
             "speculative decoding with a draft model (--speculative-config, --spec-method, --spec-model, or a "
             "speculators checkpoint)", _DRAFT_MODEL,
             f"{_OTHER_DRAFTER}; of a speculators checkpoint, serve the model it was made for"),
-    Setting(lambda c: _drafts(c) in DRAFTERS and c.parallel_config.worker_cls == GPU_WORKER,
+    Setting(lambda c: draft_method(c) in DRAFTERS and c.parallel_config.worker_cls == GPU_WORKER,
             "speculative decoding on GPUs by this method (--speculative-config, --spec-method)",
             _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS),
-    Setting(lambda c: _drafts(c) and c.parallel_config.worker_cls == GPU_WORKER and not c.use_v2_model_runner,
+    Setting(lambda c: draft_method(c) and c.parallel_config.worker_cls == GPU_WORKER and not c.use_v2_model_runner,
             "speculative decoding on GPUs with the V1 model runner", "it has been run with V2's only",
             "leave VLLM_USE_V2_MODEL_RUNNER unset, or leave speculative decoding out"),
-    Setting(lambda c: _drafts(c) in GPU_DRAFTERS and c.parallel_config.worker_cls == CPU_WORKER,
+    Setting(lambda c: draft_method(c) in GPU_DRAFTERS and c.parallel_config.worker_cls == CPU_WORKER,
             "the method ngram_gpu on CPU", "it drafts on a GPU", "use the method ngram"),
-    Setting(lambda c: _drafts(c) and c.use_v2_model_runner and c.parallel_config.worker_cls == CPU_WORKER,
+    Setting(lambda c: draft_method(c) and c.use_v2_model_runner and c.parallel_config.worker_cls == CPU_WORKER,
             "speculative decoding with the V2 model runner on CPU", "it has been run with V1 only",
             "leave VLLM_USE_V2_MODEL_RUNNER unset"),
-    Setting(lambda c: _drafts(c) and c.scheduler_config.async_scheduling and not c.use_v2_model_runner,
+    Setting(lambda c: draft_method(c) and c.scheduler_config.async_scheduling and not c.use_v2_model_runner,
             "speculative decoding with async scheduling and the V1 model runner",
             "what its runner knows of tokens in flight is another thing, and was not tried",
             "add --no-async-scheduling"),

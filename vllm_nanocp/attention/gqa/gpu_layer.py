@@ -47,17 +47,17 @@ def captured_tables(builder: Any, step: ShardedStep, layout: RowLayout, num_kv_h
     """
     made: dict[int, CapturedTables] = builder.__dict__.setdefault("nanocp_tables", dict(context.tables))
     if step.capacity not in made:
-        made[step.capacity] = CapturedTables(
-            step.capacity,
-            step.num_ranks,
-            builder.vllm_config.scheduler_config.max_num_seqs,
-            layout,
-            num_kv_heads,
-            builder.device,
-            context.routes.get(step.capacity),
-            context.queries,
-        )
+        rows = builder.vllm_config.scheduler_config.max_num_seqs
+        made[step.capacity] = _make_tables(step.capacity, step.num_ranks, rows, layout, num_kv_heads, builder.device)
     return made[step.capacity]
+
+
+def _make_tables(
+    capacity: int, num_ranks: int, rows: int, layout: RowLayout, num_kv_heads: int, device: torch.device
+) -> CapturedTables:
+    """For as many queries a row as the worker's requests are decoded with, and its routes, if it has any."""
+    routes = context.routes.get(capacity)
+    return CapturedTables(capacity, num_ranks, rows, layout, num_kv_heads, device, routes, context.queries)
 
 
 class ShardedAttention:
@@ -281,9 +281,7 @@ class GroupedQueryOnGPU:
         pass
 
     def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device) -> CapturedTables:
-        routes = context.routes.get(capacity)
-        kv_heads, queries = self.num_kv_heads, context.queries
-        return CapturedTables(capacity, num_ranks, max_reqs, self.layout, kv_heads, device, routes, queries)
+        return _make_tables(capacity, num_ranks, max_reqs, self.layout, self.num_kv_heads, device)
 
     def warm_up(self, layer: Any) -> None:
         block_size, held = self._config.cache_config.block_size, layer.kv_cache.shape[2]

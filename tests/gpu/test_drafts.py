@@ -21,7 +21,7 @@ from vllm_nanocp.entry import http_limits
 
 from . import TWO_GPUS
 from .test_attention import MODES, OF_STOCK, RELATIVE, SHAPES, GraphForward, stock_flash
-from .test_exact import STEP, TIE, common, partings
+from .test_exact import STEP, TIE, all_partings, check_partings, common, partings
 
 pytestmark = [pytest.mark.gpu, TWO_GPUS]
 
@@ -96,26 +96,15 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     ]
     together, alone = stock.ask(asks), [stock.ask([ask])[0] for ask in asks]
     ours, ours_alone = nanocp.ask(asks), [nanocp.ask([ask])[0] for ask in asks]
-    found = {
-        "stock alone - together": partings(alone, together),
-        "nanocp together - stock together": partings(ours, together),
-        "nanocp alone - stock alone": partings(ours_alone, alone),
-    }
-    for name, gaps in found.items():
-        print(f"{mode}: {name}: {len(gaps)} of {len(asks)} part, gaps {sorted(round(g, 3) for g in gaps)}")
+    found = all_partings(mode, (together, alone), (ours, ours_alone))
     nanocp.check_nothing_left()
     counters = nanocp.call(nanocp.llm.collective_rpc("nanocp_counters"))
     print(f"{mode}: {counters} {nanocp.status()}")
     graphs = "graphs" in mode
     for worker in counters:
         assert worker["sharded_steps"] > 0 and (worker["captured_steps"] > worker["sharded_steps"] / 4) == graphs
-        assert not mode.startswith("v2") or (worker["routed_steps"] > worker["sharded_steps"] / 4) == (
-            "collective" not in mode
-        )
-    allowed = found["stock alone - together"]
-    for name in list(found)[1:]:
-        assert len(found[name]) <= 1.5 * len(allowed) + 3, name
-        assert max(found[name], default=0.0) <= max([TIE, *allowed]) + 2 * STEP + ROUNDED, name
+        assert (worker["routed_steps"] > worker["sharded_steps"] / 4) == ("collective" not in mode)
+    check_partings(found, ROUNDED)
 
 
 def test_structured_output(

@@ -80,6 +80,34 @@ def partings(mine: list[Answer], stocks: list[Answer]) -> list[float]:
     return gaps
 
 
+def all_partings(
+    mode: str, stocks: tuple[list[Answer], list[Answer]], ours: tuple[list[Answer], list[Answer]]
+) -> dict[str, list[float]]:
+    """What parts, printed: first stock from itself. Of each system the requests together, and one by one."""
+    (together, alone), (ours_together, ours_alone) = stocks, ours
+    found = {
+        "stock alone - together": partings(alone, together),
+        "nanocp together - stock together": partings(ours_together, together),
+        "nanocp alone - stock alone": partings(ours_alone, alone),
+    }
+    for name, gaps in found.items():
+        print(f"{mode}: {name}: {len(gaps)} of {len(alone)} part, gaps {sorted(round(g, 3) for g in gaps)}")
+    return found
+
+
+def check_partings(found: dict[str, list[float]], rounded: float = 0.0) -> None:
+    """Ours part from stock's about as often as stock from itself, and where candidates are as close.
+
+    Args:
+        found: see ``all_partings``.
+        rounded: that a gap may be off.
+    """
+    allowed = found["stock alone - together"]
+    for name in list(found)[1:]:
+        assert len(found[name]) <= 1.5 * len(allowed) + 3, name
+        assert max(found[name], default=0.0) <= max([TIE, *allowed]) + 2 * STEP + rounded, name
+
+
 def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     """bfloat16 runs part where candidates are close, also stock's own two with different batches: no more than that."""
     mode, stock, nanocp = engines
@@ -93,20 +121,11 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     ours, ours_alone = nanocp.ask(asks), [nanocp.ask([ask])[0] for ask in asks]
     assert nanocp.status()["sharded_steps"] > before
     assert mode != "parallel" or nanocp.status()["parallel_parts"] > 100
-    found = {
-        "stock alone - together": partings(alone, together),
-        "nanocp together - stock together": partings(ours, together),
-        "nanocp alone - stock alone": partings(ours_alone, alone),
-    }
-    for name, gaps in found.items():
-        print(f"{name}: {len(gaps)} of {len(asks)} part, gaps {sorted(round(g, 3) for g in gaps)}")
+    found = all_partings(mode, (together, alone), (ours, ours_alone))
     nanocp.check_nothing_left()
     counters = nanocp.call(nanocp.llm.collective_rpc("nanocp_counters"))
     print(f"{mode}: {counters}")
     for worker in counters:  # of 24 steps that decode, most hold no prefill beside it
         assert (worker["captured_steps"] > worker["sharded_steps"] / 4) == (mode in GRAPHS)
         assert (worker["routed_steps"] > worker["sharded_steps"] / 4) == (mode != "collective")
-    allowed = found["stock alone - together"]
-    for name in list(found)[1:]:
-        assert len(found[name]) <= 1.5 * len(allowed) + 3, name
-        assert max(found[name], default=0.0) <= max([TIE, *allowed]) + 2 * STEP, name
+    check_partings(found)

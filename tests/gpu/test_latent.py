@@ -22,7 +22,7 @@ from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
 
 from . import FOUR_GPUS, ONE_GPU, TWO_GPUS
-from .test_exact import STEP, TIE, partings
+from .test_exact import all_partings, check_partings
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = [
@@ -221,20 +221,11 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     after = nanocp.status()
     assert after["sharded_steps"] > before["sharded_steps"]
     assert mode != "moves" or after["moves"] > before["moves"]
-    found = {
-        "stock alone - together": partings(alone, together),
-        "nanocp together - stock together": partings(ours, together),
-        "nanocp alone - stock alone": partings(ours_alone, alone),
-    }
-    for name, gaps in found.items():
-        print(f"{name}: {len(gaps)} of {len(asks)} part, gaps {sorted(round(g, 3) for g in gaps)}")
+    found = all_partings(mode, (together, alone), (ours, ours_alone))
     nanocp.check_nothing_left()
     counters = nanocp.call(nanocp.llm.collective_rpc("nanocp_counters"))
     print(f"{mode}: {counters}")
     for worker in counters:
         captured = worker["captured_steps"] > worker["sharded_steps"] / 4
         assert captured == (mode in ("graphs", "moves", "tensor parallel")) and not worker["routed_steps"]
-    allowed = found["stock alone - together"]
-    for name in list(found)[1:]:
-        assert len(found[name]) <= 1.5 * len(allowed) + 3, name
-        assert max(found[name], default=0.0) <= max([TIE, *allowed]) + 2 * STEP, name
+    check_partings(found)

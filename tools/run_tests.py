@@ -3,11 +3,13 @@
 
 First those that start engines and servers, one after another: their processes spin while they wait, so that two of them
 side by side take longer on two cores, and servers do not start in time. Then the unit tests, in two pytest processes
-side by side, whose lines are told apart by what is before them. Arguments are pytest's, for all.
+side by side, whose lines are told apart by what is before them. What failed is said once more at the end: a log may be
+kept in part. Arguments are pytest's, for all.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +22,10 @@ from typing import IO, Any
 ROOT = Path(__file__).parents[1]
 # Pytest's exit code where no test was selected, as happens in one part with ``-k``.
 NOTHING = 5
+# How pytest's summary names a failure: with the test and the last line of what was wrong.
+FAILURES = ("FAILED ", "ERROR ")
 interrupted = False
+failed: list[str] = []
 
 
 def stages() -> list[dict[str, list[str]]]:
@@ -40,13 +45,18 @@ def _tell(name: str, lines: IO[str]) -> None:
     for line in lines:
         sys.stdout.write(f"{name}: {line}")  # at once, so that lines of both stay whole
         sys.stdout.flush()
+        if line.startswith(FAILURES):
+            failed.append(line.rstrip()[:200])
 
 
 def run(parts: dict[str, list[str]], arguments: Sequence[str]) -> list[int]:
     """Exit codes of pytest processes side by side."""
     # Unbuffered, so that what it says is seen at once.
     command = [sys.executable, "-u", "-m", "pytest", "-q", "-m", "not gpu"]
-    how: dict[str, Any] = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    wide = os.environ | {"COLUMNS": "200"}  # so that the summary has room for what was wrong
+    how: dict[str, Any] = dict(
+        cwd=ROOT, env=wide, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     processes = {name: subprocess.Popen([*command, *part, *arguments], **how) for name, part in parts.items()}
 
     def interrupt(number: int, _: object) -> None:
@@ -76,6 +86,8 @@ def main(arguments: Sequence[str]) -> int:
     for parts in stages():
         if not interrupted:
             codes += run(parts, arguments)
+    for line in failed:
+        print(line)
     return exit_code(codes)
 
 

@@ -36,6 +36,22 @@ def test_one_part_may_have_nothing_to_run(codes: tuple[int, int], code: int) -> 
     assert run_tests.exit_code(codes) == code
 
 
+def test_what_failed_is_said_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A failure of the first stage is not lost above what the second prints."""
+    (tmp_path / "test_a.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2, 'one is not two'\n")
+    (tmp_path / "test_b.py").write_text("def test_good(): pass\n")
+    monkeypatch.setattr(run_tests, "failed", [])
+    monkeypatch.setattr(
+        run_tests, "stages", lambda: [{"a": [f"{tmp_path}/test_a.py"]}, {"b": [f"{tmp_path}/test_b.py"]}]
+    )
+    assert run_tests.main(["-p", "no:cacheprovider", f"--rootdir={tmp_path}"]) == 1
+    *_, before, last = capfd.readouterr().out.splitlines()
+    assert before.startswith("b: 1 passed") and last.startswith("FAILED ")
+    assert last.endswith("test_a.py::test_bad - AssertionError: one is not two")
+
+
 def test_arguments_go_to_all() -> None:
     command = [sys.executable, "-m", "tools.run_tests", "--version"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

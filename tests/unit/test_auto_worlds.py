@@ -163,3 +163,24 @@ def test_who_lacked_only_visits_starts_when_another_ends(vllm_config: Any, monke
     queue.step()
     assert list(scheduler.unplaced) == ["all"], "large has started"
     queue.end()
+
+
+def test_who_lacked_only_visits_starts_when_another_stays(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """One that was to leave would have visited; its move comes to nothing, which frees no block."""
+    queue = Queue(vllm_config, segment=256, blocks=100, budget=2048, moves=MOVES[0] | {"max_moves": 0})
+    scheduler, mover = queue.scheduler, queue.scheduler.mover
+    for number in range(2):
+        queue.add(f"runs {number}", 250, 80)
+    queue.step(4)
+    leaver, source = "runs 0", scheduler.rank_of["runs 0"]
+    mover._states[leaver] = None  # of a generator, which never comes
+    mover._leave(leaver, source, 1 - source)
+    monkeypatch.setattr(scheduler.placer, "_has_room", lambda _: not mover.leaving)
+    queue.add("all", 3100, 2)
+    queue.add("large", 1500, 2)  # on one rank there is never so much room while these run
+    queue.step(3)
+    assert list(mover.leaving) == [leaver] and list(scheduler.unplaced) == ["all", "large"]
+    mover.note_generators([leaver], {})
+    queue.step()
+    assert not mover.leaving and list(scheduler.unplaced) == ["all"], "large has started"
+    queue.end()

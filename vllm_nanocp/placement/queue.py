@@ -80,8 +80,8 @@ class Blocked:
         spread: whether those lay on several ranks, over which it may be spread then, however short it is.
         overtaken: blocks that others behind it have taken.
         ranks: closed for those behind it.
-        visits: how many sharded requests had ended when it had all but room for its visits, which may come free without
-            more blocks; None: it had no room for its blocks.
+        visits: how often visits had come free when it had all but room for its own, which needs no more blocks; None:
+            it had no room for its blocks.
     """
 
     want: Want
@@ -102,20 +102,20 @@ class Blocked:
         """Whether any rank has more room than when it was last looked at."""
         return any(now > then for now, then in zip(room, self.room, strict=True))
 
-    def may_fit(self, room: Sequence[int], richest: Sequence[int], most: int, ended: int = 0) -> bool:
+    def may_fit(self, room: Sequence[int], richest: Sequence[int], most: int, freed: int = 0) -> bool:
         """Whether it is worth asking placement: never False where placement would have an answer.
 
         Args:
             room: blocks that it can take on each rank.
             richest: the same for so many ranks together, those that have most: of the first, of two, of all.
             most: blocks of the largest rank.
-            ended: sharded requests so far.
+            freed: how often visits have come free so far.
         """
         want = self.want
         alone = want.start == 1 and want.home is None and not (self.spread or want.loose) and want.blocks <= most
         if richest[0 if alone else want.limit - 1] + self.shared < want.blocks:
             return False
-        return (self.visits is not None and self.visits < ended) or self.grown(room)
+        return (self.visits is not None and self.visits < freed) or self.grown(room)
 
 
 def least_starts(ranks: int, ends: float) -> int:

@@ -169,8 +169,8 @@ class Admission:
                 if not any(room.of(None)[0]):
                     break
                 blocked = self._blocked.get(request.request_id)
-                ended = self.scheduler.members.num_closed
-                if blocked is not None and not blocked.may_fit(*room.of(adapter), room.most, ended):
+                freed = self.scheduler.graph_room.freed
+                if blocked is not None and not blocked.may_fit(*room.of(adapter), room.most, freed):
                     passed.append(waiting.pop_request())
                     self._close_if_due(request, room)
                     continue
@@ -238,7 +238,7 @@ class Admission:
             if blocked is None:
                 blocked = self._blocked[request_id] = Blocked(want, urgent=request.num_preemptions > 0)
             blocked.want, blocked.room = want, room.of(adapter, kept=not passed)[0]
-            blocked.visits = scheduler.members.num_closed if scheduler.placer.lacks_visits else None
+            blocked.visits = scheduler.graph_room.freed if scheduler.placer.lacks_visits else None
             if sought:
                 blocked.shared, blocked.spread = sum(prefix.held), len(prefix.runs) > 1
             return False

@@ -36,6 +36,11 @@ class GraphRoom:
             self._kept, self._kept_at = self.visits(), at
         return self._kept.fits(shard_map.home, {run.rank for run in shard_map.runs[:-1]})
 
+    @property
+    def freed(self) -> int:
+        """How often visits may have come free so far."""
+        return self._scheduler.members.num_closed + self._scheduler.mover.num_turns
+
     def near(self, more: int) -> Visits | None:
         """The visits, if so many requests more could be too many."""
         coming = len(self._scheduler.sharded) + len(self._scheduler.mover.leaving) + more

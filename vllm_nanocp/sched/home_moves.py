@@ -108,6 +108,8 @@ class Mover:
         self.learns = moves or auto
         # Requests on their way, and where to.
         self.leaving: dict[str, int] = {}
+        # How often requests have begun to leave, or have not arrived: what they visit, and from where, is another then.
+        self.num_turns = 0
         self._last_move: dict[str, int] = {}
         # Tokens that requests had when their leaving was undone.
         self._undone: dict[str, int] = {}
@@ -153,6 +155,7 @@ class Mover:
         """A request has ended."""
         target = self.leaving.pop(request_id, None)
         if target is not None:
+            self.num_turns += 1
             self.scheduler.ranks[target].expect_no_more(request_id)
         self._last_move.pop(request_id, None)
         self._undone.pop(request_id, None)
@@ -183,6 +186,7 @@ class Mover:
         rank.unwatch(request_id)
         self._undone[request_id] = self.scheduler.requests[request_id].num_tokens
         self.scheduler.ranks[self.leaving.pop(request_id)].expect_no_more(request_id)
+        self.num_turns += 1
         self._states.pop(request_id, None)
 
     # -- loads -------------------------------------------------------------------------------------------------
@@ -352,6 +356,7 @@ class Mover:
             self.scheduler.members.ask_for_generator(request_id)
         self.scheduler.ranks[target].expect(request_id, adapter_of(request))
         self.leaving[request_id] = target
+        self.num_turns += 1
         self._last_move[request_id] = self.scheduler.num_steps
 
     def _arrive(self) -> None:

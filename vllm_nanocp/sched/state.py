@@ -31,6 +31,7 @@ class Moves(Protocol):
     num_moves: int
     num_spills: int
     leaving: dict[str, int]
+    num_turns: int
     last_work: list[StepLoad]
     model: CostModel
 
@@ -40,6 +41,8 @@ class Moves(Protocol):
 class Room(Protocol):
     """Of ``graph_room.GraphRoom``, what others read."""
 
+    @property
+    def freed(self) -> int: ...
     def near(self, more: int) -> Visits | None: ...
 
 

@@ -76,6 +76,7 @@ class Plugin:
         self.kept_home: dict[int, int] = {}
         self.most_output = int(world.requests.output.max())
         self.ends, self._gone = 0.0, 0
+        self.freed = 0  # how often visits may have come free
         self.turn = 0
         stripe = stripe_blocks(setup.budget, setup.slots, 0, setup.block_size, settings.chunk_tokens)
         self.stripe = stripe if settings.parallel_prefill and self.limit > 1 else None
@@ -134,7 +135,7 @@ class Plugin:
                 if not any(room.free()):
                     break
                 blocked = self.blocked.get(request)
-                if blocked is not None and not blocked.may_fit(room.free(), room.richest(), room.most):
+                if blocked is not None and not blocked.may_fit(room.free(), room.richest(), room.most, self.freed):
                     passed.append(self.queue.popleft())
                     self._close_if_due(request, room)
                     continue
@@ -187,12 +188,12 @@ class Plugin:
             loads = [load.closed() if rank in room.closed else load for rank, load in enumerate(loads)]
         weight = KV_WEIGHT if self.moves else None
         shard_map = self._map(request, loads, rules, weight)
-        if shard_map is not None and shard_map.degree > 1 and not self._has_room(shard_map):
+        lacks_visits = shard_map is not None and shard_map.degree > 1 and not self._has_room(shard_map)
+        if lacks_visits:
             whole = rules | dict(segment_size=tokens, max_degree=1)
             if cdiv(tokens, size) + rules["headroom_blocks"] <= world.setup.blocks:
-                rules = whole
-                shard_map = self._map(request, loads, rules, weight)
-        if shard_map is None and may_wait and (tokens <= rules["segment_size"] or self.limit == 1):
+                shard_map = self._map(request, loads, whole, weight)
+        if shard_map is None and may_wait and not lacks_visits and (tokens <= rules["segment_size"] or self.limit == 1):
             idle = [rank not in self.parked for rank in range(world.setup.ranks)]
             waits = queue_at(tokens, size, loads, idle, rules["home"])
             if waits is not None:
@@ -211,6 +212,7 @@ class Plugin:
             )
             blocked = self.blocked.setdefault(request, Blocked(want, urgent=bool(world.preempted[request])))
             blocked.want, blocked.room = want, room.free(kept=not passed)
+            blocked.visits = self.freed if lacks_visits else None
             return False
         self.queue.popleft()
         for other in passed:
@@ -265,6 +267,7 @@ class Plugin:
 
     def left(self, request: int) -> None:
         self._gone += 1
+        self.freed += 1
 
     def waiting(self) -> int:
         return len(self.queue) + len(self.parked)
@@ -308,6 +311,7 @@ class Plugin:
         ):
             world.counts.events["moves"] += 1
             world.move(int(move.request_id), move.target)
+            self.freed += 1
 
     def measured(
         self,
@@ -330,7 +334,10 @@ class Plugin:
             return None
         loads = [self.world.load(rank) for rank in range(self.world.setup.ranks)]
         size = self.world.setup.block_size
-        return spill_target(loads, self._candidate(request), block_size=size, config=self.rules, visits=self._visits())
+        candidate = self._candidate(request)
+        target = spill_target(loads, candidate, block_size=size, config=self.rules, visits=self._visits())
+        self.freed += target is not None
+        return target
 
     # -- prompts -------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests import forked  # noqa: F401  (before any engine starts)
+from tests.tiny_adapters import MODULES, RANK
 
 from .harness import RESTLESS, Engine
 
@@ -21,11 +22,15 @@ from .harness import RESTLESS, Engine
 SMALL_BLOCKS = 49
 # Nearly every n-gram is found: there are 512 tokens.
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+ADAPTERS = dict(
+    enable_lora=True, max_loras=2, max_lora_rank=RANK, lora_target_modules=list(MODULES), enable_prompt_embeds=True
+)
 # Whether each engine has its ranks' schedulers where it has them not by default: in processes, or in the engine's own.
 OTHER_FORM = os.environ.get("NANOCP_OTHER_FORM", "0") == "1"
 # Engines that are closed after a module of tests, since no later one uses them: each has half a GiB for each process.
 # One that is asked for all the same is started again.
 LAST_USED = {
+    "test_adapters": ["adapters", "adapters-stock"],
     "test_for_trainers": ["tensor-parallel"],
     "test_latent": ["latent-stock"],
     "test_lifecycle": ["two", "three", "small-stock"],
@@ -125,6 +130,16 @@ def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Engines]:
             speculative_config=DRAFTS,
             worker_extension_cls="tests.engine.oracle.Oracle",
         ),
+        # LoRA adapters of two at once, and prompts given as embeddings; stock with this package's repairs of that.
+        "adapters": dict(
+            ranks=2,
+            nanocp={"segment_size": 512, "moves": RESTLESS | {"reserve_blocks": 0}},
+            num_gpu_blocks_override=SMALL_BLOCKS,
+            max_model_len=3000,
+            enable_prefix_caching=True,
+            **ADAPTERS,
+        ),
+        "adapters-stock": dict(ranks=1, worker_cls="tests.engine.repaired.Worker", **ADAPTERS),
         # What "moving" is compared with: vLLM's own way of several ranks.
         "round-robin": dict(
             ranks=3,

@@ -12,8 +12,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -39,7 +41,8 @@ START_LIMIT_S = 240.0
 
 @dataclass
 class Ask:
-    """One request: when it comes, when its client leaves (None: never), and the rank that it wishes for."""
+    """One request: when it comes, when its client leaves (None: never), the rank that it wishes for, its LoRA adapter,
+    and what is given instead of its prompt."""
 
     prompt: list[int]
     params: dict[str, Any] = field(default_factory=dict)
@@ -47,6 +50,8 @@ class Ask:
     leave_after: int | None = None
     priority: int = 0
     rank: int | None = None
+    adapter: LoRARequest | None = None
+    embeddings: torch.Tensor | None = None
 
     def sampling_params(self) -> SamplingParams:
         defaults: dict[str, Any] = dict(temperature=0.0, max_tokens=16, ignore_eos=True)
@@ -131,10 +136,12 @@ class Engine:
         last: RequestOutput | None = None
         choices: dict[int, CompletionOutput] = {}
         updates = 0
+        given: Any = {"prompt_token_ids": ask.prompt}
         stream = self.llm.generate(
-            {"prompt_token_ids": ask.prompt},
+            given if ask.embeddings is None else {"prompt_embeds": ask.embeddings},
             ask.sampling_params(),
             f"ask-{self._serial}",
+            lora_request=ask.adapter,
             priority=ask.priority,
             data_parallel_rank=ask.rank if self.ranks > 1 else None,
         )

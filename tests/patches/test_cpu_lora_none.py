@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cpu_lora_none`: tokens without an adapter have none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_nanocp.patches import Outcome, PatchError, cpu_lora_none
+
+pytest.importorskip("vllm")
+
+
+@pytest.fixture
+def operations() -> Iterator[Any]:
+    """vLLM's module without the patch; afterwards it is as it was before the test."""
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    found = lora_ops.bgmv_shrink
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = getattr(found, "__wrapped__", found)
+    yield lora_ops
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = found
+
+
+def shrunk(operations: Any) -> torch.Tensor:
+    """Three requests of two tokens: with the adapter in the first slot, with none, with that in the last slot."""
+    output = torch.full((6, 4), torch.nan)
+    weights = torch.arange(2 * 4 * 8.0).view(2, 1, 4, 8) + 1
+    lengths, starts = torch.full((3,), 2), torch.tensor([0, 2, 4])
+    slots = torch.tensor([0, -1, 1])
+    operations.sgmv_shrink(torch.ones(6, 8), weights, output, starts, lengths, slots, 3, 2, 6, 1.0)
+    return output
+
+
+def test_upstream_gives_them_the_last_slots(operations: Any) -> None:
+    """The defect. If not, the patch can go."""
+    found = shrunk(operations)
+    assert torch.equal(found[2:4], found[4:]) and found[2:4].all()
+
+
+def test_they_have_none(operations: Any) -> None:
+    before = shrunk(operations)
+    assert cpu_lora_none.apply() is Outcome.APPLIED
+    assert cpu_lora_none.apply() is Outcome.APPLIED
+    found = shrunk(operations)
+    assert not found[2:4].any()
+    assert torch.equal(found[[0, 1, 4, 5]], before[[0, 1, 4, 5]])
+
+
+def test_the_wrapper_has_it_too(operations: Any) -> None:
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    cpu_lora_none.apply()
+    assert punica_cpu.bgmv_shrink is operations.bgmv_shrink
+
+
+def test_another_upstream_is_refused(operations: Any) -> None:
+    def bgmv_shrink(*arguments: Any) -> None: ...
+
+    operations.bgmv_shrink = bgmv_shrink
+    with pytest.raises(PatchError, match="cpu_lora_none"):
+        cpu_lora_none.apply()

@@ -3,38 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllm_nanocp.patches import Outcome, PatchError, cpu_ray
+from vllm_nanocp.patches._guard import is_ours
 
 pytest.importorskip("vllm")
 pytest.importorskip("ray")
 
 
 @pytest.fixture
-def upstream() -> Iterator[Any]:
-    """vLLM's platform, executor and actor without the patch; afterwards they are as they were before the test."""
+def upstream(stock: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's platform, executor and actor."""
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
-    assert not hasattr(RayExecutorV2._get_actor_resource_kwargs, "_nanocp_patch"), "applied in this process"
-    kept = [
-        (CpuPlatform, "ray_device_key"),
-        (RayExecutorV2, "_get_actor_resource_kwargs"),
-        (RayExecutorV2, "_build_runtime_env"),
-        (RayWorkerProc, "get_node_and_physical_gpu_ids"),
-    ]
-    before = [(owner, name, owner.__dict__.get(name)) for owner, name in kept]
-    yield SimpleNamespace(platform=CpuPlatform, executor=RayExecutorV2, actor=RayWorkerProc)
-    for owner, name, value in before:
-        if value is not None:
-            setattr(owner, name, value)
-        elif name in owner.__dict__:
-            delattr(owner, name)
+    assert not is_ours(RayExecutorV2._get_actor_resource_kwargs), "applied in this process"
+    monkeypatch.setattr(CpuPlatform, "ray_device_key", CpuPlatform.ray_device_key)
+    return SimpleNamespace(
+        platform=CpuPlatform,
+        executor=stock(RayExecutorV2, "_get_actor_resource_kwargs", "_build_runtime_env"),
+        actor=stock(RayWorkerProc, "get_node_and_physical_gpu_ids"),
+    )
 
 
 def _environment(executor: Any) -> dict[str, str]:

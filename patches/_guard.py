@@ -65,7 +65,9 @@ def replace(module: str, *functions: Guarded) -> Outcome:
     for each, (function, kind) in found:
         if each.make is not None:
             ours = each.make(function)
-            setattr(functools.update_wrapper(ours, function), _MARK, True)
+            # One that can be imported by its own name keeps it: Ray sends an actor's methods by their names.
+            names = functools.WRAPPER_ASSIGNMENTS if "<locals>" in ours.__qualname__ else ()
+            mark(functools.update_wrapper(ours, function, names))
             setattr(each.owner, each.name, ours if kind is None else kind(ours))
     return Outcome.APPLIED
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,6 +52,7 @@ def test_workers_are_cpus(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert cpu_ray.apply() is Outcome.APPLIED
     assert upstream.platform.ray_device_key == "CPU"
     assert upstream.executor._get_actor_resource_kwargs() == {"num_gpus": 0}
+    assert b"cpu_ray" in pickle.dumps(upstream.actor.get_node_and_physical_gpu_ids), "actors would look up vLLM's own"
     assert _environment(upstream.executor) == {"OMP_NUM_THREADS": "3", "LD_PRELOAD": ""}
     assert cpu_ray.apply() is Outcome.APPLIED
 

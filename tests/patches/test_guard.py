@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from typing import Any
 
 import pytest
@@ -62,6 +63,18 @@ def test_all_or_none(owner: Any, unknown: str) -> None:
     with pytest.raises(PatchError, match=rf"^some: \w+\.{unknown} has changed upstream \(source digest \w+\) \(vLLM "):
         replace("patches.some", *every)
     assert not any(is_ours(getattr(owner, name)) for name in NAMES)
+
+
+def _elsewhere(*args: Any) -> str:
+    return "elsewhere"
+
+
+def test_what_has_a_name_of_its_own_keeps_it(owner: Any) -> None:
+    """Other processes find it by that name, and vLLM's own function by vLLM's."""
+    known = {source_digest(owner.plain)}
+    replace("patches.some", Guarded(owner, "plain", known, lambda _: _elsewhere), _guarded(owner, "inherited"))
+    assert pickle.loads(pickle.dumps(owner.plain)) is _elsewhere and owner.plain.__qualname__ == "_elsewhere"
+    assert owner.inherited.__qualname__ == "Base.inherited" and is_ours(owner.plain)
 
 
 def test_what_is_only_relied_on_stays(owner: Any) -> None:

@@ -57,6 +57,19 @@ def test_workers_are_cpus(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert cpu_ray.apply() is Outcome.APPLIED
 
 
+def test_a_worker_on_a_cpu_is_assigned_no_device(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than an empty list of them: vLLM 0.33's CPU worker takes it for the NUMA nodes that it may use."""
+    from vllm_nanocp.executor.ray.actor import Meeting, RankActor
+
+    assigned: list[Any] = []
+    monkeypatch.setattr(upstream.actor, "initialize_worker", lambda self, *args: assigned.append(args[-1]))
+    actor: Any = object.__new__(RankActor)
+    actor._parallel_config = SimpleNamespace()
+    for devices in ([], [3]):
+        actor.initialize_worker(0, {}, Meeting("127.0.0.1", [1, 2]), None, devices)
+    assert assigned == [None, [3]]
+
+
 def test_not_needed_where_upstream_serves_cpus(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream.platform, "ray_device_key", "CPU")
     function = upstream.executor._get_actor_resource_kwargs

@@ -21,13 +21,10 @@ https://github.com/vllm-project/vllm/pull/54338.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace
 
-_MODULE = "cpu_cache_dtype"
-_MARK = "_nanocp_patch"
 _KNOWN_INIT: set[str] = {"e08fe55779aa8eed"}  # 0.32.0
 _KNOWN_BUILD: set[str] = {"bb44996987cb056d"}  # 0.32.0
 _KNOWN_FORWARD: set[str] = {"63f9284c7b9727bf"}  # 0.32.0
@@ -42,28 +39,35 @@ def apply() -> Outcome:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl as Impl
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder as Builder
 
-    if hasattr(Impl.forward, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, Builder.__init__, _KNOWN_INIT)
-    require_source(_MODULE, Builder.build, _KNOWN_BUILD)
-    require_source(_MODULE, Impl.forward, _KNOWN_FORWARD)
-    require_source(_MODULE, Impl.do_kv_cache_update, _KNOWN_UPDATE)
-    init, forward, update = Builder.__init__, Impl.forward, Impl.do_kv_cache_update
+    return replace(
+        __name__,
+        Guarded(Builder, "__init__", _KNOWN_INIT, _with_narrow_scratch),
+        Guarded(Builder, "build", _KNOWN_BUILD),
+        Guarded(Impl, "forward", _KNOWN_FORWARD, _attending_in_the_caches_type),
+        Guarded(Impl, "do_kv_cache_update", _KNOWN_UPDATE, _rounding_first),
+    )
 
-    @functools.wraps(init)
+
+def _with_narrow_scratch(init: Any) -> Any:
     def _init(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         if not self.is_encoder_only_attention:  # which keeps nothing
             # The kernel's scratch is laid out for the type that it will compute in.
             self.dtype = _computed_in(self.kv_cache_spec.dtype, self.dtype)
 
-    @functools.wraps(update)
+    return _init
+
+
+def _rounding_first(update: Any) -> Any:
     def _update(self: Any, layer: Any, key: Any, value: Any, kv_cache: Any, slot_mapping: Any) -> None:
         if _narrower(kv_cache, key):
             key, value = key.to(kv_cache.dtype), value.to(kv_cache.dtype)
         update(self, layer, key, value, kv_cache, slot_mapping)
 
-    @functools.wraps(forward)
+    return _update
+
+
+def _attending_in_the_caches_type(forward: Any) -> Any:
     def _forward(
         self: Any,
         layer: Any,
@@ -85,11 +89,7 @@ def apply() -> Outcome:
         output[used] = rounded[used]
         return output
 
-    setattr(_forward, _MARK, True)
-    Builder.__init__ = _init  # type: ignore[method-assign]
-    Impl.forward = _forward  # type: ignore[method-assign, assignment]
-    Impl.do_kv_cache_update = _update  # type: ignore[method-assign]
-    return Outcome.APPLIED
+    return _forward
 
 
 def _narrower(kv_cache: Any, numbers: Any) -> bool:

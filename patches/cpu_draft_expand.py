@@ -15,15 +15,12 @@ Can go: when the kernel's wrapper copies its result back, and takes floating-poi
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace
 
-_MODULE = "cpu_draft_expand"
-_MARK = "_nanocp_patch"
 _KNOWN: set[str] = {"ef896c2fe058ae70"}  # 0.32.0
 
 
@@ -34,19 +31,10 @@ def apply() -> Outcome:
     """
     from vllm.v1.sample import rejection_sampler
 
-    original = rejection_sampler.expand_batch_to_tokens
-    if hasattr(original, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, original, _KNOWN)
+    return replace(__name__, Guarded(rejection_sampler, "expand_batch_to_tokens", _KNOWN, lambda _: _expanded))
 
-    @functools.wraps(original)
-    def expand_batch_to_tokens(
-        x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
-    ) -> Any:
-        counts = torch.diff(cu_num_tokens.long(), prepend=cu_num_tokens.new_zeros(1).long())
-        values = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
-        return values.repeat_interleave(counts, output_size=num_tokens)
 
-    setattr(expand_batch_to_tokens, _MARK, True)
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
-    return Outcome.APPLIED
+def _expanded(x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> Any:
+    counts = torch.diff(cu_num_tokens.long(), prepend=cu_num_tokens.new_zeros(1).long())
+    values = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    return values.repeat_interleave(counts, output_size=num_tokens)

@@ -36,13 +36,11 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_nanocp.patches._guard import Outcome, PatchError, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, PatchError, replace
 
 if TYPE_CHECKING:
     import torch
 
-_MODULE = "cpu_expert_map"
-_MARK = "_nanocp_patch"
 _KNOWN_APPLY = {"f972c3a30e24e955"}  # 0.32.0
 _QUANTIZED = (
     "CPUExpertsFp8",
@@ -62,22 +60,22 @@ def apply() -> Outcome:
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
     cls = cpu_moe.CPUUnquantizedExperts
-    original = cls.apply
-    if hasattr(original, _MARK):
-        return Outcome.APPLIED
     if "expert_map" in inspect.signature(_custom_ops.cpu_fused_moe).parameters:
         return Outcome.NOT_NEEDED
-    require_source(_MODULE, original, _KNOWN_APPLY)
     for name, other in vars(cpu_moe).items():
         inherits = inspect.isclass(other) and issubclass(other, cls) and other is not cls
         if inherits and "apply" in vars(other):
-            raise PatchError(_MODULE, f"{name} has its own apply")
-    for name in _QUANTIZED:
-        quantized = getattr(cpu_moe, name, None)
-        if quantized is not None and _ignores_expert_map(quantized.apply):
-            _refuse_expert_parallel(quantized)
-    cls.apply = _local_pairs_only(original)  # type: ignore[method-assign]
-    return Outcome.APPLIED
+            raise PatchError(__name__, f"{name} has its own apply")
+    quantized = [getattr(cpu_moe, name) for name in _QUANTIZED if hasattr(cpu_moe, name)]
+    return replace(
+        __name__,
+        Guarded(cls, "apply", _KNOWN_APPLY, _local_pairs_only),
+        *(
+            Guarded(other, "_supports_parallel_config", None, functools.partial(_no_expert_parallel, other.__name__))
+            for other in quantized
+            if _ignores_expert_map(other.apply)
+        ),
+    )
 
 
 def select_local_pairs(
@@ -98,7 +96,6 @@ def select_local_pairs(
 
 
 def _local_pairs_only(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
     def apply_local(
         self: Any,
         output: torch.Tensor,
@@ -137,7 +134,6 @@ def _local_pairs_only(original: Callable[..., None]) -> Callable[..., None]:
             total.index_add_(0, tokens, results.to(total.dtype))
         output.copy_(total)
 
-    setattr(apply_local, _MARK, True)
     return apply_local
 
 
@@ -147,21 +143,13 @@ def _ignores_expert_map(function: Callable[..., Any]) -> bool:
     return not any(isinstance(node, ast.Name) and node.id == "expert_map" for node in ast.walk(tree))
 
 
-def _refuse_expert_parallel(cls: type) -> None:
-    supported: Callable[[Any], bool] = cls._supports_parallel_config  # type: ignore[attr-defined]
-    if hasattr(supported, _MARK):
-        return
-
-    @functools.wraps(supported)
+def _no_expert_parallel(name: str, supported: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def supports_parallel_config(moe_parallel_config: Any) -> bool:
         if moe_parallel_config.use_ep and supported(moe_parallel_config):
             raise NotImplementedError(
-                f"{cls.__name__}: this quantized CPU MoE kernel cannot leave out the experts of "
+                f"{name}: this quantized CPU MoE kernel cannot leave out the experts of "
                 "other ranks; start without --enable-expert-parallel or use unquantized weights"
             )
         return supported(moe_parallel_config)
 
-    setattr(supports_parallel_config, _MARK, True)
-    cls._supports_parallel_config = staticmethod(  # type: ignore[attr-defined]
-        supports_parallel_config
-    )
+    return supports_parallel_config

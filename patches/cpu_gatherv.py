@@ -29,14 +29,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from vllm_nanocp.patches._guard import Outcome, PatchError, require_parameters
+from vllm_nanocp.patches._guard import Outcome, PatchError, is_ours, mark, require_parameters
 
 if TYPE_CHECKING:
     import torch
 
-_MODULE = "cpu_gatherv"
 _NAMES = ("all_gatherv", "reduce_scatterv")
-_MARK = "_nanocp_patch"
 
 # Below this many bytes a rank, a round trip costs more than the copies into and out of one buffer.
 _PACK_BYTES = 1 << 18
@@ -54,16 +52,15 @@ def apply() -> Outcome:
 
     own = [name for name in _NAMES if name in vars(CpuCommunicator)]
     if len(own) == len(_NAMES):
-        ours = hasattr(CpuCommunicator.all_gatherv, _MARK)
-        return Outcome.APPLIED if ours else Outcome.NOT_NEEDED
+        return Outcome.APPLIED if is_ours(CpuCommunicator.all_gatherv) else Outcome.NOT_NEEDED
     if own:
-        raise PatchError(_MODULE, f"CpuCommunicator defines {own[0]} only")
+        raise PatchError(__name__, f"CpuCommunicator defines {own[0]} only")
     for name in _NAMES:
         base = getattr(DeviceCommunicatorBase, name, None)
         if base is None:
-            raise PatchError(_MODULE, f"DeviceCommunicatorBase has no {name}")
-        require_parameters(_MODULE, base, ("self", "input_", "dim", "sizes"))
-    setattr(all_gatherv, _MARK, True)
+            raise PatchError(__name__, f"DeviceCommunicatorBase has no {name}")
+        require_parameters(__name__, base, ("self", "input_", "dim", "sizes"))
+    mark(all_gatherv)
     CpuCommunicator.all_gatherv = all_gatherv  # type: ignore[method-assign]
     CpuCommunicator.reduce_scatterv = reduce_scatterv  # type: ignore[method-assign]
     return Outcome.APPLIED

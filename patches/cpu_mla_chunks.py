@@ -22,18 +22,15 @@ Can go: when the platform leaves the settings alone.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace
 
-_MODULE = "cpu_mla_chunks"
-_MARK = "_nanocp_patch"
 _KNOWN_CHECK: set[str] = {"65ae4960bdf28214", "9f8dd07ab1101536"}  # 0.32.0; 0.33.0 (block sizes are chosen elsewhere)
 _KEY = "nanocp"
-logger = logging.getLogger(f"vllm.{_MODULE}")
+logger = logging.getLogger("vllm.cpu_mla_chunks")
 
 
 def apply() -> Outcome:
@@ -43,12 +40,10 @@ def apply() -> Outcome:
     """
     from vllm.platforms.cpu import CpuPlatform
 
-    original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
-    if hasattr(original, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, original, _KNOWN_CHECK)
+    return replace(__name__, Guarded(CpuPlatform, "check_and_update_config", _KNOWN_CHECK, _kept))
 
-    @functools.wraps(original)
+
+def _kept(original: Any) -> Any:
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         scheduler, cache, model = vllm_config.scheduler_config, vllm_config.cache_config, vllm_config.model_config
         chunked, tokens = scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens
@@ -63,9 +58,7 @@ def apply() -> Outcome:
         scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens = chunked, tokens
         cache.enable_prefix_caching = prefix_caching
 
-    setattr(check_and_update_config, _MARK, True)
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[method-assign, assignment]
-    return Outcome.APPLIED
+    return check_and_update_config
 
 
 def _concerned(vllm_config: Any) -> bool:

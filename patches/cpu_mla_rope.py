@@ -25,17 +25,14 @@ Of the same kind: https://github.com/vllm-project/vllm/pull/31643, which mended 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace
 
 if TYPE_CHECKING:
     import torch
 
-_MODULE = "cpu_mla_rope"
-_MARK = "_nanocp_patch"
 _KNOWN_FORWARD: set[str] = {"638568b7b0681c55"}  # 0.32.0
 
 
@@ -46,16 +43,10 @@ def apply() -> Outcome:
     """
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-    original = RotaryEmbedding.forward_cpu
-    if hasattr(original, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, original, _KNOWN_FORWARD)
-    RotaryEmbedding.forward_cpu = _flat_rows(original)  # type: ignore[method-assign]
-    return Outcome.APPLIED
+    return replace(__name__, Guarded(RotaryEmbedding, "forward_cpu", _KNOWN_FORWARD, _flat_rows))
 
 
 def _flat_rows(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def forward_cpu(
         self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -66,7 +57,6 @@ def _flat_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, positions, flat_query, flat_key)
         return flat_query.view(query.shape), None if key is None or flat_key is None else flat_key.view(key.shape)
 
-    setattr(forward_cpu, _MARK, True)
     return forward_cpu
 
 

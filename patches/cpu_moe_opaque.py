@@ -19,14 +19,11 @@ Can go: when `_select_forward` does so itself, or traced layers take the sizes a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace
 
-_MODULE = "cpu_moe_opaque"
-_MARK = "_nanocp_patch"
 _KNOWN_SELECT = {"0d3dd2e2e54e7c77"}  # 0.32.0
 
 
@@ -37,16 +34,10 @@ def apply() -> Outcome:
     """
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-    original = MoERunner._select_forward
-    if hasattr(original, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, original, _KNOWN_SELECT)
-    MoERunner._select_forward = _opaque_if_parallel(original)  # type: ignore[method-assign]
-    return Outcome.APPLIED
+    return replace(__name__, Guarded(MoERunner, "_select_forward", _KNOWN_SELECT, _opaque_if_parallel))
 
 
 def _opaque_if_parallel(original: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def select_forward(self: Any) -> Callable[..., Any]:
         import torch
 
@@ -56,5 +47,4 @@ def _opaque_if_parallel(original: Callable[[Any], Callable[..., Any]]) -> Callab
         shared = self._shared_experts is not None
         return torch.ops.vllm.moe_forward_shared if shared else torch.ops.vllm.moe_forward
 
-    setattr(select_forward, _MARK, True)
     return select_forward

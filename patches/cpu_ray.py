@@ -19,14 +19,11 @@ Known upstream: https://github.com/vllm-project/vllm/issues/21602, closed withou
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, is_ours, replace
 
-_MODULE = "cpu_ray"
-_MARK = "_nanocp_patch"
 _KNOWN_RESOURCES = {"c6fda4af16035a05"}  # 0.32.0
 _KNOWN_ENVIRONMENT = {"4b2150f46375ed6e"}  # 0.32.0
 _KNOWN_DEVICES = {"5fd5297bffb014e6"}  # 0.32.0
@@ -41,19 +38,16 @@ def apply() -> Outcome:
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
-    if hasattr(RayExecutorV2._get_actor_resource_kwargs, _MARK):
-        return Outcome.APPLIED
-    if CpuPlatform.ray_device_key:
+    if CpuPlatform.ray_device_key and not is_ours(RayExecutorV2._get_actor_resource_kwargs):
         return Outcome.NOT_NEEDED
-    require_source(_MODULE, RayExecutorV2._get_actor_resource_kwargs, _KNOWN_RESOURCES)
-    require_source(_MODULE, RayExecutorV2._build_runtime_env, _KNOWN_ENVIRONMENT)
-    require_source(_MODULE, RayWorkerProc.get_node_and_physical_gpu_ids, _KNOWN_DEVICES)
-    setattr(_actor_resources, _MARK, True)
+    outcome = replace(
+        __name__,
+        Guarded(RayExecutorV2, "_get_actor_resource_kwargs", _KNOWN_RESOURCES, lambda _: _actor_resources),
+        Guarded(RayExecutorV2, "_build_runtime_env", _KNOWN_ENVIRONMENT, _with_environment),
+        Guarded(RayWorkerProc, "get_node_and_physical_gpu_ids", _KNOWN_DEVICES, lambda _: _node_only),
+    )
     CpuPlatform.ray_device_key = "CPU"
-    RayExecutorV2._get_actor_resource_kwargs = staticmethod(_actor_resources)  # type: ignore[method-assign]
-    RayExecutorV2._build_runtime_env = _with_environment(RayExecutorV2._build_runtime_env)  # type: ignore[method-assign]
-    RayWorkerProc.get_node_and_physical_gpu_ids = _node_only  # type: ignore[method-assign]
-    return Outcome.APPLIED
+    return outcome
 
 
 def _actor_resources() -> dict[str, Any]:
@@ -61,7 +55,6 @@ def _actor_resources() -> dict[str, Any]:
 
 
 def _with_environment(original: Any) -> Any:
-    @functools.wraps(original)
     def _build_runtime_env(self: Any) -> dict[str, Any]:
         found: dict[str, Any] = original(self)
         variables = found.setdefault("env_vars", {})

@@ -18,13 +18,10 @@ Can go: when the CPU runner rewinds its generators itself.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace
 
-_MODULE = "cpu_seeded_chunks"
-_MARK = "_nanocp_patch"
 _KNOWN_SAMPLE: set[str] = {"e8615af5c2189933"}  # 0.32.0
 _KNOWN_BOOKKEEPING: set[str] = {"e00dbc91b181727b"}  # 0.32.0
 
@@ -35,15 +32,15 @@ def apply() -> Outcome:
     Raises `PatchError` if the runner's sampling or bookkeeping is not the known one.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    if hasattr(CPUModelRunner._sample, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, GPUModelRunner._sample, _KNOWN_SAMPLE)
-    require_source(_MODULE, GPUModelRunner._bookkeeping_sync, _KNOWN_BOOKKEEPING)
-    sample, bookkeep = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+    return replace(
+        __name__,
+        Guarded(CPUModelRunner, "_sample", _KNOWN_SAMPLE, _rewinding),
+        Guarded(CPUModelRunner, "_bookkeeping_sync", _KNOWN_BOOKKEEPING, _without_unfinished),
+    )
 
-    @functools.wraps(sample)
+
+def _rewinding(sample: Any) -> Any:
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
         states = {row: generator.get_state() for row, generator in _unfinished(self).items()}
         result = sample(self, *args, **kwargs)
@@ -51,7 +48,10 @@ def apply() -> Outcome:
             self.input_batch.generators[row].set_state(state)
         return result
 
-    @functools.wraps(bookkeep)
+    return _sample
+
+
+def _without_unfinished(bookkeep: Any) -> Any:
     def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = _unfinished(self)
         for row in hidden:
@@ -61,10 +61,7 @@ def apply() -> Outcome:
         finally:
             self.input_batch.generators.update(hidden)
 
-    setattr(_sample, _MARK, True)
-    CPUModelRunner._sample = _sample  # type: ignore[method-assign]
-    CPUModelRunner._bookkeeping_sync = _bookkeeping_sync  # type: ignore[method-assign]
-    return Outcome.APPLIED
+    return _bookkeeping_sync
 
 
 def _unfinished(runner: Any) -> dict[int, Any]:

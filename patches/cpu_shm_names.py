@@ -17,14 +17,11 @@ Can go: when `_init_cpu_shm` removes the names itself.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from typing import Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace
 
-_MODULE = "cpu_shm_names"
-_MARK = "_nanocp_patch"
 _FOLDER = "/dev/shm"
 _KNOWN_INIT: set[str] = {"1832d7046fab7e55"}  # 0.32.0
 
@@ -36,18 +33,14 @@ def apply() -> Outcome:
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
-    init = _CPUSHMDistributed._init_cpu_shm
-    if hasattr(init, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, init, _KNOWN_INIT)
+    return replace(__name__, Guarded(_CPUSHMDistributed, "_init_cpu_shm", _KNOWN_INIT, _nameless))
 
-    @functools.wraps(init)
+
+def _nameless(init: Any) -> Any:
     def _init_cpu_shm(self: Any) -> int:
         handle: int = init(self)  # ends with a barrier after all have mapped all
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{_FOLDER}/{self.group_name}_{self.communicator.rank}")
         return handle
 
-    setattr(_init_cpu_shm, _MARK, True)
-    _CPUSHMDistributed._init_cpu_shm = _init_cpu_shm  # type: ignore[method-assign]
-    return Outcome.APPLIED
+    return _init_cpu_shm

@@ -17,13 +17,10 @@ Can go: when layers are told whether their input is cut (https://github.com/vllm
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace
 
-_MODULE = "deepseek_one_token"
-_MARK = "_nanocp_patch"
 _KNOWN_FORWARD: set[str] = {"1a400f32120b8f9e"}  # 0.32.0
 
 
@@ -34,12 +31,12 @@ def apply() -> Outcome:
     """
     from vllm.model_executor.models import deepseek_v2
 
-    original = deepseek_v2.DeepseekV2DecoderLayer.forward
-    if hasattr(original, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, original, _KNOWN_FORWARD)
+    return replace(__name__, Guarded(deepseek_v2.DeepseekV2DecoderLayer, "forward", _KNOWN_FORWARD, _whole))
 
-    @functools.wraps(original)
+
+def _whole(original: Any) -> Any:
+    from vllm.model_executor.models import deepseek_v2
+
     def forward(self: Any, positions: Any, *args: Any, **kwargs: Any) -> Any:
         hidden_states, residual = original(self, positions, *args, **kwargs)
         if self.use_sequence_parallel_moe and positions.shape[0] == 1:
@@ -48,6 +45,4 @@ def apply() -> Outcome:
             )
         return hidden_states, residual
 
-    setattr(forward, _MARK, True)
-    deepseek_v2.DeepseekV2DecoderLayer.forward = forward  # type: ignore[method-assign]
-    return Outcome.APPLIED
+    return forward

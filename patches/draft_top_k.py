@@ -15,13 +15,10 @@ Can go: when the function takes no rows.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace
 
-_MODULE = "draft_top_k"
-_MARK = "_nanocp_patch"
 _KNOWN: set[str] = {"4af02a4dad88c663"}  # 0.32.0
 
 
@@ -32,15 +29,11 @@ def apply() -> Outcome:
     """
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    original = topk_topp_sampler.apply_top_k_only
-    if hasattr(original, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, original, _KNOWN)
+    return replace(__name__, Guarded(topk_topp_sampler, "apply_top_k_only", _KNOWN, _also_no_rows))
 
-    @functools.wraps(original)
+
+def _also_no_rows(original: Any) -> Any:
     def apply_top_k_only(logits: Any, k: Any) -> Any:
         return original(logits, k) if len(logits) else logits
 
-    setattr(apply_top_k_only, _MARK, True)
-    topk_topp_sampler.apply_top_k_only = apply_top_k_only
-    return Outcome.APPLIED
+    return apply_top_k_only

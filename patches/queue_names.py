@@ -23,16 +23,13 @@ Can go, with `unlink`: when `MessageQueue.wait_until_ready` removes the names it
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace
 
 if TYPE_CHECKING:
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-_MODULE = "queue_names"
-_MARK = "_nanocp_patch"
 _KNOWN_READY = {"2f7f1ca41eca5d51"}  # 0.32.0
 _KNOWN_READER = {"9786edb3aaaed311"}  # 0.32.0
 
@@ -44,20 +41,19 @@ def apply() -> Outcome:
     """
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-    wait = MessageQueue.wait_until_ready
-    if hasattr(wait, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, wait, _KNOWN_READY)
-    require_source(_MODULE, MessageQueue.create_from_handle, _KNOWN_READER)
+    return replace(
+        __name__,
+        Guarded(MessageQueue, "wait_until_ready", _KNOWN_READY, _then_unlink),
+        Guarded(MessageQueue, "create_from_handle", _KNOWN_READER),
+    )
 
-    @functools.wraps(wait)
+
+def _then_unlink(wait: Any) -> Any:
     def wait_until_ready(self: Any) -> None:
         wait(self)
         unlink(self)
 
-    setattr(wait_until_ready, _MARK, True)
-    MessageQueue.wait_until_ready = wait_until_ready  # type: ignore[method-assign]
-    return Outcome.APPLIED
+    return wait_until_ready
 
 
 def unlink(queue: MessageQueue) -> None:

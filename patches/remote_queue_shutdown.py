@@ -16,14 +16,11 @@ Can go: when `MessageQueue.shutdown` wakes readers through sockets.
 
 from __future__ import annotations
 
-import functools
 import time
 from typing import Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace
 
-_MODULE = "remote_queue_shutdown"
-_MARK = "_nanocp_patch"
 _KNOWN_DEQUEUE = {"00de2596a54e71f7"}  # 0.32.0
 _KNOWN_SHUTDOWN = {"9f4d849c1a59094b"}  # 0.32.0
 _LOOK_EVERY_S = 1.0
@@ -36,21 +33,20 @@ def apply() -> Outcome:
     """
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-    original = MessageQueue.dequeue
-    if hasattr(original, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, original, _KNOWN_DEQUEUE)
-    require_source(_MODULE, MessageQueue.shutdown, _KNOWN_SHUTDOWN)
+    return replace(
+        __name__,
+        Guarded(MessageQueue, "dequeue", _KNOWN_DEQUEUE, _until_shutdown),
+        Guarded(MessageQueue, "shutdown", _KNOWN_SHUTDOWN),
+    )
 
-    @functools.wraps(original)
+
+def _until_shutdown(original: Any) -> Any:
     def dequeue(self: Any, timeout: float | None = None, indefinite: bool = False) -> Any:
         if self._is_remote_reader:
             _await_message(self, timeout)
         return original(self, timeout, indefinite)
 
-    setattr(dequeue, _MARK, True)
-    MessageQueue.dequeue = dequeue  # type: ignore[method-assign]
-    return Outcome.APPLIED
+    return dequeue
 
 
 def _await_message(queue: Any, timeout: float | None) -> None:

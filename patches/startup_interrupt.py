@@ -21,14 +21,11 @@ Near it upstream: https://github.com/vllm-project/vllm/pull/52299, for engines t
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace
 
-_MODULE = "startup_interrupt"
-_MARK = "_nanocp_patch"
 _KNOWN = {"d309150aee7a7a0d"}  # 0.32.0
 
 
@@ -39,11 +36,10 @@ def apply() -> Outcome:
     """
     from vllm.v1.engine import utils
 
-    original = utils.zmq_socket_ctx
-    if hasattr(original, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, inspect.unwrap(original), _KNOWN)
+    return replace(__name__, Guarded(utils, "zmq_socket_ctx", _KNOWN, _passing_interrupts))
 
+
+def _passing_interrupts(original: Any) -> Any:
     @contextlib.contextmanager
     def zmq_socket_ctx(*args: Any, **kwargs: Any) -> Iterator[Any]:
         interrupt: KeyboardInterrupt | None = None
@@ -55,6 +51,4 @@ def apply() -> Outcome:
         if interrupt is not None:
             raise interrupt
 
-    setattr(zmq_socket_ctx, _MARK, True)
-    utils.zmq_socket_ctx = zmq_socket_ctx
-    return Outcome.APPLIED
+    return zmq_socket_ctx

@@ -233,9 +233,10 @@ def _parallel_prefill(value: Any) -> bool | dict[str, int]:
     return {"chunk_tokens": _integer(value, "chunk_tokens", 1, "4096")}
 
 
-def largest_capacity(ranks: int) -> int:
-    """The largest capacity there are places for: for each rank, and for rows of a rank's own."""
-    return max(1, MAX_PLACES // (ranks + 1))
+def largest_capacity(ranks: int, queries: int = 1) -> int:
+    """The largest capacity there are places for: for each rank, and for rows of a rank's own; with drafts each place
+    has room for as many ``queries``."""
+    return max(1, MAX_PLACES // ((ranks + 1) * queries))
 
 
 def _capacities(value: Any, ranks: int) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ def capacities(vllm_config: Any, routed: bool) -> tuple[int, ...]:
         return config.graph_capacities
     sizes, queries = vllm_config.compilation_config.cudagraph_capture_sizes, 1 + vllm_config.num_speculative_tokens
     largest = max(1, max(sizes) // queries) if sizes else _EAGER  # requests
-    most = min(vllm_config.scheduler_config.max_num_seqs, largest, largest_capacity(config.ranks * queries))
+    most = min(vllm_config.scheduler_config.max_num_seqs, largest, largest_capacity(config.ranks, queries))
     if routed:
         return (most,)
     most = min(most, max(_COLLECTIVE[0], _COLLECTIVE_ROWS // (config.ranks * queries)))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from vllm_nanocp.patches import Outcome, PatchError, cpu_cache_dtype
-from vllm_nanocp.patches._guard import source_digest
+from vllm_nanocp.patches._guard import is_ours, source_digest
 
 pytest.importorskip("vllm")
 
@@ -19,23 +18,12 @@ TOKENS, HEADS, KV_HEADS, SIZE, BLOCK, BLOCKS = 70, 4, 2, 64, 32, 8
 
 
 @pytest.fixture
-def cpu_attn() -> Iterator[Any]:
-    """vLLM's module without the patch; afterwards it is as it was before the test."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        pytest.skip("needs vLLM's CPU platform")
-    current_platform.import_kernels()
+def cpu_attn(on_cpu: None, stock: Any) -> Any:
     from vllm.v1.attention.backends import cpu_attn
 
-    places = [(cpu_attn.CPUAttentionMetadataBuilder, "__init__")]
-    places += [(cpu_attn.CPUAttentionBackendImpl, name) for name in ("forward", "do_kv_cache_update")]
-    found = [(cls, name, getattr(cls, name)) for cls, name in places]
-    for cls, name, function in found:
-        setattr(cls, name, getattr(function, "__wrapped__", function))
-    yield cpu_attn
-    for cls, name, function in found:
-        setattr(cls, name, function)
+    stock(cpu_attn.CPUAttentionMetadataBuilder, "__init__")
+    stock(cpu_attn.CPUAttentionBackendImpl, "forward", "do_kv_cache_update")
+    return cpu_attn
 
 
 def _qkv() -> list[torch.Tensor]:
@@ -59,7 +47,7 @@ def _attend(cpu_attn: Any, dtype: torch.dtype, name: str, blocks: list[int]) -> 
         kv_cache_dtype=name, attn_type="decoder", sinks=None, scale=SIZE**-0.5, alibi_slopes=None, sliding_window=-1,
         logits_soft_cap=0, use_zentorch_sdpa=False,
     )  # fmt: skip
-    patched = hasattr(cpu_attn.CPUAttentionBackendImpl.forward, "_nanocp_patch")
+    patched = is_ours(cpu_attn.CPUAttentionBackendImpl.forward)
     starts, lengths = torch.tensor([0, TOKENS], dtype=torch.int32), torch.tensor([TOKENS], dtype=torch.int32)
     schedule = ops.cpu_attn_get_scheduler_metadata(
         1,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,24 +14,16 @@ pytest.importorskip("vllm")
 
 
 @pytest.fixture
-def sampler() -> Iterator[Any]:
-    """vLLM's module without the patch; afterwards it is as it was before the test."""
+def sampler(stock: Any) -> Any:
     from vllm.v1.sample import rejection_sampler
 
-    found = rejection_sampler.expand_batch_to_tokens
-    rejection_sampler.expand_batch_to_tokens = getattr(found, "__wrapped__", found)
-    yield rejection_sampler
-    rejection_sampler.expand_batch_to_tokens = found
+    return stock(rejection_sampler, "expand_batch_to_tokens")
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_upstream_s_kernel_leaves_its_output_as_it_was() -> None:
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        pytest.skip("needs vLLM's CPU platform")
     from vllm.utils import cpu_triton_utils
 
-    current_platform.import_kernels()
     output, ends = torch.full((4,), 123.0), torch.tensor([3, 4], dtype=torch.int32)
     cpu_triton_utils._expand_kernel_impl(output, torch.tensor([0.7, 0.2]), ends, 0, 1)
     assert (output == 123).all()

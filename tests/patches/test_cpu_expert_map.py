@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,25 +19,13 @@ Kernel = Callable[..., torch.Tensor]
 
 
 @pytest.fixture
-def cpu_moe() -> Iterator[Any]:
-    """vLLM's module without the patch; afterwards it is as it was before the test."""
-    from vllm.model_executor.layers.fused_moe.experts import cpu_moe as module
-    from vllm.platforms import current_platform
+def cpu_moe(on_cpu: None, stock: Any) -> Any:
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-    if not current_platform.is_cpu():
-        pytest.skip("needs vLLM's CPU kernels")
-    quantized = [getattr(module, name) for name in cpu_expert_map._QUANTIZED]
-    saved = [(module.CPUUnquantizedExperts, "apply", module.CPUUnquantizedExperts.apply)]
-    saved += [(cls, "_supports_parallel_config", cls._supports_parallel_config) for cls in quantized]
-    for cls, name, value in saved:
-        setattr(cls, name, _as_stored(name, inspect.unwrap(value)))
-    yield module
-    for cls, name, value in saved:
-        setattr(cls, name, _as_stored(name, value))
-
-
-def _as_stored(name: str, function: Any) -> Any:
-    return function if name == "apply" else staticmethod(function)
+    stock(cpu_moe.CPUUnquantizedExperts, "apply")
+    for name in cpu_expert_map._QUANTIZED:
+        stock(getattr(cpu_moe, name), "_supports_parallel_config")
+    return cpu_moe
 
 
 @pytest.fixture

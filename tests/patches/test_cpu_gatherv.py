@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,19 +126,10 @@ def test_single_rank_needs_no_group() -> None:
 
 
 @pytest.fixture
-def communicator() -> Iterator[type]:
-    """vLLM's class without the patch; afterwards it is as it was before the test."""
+def communicator(stock: Any) -> Any:
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
-    found = {name: vars(CpuCommunicator)[name] for name in _OURS if name in vars(CpuCommunicator)}
-    for name in found:
-        delattr(CpuCommunicator, name)
-    yield CpuCommunicator
-    for name in _OURS:
-        if name in vars(CpuCommunicator):
-            delattr(CpuCommunicator, name)
-    for name, value in found.items():
-        setattr(CpuCommunicator, name, value)
+    return stock(CpuCommunicator, *_OURS)
 
 
 _OURS = ("all_gatherv", "reduce_scatterv")

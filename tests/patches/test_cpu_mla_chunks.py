@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,19 +16,10 @@ WHOLE = dict(enable_chunked_prefill=False, enable_prefix_caching=False, max_num_
 
 
 @pytest.fixture
-def platform() -> Iterator[Any]:
-    """vLLM's class without the patch; afterwards it is as it was before the test."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        pytest.skip("needs vLLM's CPU platform")
+def platform(on_cpu: None, stock: Any) -> Any:
     from vllm.platforms.cpu import CpuPlatform
 
-    found = CpuPlatform.check_and_update_config
-    function = getattr(found.__func__, "__wrapped__", found.__func__)
-    CpuPlatform.check_and_update_config = classmethod(function)
-    yield CpuPlatform
-    CpuPlatform.check_and_update_config = found
+    return stock(CpuPlatform, "check_and_update_config")
 
 
 class _Hashed:

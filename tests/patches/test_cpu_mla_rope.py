@@ -18,21 +18,12 @@ TOKENS, HEADS, SIZE, POSITIONS = 20, 4, 64, 4096
 
 
 @pytest.fixture
-def rotary() -> Iterator[Any]:
-    """vLLM's class without the patch; afterwards it is as it was before the test."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        pytest.skip("needs vLLM's CPU platform")
-    current_platform.import_kernels()
+def rotary(on_cpu: None, stock: Any) -> Iterator[Any]:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-    found = RotaryEmbedding.forward_cpu
-    RotaryEmbedding.forward_cpu = inspect.unwrap(found)
     with set_current_vllm_config(VllmConfig()):
-        yield RotaryEmbedding
-    RotaryEmbedding.forward_cpu = found
+        yield stock(RotaryEmbedding, "forward_cpu")
 
 
 def _random(*shape: int) -> torch.Tensor:

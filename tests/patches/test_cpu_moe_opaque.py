@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,17 +16,10 @@ pytest.importorskip("vllm")
 
 
 @pytest.fixture
-def runner() -> Iterator[Any]:
-    """vLLM's class without the patch; afterwards it is as it was before the test."""
+def runner(on_cpu: None, stock: Any) -> Any:
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-    from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        pytest.skip("needs vLLM's CPU platform")
-    found = MoERunner._select_forward
-    MoERunner._select_forward = inspect.unwrap(found)
-    yield MoERunner
-    MoERunner._select_forward = found
+    return stock(MoERunner, "_select_forward")
 
 
 def _selected(runner: Any, *, dp_size: int = 1, use_ep: bool = False, shared: object = None) -> Any:

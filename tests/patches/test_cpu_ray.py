@@ -3,38 +3,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllm_nanocp.patches import Outcome, PatchError, cpu_ray
+from vllm_nanocp.patches._guard import is_ours
 
 pytest.importorskip("vllm")
 pytest.importorskip("ray")
 
 
 @pytest.fixture
-def upstream() -> Iterator[Any]:
-    """vLLM's platform, executor and actor without the patch; afterwards they are as they were before the test."""
+def upstream(stock: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's platform, executor and actor."""
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
-    assert not hasattr(RayExecutorV2._get_actor_resource_kwargs, "_nanocp_patch"), "applied in this process"
-    kept = [
-        (CpuPlatform, "ray_device_key"),
-        (RayExecutorV2, "_get_actor_resource_kwargs"),
-        (RayExecutorV2, "_build_runtime_env"),
-        (RayWorkerProc, "get_node_and_physical_gpu_ids"),
-    ]
-    before = [(owner, name, owner.__dict__.get(name)) for owner, name in kept]
-    yield SimpleNamespace(platform=CpuPlatform, executor=RayExecutorV2, actor=RayWorkerProc)
-    for owner, name, value in before:
-        if value is not None:
-            setattr(owner, name, value)
-        elif name in owner.__dict__:
-            delattr(owner, name)
+    assert not is_ours(RayExecutorV2._get_actor_resource_kwargs), "applied in this process"
+    monkeypatch.setattr(CpuPlatform, "ray_device_key", CpuPlatform.ray_device_key)
+    return SimpleNamespace(
+        platform=CpuPlatform,
+        executor=stock(RayExecutorV2, "_get_actor_resource_kwargs", "_build_runtime_env"),
+        actor=stock(RayWorkerProc, "get_node_and_physical_gpu_ids"),
+    )
 
 
 def _environment(executor: Any) -> dict[str, str]:
@@ -58,8 +52,22 @@ def test_workers_are_cpus(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert cpu_ray.apply() is Outcome.APPLIED
     assert upstream.platform.ray_device_key == "CPU"
     assert upstream.executor._get_actor_resource_kwargs() == {"num_gpus": 0}
+    assert b"cpu_ray" in pickle.dumps(upstream.actor.get_node_and_physical_gpu_ids), "actors would look up vLLM's own"
     assert _environment(upstream.executor) == {"OMP_NUM_THREADS": "3", "LD_PRELOAD": ""}
     assert cpu_ray.apply() is Outcome.APPLIED
+
+
+def test_a_worker_on_a_cpu_is_assigned_no_device(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than an empty list of them: vLLM 0.33's CPU worker takes it for the NUMA nodes that it may use."""
+    from vllm_nanocp.executor.ray.actor import Meeting, RankActor
+
+    assigned: list[Any] = []
+    monkeypatch.setattr(upstream.actor, "initialize_worker", lambda self, *args: assigned.append(args[-1]))
+    actor: Any = object.__new__(RankActor)
+    actor._parallel_config = SimpleNamespace()
+    for devices in ([], [3]):
+        actor.initialize_worker(0, {}, Meeting("127.0.0.1", [1, 2]), None, devices)
+    assert assigned == [None, [3]]
 
 
 def test_not_needed_where_upstream_serves_cpus(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:

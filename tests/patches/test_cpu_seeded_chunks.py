@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,24 +16,10 @@ pytest.importorskip("vllm")
 
 
 @pytest.fixture
-def runner_class() -> Iterator[Any]:
-    """vLLM's class without the patch; afterwards it is as it was before the test."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        pytest.skip("needs vLLM's CPU platform")
+def runner_class(on_cpu: None, stock: Any) -> Any:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    found = {name: vars(CPUModelRunner).get(name) for name in ("_sample", "_bookkeeping_sync")}
-    for name in found:
-        if found[name] is not None:
-            delattr(CPUModelRunner, name)
-    yield CPUModelRunner
-    for name, value in found.items():
-        if value is not None:
-            setattr(CPUModelRunner, name, value)
-        elif name in vars(CPUModelRunner):
-            delattr(CPUModelRunner, name)
+    return stock(CPUModelRunner, "_sample", "_bookkeeping_sync")
 
 
 def _runner(cls: Any, discarded: list[bool]) -> Any:

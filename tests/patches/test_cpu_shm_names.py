@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,14 +18,10 @@ pytest.importorskip("vllm")
 
 
 @pytest.fixture(autouse=True)
-def unpatched() -> Iterator[None]:
-    """vLLM's class without the patch; afterwards it is as it was before the test."""
+def unpatched(stock: Any) -> None:
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
-    init = _CPUSHMDistributed._init_cpu_shm
-    _CPUSHMDistributed._init_cpu_shm = inspect.unwrap(init)
-    yield
-    _CPUSHMDistributed._init_cpu_shm = init
+    stock(_CPUSHMDistributed, "_init_cpu_shm")
 
 
 class _Communicator:

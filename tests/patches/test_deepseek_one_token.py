@@ -17,12 +17,11 @@ TOKEN = torch.tensor([[1.0, 2.0]])
 
 
 @pytest.mark.parametrize("patched", [False, True])
-def test_the_worker_with_the_padding_has_the_token(patched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_worker_with_the_padding_has_the_token(stock: Any, patched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the patch this shows the defect."""
     from vllm.model_executor.models import deepseek_v2
 
-    kind = deepseek_v2.DeepseekV2DecoderLayer
-    monkeypatch.setattr(kind, "forward", getattr(kind.forward, "__wrapped__", kind.forward))
+    kind = stock(deepseek_v2.DeepseekV2DecoderLayer, "forward")
     padding = torch.zeros_like(TOKEN)
     for name, value in dict(
         get_tensor_model_parallel_world_size=lambda: 2,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,14 +14,10 @@ pytest.importorskip("vllm")
 
 
 @pytest.fixture
-def sampler() -> Iterator[Any]:
-    """vLLM's module without the patch; afterwards it is as it was before the test."""
+def sampler(stock: Any) -> Any:
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    found = topk_topp_sampler.apply_top_k_only
-    topk_topp_sampler.apply_top_k_only = getattr(found, "__wrapped__", found)
-    yield topk_topp_sampler
-    topk_topp_sampler.apply_top_k_only = found
+    return stock(topk_topp_sampler, "apply_top_k_only")
 
 
 def top_k(sampler: Any, rows: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import gc
 import inspect
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -25,14 +25,10 @@ SMALL = dict(max_chunk_bytes=1 << 12, max_chunks=2, connect_ip="127.0.0.1")
 
 
 @pytest.fixture(autouse=True)
-def queues() -> Iterator[Any]:
-    """vLLM's class without the patch; afterwards it is as it was before the test."""
+def queues(stock: Any) -> Any:
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-    found = MessageQueue.wait_until_ready
-    MessageQueue.wait_until_ready = inspect.unwrap(found)
-    yield MessageQueue
-    MessageQueue.wait_until_ready = found
+    return stock(MessageQueue, "wait_until_ready")
 
 
 def _named(queue: Any) -> list[bool]:

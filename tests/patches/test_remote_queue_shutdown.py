@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,14 +17,10 @@ LIMIT_S = 6.0
 
 
 @pytest.fixture
-def queues() -> Iterator[Any]:
-    """vLLM's class without the patch; afterwards it is as it was before the test."""
+def queues(stock: Any) -> Any:
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-    found = MessageQueue.dequeue
-    MessageQueue.dequeue = inspect.unwrap(found)
-    yield MessageQueue
-    MessageQueue.dequeue = found
+    return stock(MessageQueue, "dequeue")
 
 
 def _pair(queues: Any) -> tuple[Any, Any]:

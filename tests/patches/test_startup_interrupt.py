@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
-from vllm.utils import network_utils
 from vllm.v1.engine import utils
 
 from vllm_nanocp.patches import Outcome, PatchError, startup_interrupt
 
 
 @pytest.fixture(autouse=True)
-def stock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's start is as in vLLM."""
-    monkeypatch.setattr(utils, "zmq_socket_ctx", network_utils.zmq_socket_ctx)
+def unpatched(stock: Any) -> None:
+    stock(utils, "zmq_socket_ctx")
 
 
 def start(folder: Path, error: type[BaseException]) -> None:

@@ -110,7 +110,7 @@ if not CUDA:  # before vLLM's modules take them by name
 from vllm.v1.attention.backends.mla.flashattn_mla import FlashAttnMLAImpl, FlashAttnMLAMetadata  # noqa: E402
 from vllm.v1.attention.backends.mla.prefill.flash_attn import FlashAttnPrefillBackend  # noqa: E402
 
-from vllm_nanocp.attention.mla import flash_backend as flash_mla_backend  # noqa: E402
+from vllm_nanocp.attention import gpu_rows  # noqa: E402
 from vllm_nanocp.attention.mla import latent_fixed, latent_tables  # noqa: E402
 from vllm_nanocp.attention.mla.flash_backend import (  # noqa: E402
     LatentOnHopper,
@@ -286,7 +286,7 @@ def kernel_of(
         sizes, num_heads=sizes.num_heads // groups
     )
     if where.type != "cuda":
-        flash_mla_backend.merge_rows = flash_steps.reference_merge
+        gpu_rows.merge_rows = flash_steps.reference_merge
 
     # One builder for all scenarios of a shape: what one step leaves in its tables must not show in the next.
     @functools.cache

@@ -21,6 +21,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends import flash_attn
 
 from tests.unit.attention_steps import Kernel, Shape
+from vllm_nanocp.attention import gpu_rows
 from vllm_nanocp.attention.flash_launches import ShardLaunch
 from vllm_nanocp.attention.gqa import flash_backend, flash_splits, flash_tables, gpu_layer
 from vllm_nanocp.attention.gqa import split_kv as decode_pieces
@@ -243,7 +244,7 @@ def use_references() -> None:
     gpu_layer.attend_visits = reference_attend
     gpu_layer.pack = reference_pack_visits
     flash_backend.pack_pieces = reference_pack  # type: ignore[assignment]
-    gpu_layer.merge_rows = reference_merge
+    gpu_rows.merge_rows = reference_merge
 
 
 def make_routes(shape: Shape, num_ranks: int, rank: int, capacity: int, shared: str | None, queries: int = 1) -> Routes:

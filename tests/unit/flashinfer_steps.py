@@ -177,6 +177,7 @@ from vllm.v1.attention.backends import flashinfer as stock  # noqa: E402
 from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 from vllm.v1.utils import CpuGpuBuffer  # noqa: E402
 
+from vllm_nanocp.attention import gpu_rows  # noqa: E402
 from vllm_nanocp.attention.gqa import flash_tables, gpu_layer  # noqa: E402
 from vllm_nanocp.attention.gqa.flashinfer_backend import (  # noqa: E402
     NanoCPFlashInferImpl,
@@ -308,7 +309,7 @@ def use_references() -> None:
     stock._copy_page_indices_kernel = _CopyPages()  # type: ignore[assignment]
     gpu_layer.attend_visits = reference_attend
     gpu_layer.pack = reference_pack_visits
-    gpu_layer.merge_rows = reference_merge
+    gpu_rows.merge_rows = reference_merge
 
 
 def flashinfer_kernel(

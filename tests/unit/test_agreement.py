@@ -19,7 +19,9 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.sharded_step import ShardedStep
-from vllm_nanocp.config import MAX_PLACES
+from vllm_nanocp.config import MAX_PLACES, parse
+from vllm_nanocp.entry.engine_config import check_capacities
+from vllm_nanocp.errors import NanoCPConfigError
 from vllm_nanocp.graph_capacities import capacities
 from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan, idle_batch
 from vllm_nanocp.worker.dp_agreement import agree, capacity_of
@@ -101,16 +103,33 @@ def test_no_number_of_sharded_rows_leaves_the_graphs(
     assert capacities(config, routed) == ()
 
 
+@pytest.mark.parametrize("drafts", [0, 4])
 @pytest.mark.parametrize("ranks", [2, 100, MAX_PLACES])
-def test_there_are_places_for_the_capacity(ranks: int) -> None:
+def test_there_are_places_for_the_capacity(ranks: int, drafts: int) -> None:
     config: Any = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_seqs=1024),
-        compilation_config=SimpleNamespace(cudagraph_capture_sizes=[1024]),
-        num_speculative_tokens=0,
+        scheduler_config=SimpleNamespace(max_num_seqs=MAX_PLACES),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=[MAX_PLACES]),
+        num_speculative_tokens=drafts,
         additional_config={"nanocp": {"ranks": ranks}},
     )
     (most,) = capacities(config, True)
-    assert 1 <= most <= 1024 and (most == 1 or most * (ranks + 1) <= MAX_PLACES)
+    assert most == 1 or most * (ranks + 1) * (1 + drafts) <= MAX_PLACES
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 4])
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_capacities_set_by_hand_have_places_for_drafts(ranks: int, drafts: int) -> None:
+    """They are read before it is known how many drafts there are."""
+    config: Any = SimpleNamespace(num_speculative_tokens=drafts)
+    most = MAX_PLACES // ((ranks + 1) * (1 + drafts))
+    for fitting in (None, [], [1, most]):
+        check_capacities(config, parse({"graph_capacities": fitting}, ranks))
+    if drafts:
+        with pytest.raises(NanoCPConfigError) as caught:
+            check_capacities(config, parse({"graph_capacities": [1, most + 1]}, ranks))
+        (line,) = str(caught.value).splitlines()
+        assert f"{most + 1} visits of {1 + drafts} queries from each of {ranks} ranks" in line
+        assert f"use at most {most}," in line
 
 
 def test_what_is_captured(managers: dict[CUDAGraphMode, NanoCPCudaGraphManager]) -> None:

@@ -17,7 +17,10 @@ pytest.importorskip("vllm")
 
 import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import vllm_nanocp.plugin
 from vllm_nanocp.entry import engine_config, refusals
@@ -242,6 +245,12 @@ def _latent_drafts(config: Any) -> None:
     _drafts("ngram", "model_config", latent)(config)
 
 
+def _drafts_with_flashinfer(config: Any) -> None:
+    _drafts("ngram_gpu", "parallel_config.worker_cls", GPU_WORKER)(config)
+    _set("attention_config.hisparse_config", object())(config)  # by which vLLM takes V2's
+    _set("attention_config.backend", AttentionBackendEnum.FLASHINFER)(config)
+
+
 # For each setting, what makes it of an accepted configuration.
 CHANGES: dict[str, Callable[[Any], None]] = {
     "pipeline parallelism": _set("parallel_config.pipeline_parallel_size", 2),
@@ -254,6 +263,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "speculative decoding with the V2 model runner": _drafts("ngram", "attention_config.hisparse_config", object()),
     "the method ngram_gpu on CPU": _drafts("ngram_gpu"),
     "speculative decoding of latent attention": _latent_drafts,
+    "speculative decoding with FLASHINFER": _drafts_with_flashinfer,
     "a KV connector": _set("kv_transfer_config", object()),
     "--ec-transfer-config": _set("ec_transfer_config", object()),
     "returning routed experts": _set("aux_output_config.enable_return_routed_experts", True),
@@ -302,6 +312,24 @@ def test_drafts_on_gpus(tiny_model: str) -> None:
     _set("scheduler_config.async_scheduling", True)(config)
     _set("attention_config.hisparse_config", object())(config)  # by which vLLM takes V2's
     check_settings(config, RANKS)
+
+
+@pytest.mark.parametrize(
+    ("major", "backend", "refused"), [(9, None, False), (10, None, True), (10, "FLASH_ATTN", False)]
+)
+def test_drafts_by_vllms_own_choice_of_flashinfer(
+    tiny_model: str, major: int, backend: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which it takes on Blackwell, if it is told nothing."""
+    config = create(tiny_model, *NANOCP)
+    _drafts_with_flashinfer(config)
+    _set("attention_config.backend", backend and AttentionBackendEnum[backend])(config)
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda: DeviceCapability(major, 0))
+    if refused:
+        assert "--attention-backend FLASH_ATTN" in refusal(lambda: check_settings(config, RANKS))
+    else:
+        check_settings(config, RANKS)
+    check_settings(config, 1)
 
 
 def test_flags_are_vllms(tiny_model: str) -> None:

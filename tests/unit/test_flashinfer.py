@@ -149,13 +149,13 @@ def test_a_kernel_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.Monke
         family.warm_up(layer)
 
 
-def test_drafts_are_refused() -> None:
+def test_layers_of_one_scale() -> None:
     family = object.__new__(GroupedQueryWithFlashInfer)
-    layers = {"layer": SimpleNamespace(impl=SimpleNamespace(scale=1.0))}
-    family._config = SimpleNamespace(num_speculative_tokens=0)
+    layers = {name: SimpleNamespace(impl=SimpleNamespace(scale=1.0)) for name in ("first", "second")}
     family.attach(layers)
-    family._config = SimpleNamespace(num_speculative_tokens=3)
-    with pytest.raises(NanoCPConfigError, match="speculative decoding with FLASHINFER"):
+    assert family._scale == 1.0
+    layers["second"].impl.scale = 0.5
+    with pytest.raises(NanoCPConfigError, match="layers scale their scores differently"):
         family.attach(layers)
 
 

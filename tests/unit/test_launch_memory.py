@@ -42,7 +42,7 @@ def test_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     launches: Any = [
         SimpleNamespace(num_queries=3, lengths=[7], pieces=torch.ones(1), launch_row=None) for _ in range(3)
     ]
-    layer._attend(torch.zeros(9, 2), launches, torch.zeros(9, 4))
+    layer.over_shards(torch.zeros(9, 2), launches, torch.zeros(9, 4))
     assert len(results.made) == 6 and results.most == 2
 
 

@@ -235,7 +235,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_the_guard_of_a_patch(small: Path) -> None:
     """The digest is the one that the patch itself would find."""
     patch = small / "vllm_nanocp" / "guarded.py"
-    text = "from vllm.base import Base\n_KNOWN = {'%s'}\ndef apply():\n    require_source('m', Base.method, _KNOWN)\n"
+    text = "from vllm.base import Base\n_KNOWN = {'%s'}\ndef apply():\n    Guarded(Base, 'method', _KNOWN)\n"
     patch.write_text(text % ("0" * 16))
     tree = Tree(small / "old")
     (line,) = [line for line in manifest.breaks(tree) if "guard of a patch" in line.kinds]

@@ -10,7 +10,7 @@ from typing import Any
 from .. import config as nanocp_config
 from .. import patches
 from ..attention.cache_dtypes import CACHE_DTYPES
-from ..config import NanoCPConfig
+from ..config import MAX_PLACES, NanoCPConfig, largest_capacity
 from ..errors import UNSHARDED, refuse
 from .refusals import CPU_WORKER, EXECUTORS, GPU_WORKER, SCHEDULER, check_environment, check_flags, check_settings
 
@@ -156,6 +156,22 @@ def _check_latent_on_gpus(vllm_config: Any, config: NanoCPConfig, instead: str) 
         )
 
 
+def check_capacities(vllm_config: Any, config: NanoCPConfig) -> None:
+    """Refuse capacities that there would be no places for, once it is known how many queries a visit has.
+
+    Raises:
+        NanoCPConfigError
+    """
+    largest, queries = max(config.graph_capacities or (0,)), 1 + vllm_config.num_speculative_tokens
+    if largest > (most := largest_capacity(config.ranks, queries)):
+        refuse(
+            f"graph_capacities of {largest} with {queries - 1} drafts a step",
+            f"{largest} visits of {queries} queries from each of {config.ranks} ranks are more than there may be "
+            f"places for ({MAX_PLACES})",
+            f"use at most {most}, or leave it out",
+        )
+
+
 def check_graphs(vllm_config: Any, config: NanoCPConfig) -> None:
     """Refuse CUDA graphs that sharded steps could not stay out of: they run attention outside of graphs.
 
@@ -270,6 +286,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     engine_args.data_parallel_size = 1
     check_settings(vllm_config, config.degree_limit, config.gap is not None)
     check_model(vllm_config, config)
+    check_capacities(vllm_config, config)
     check_graphs(vllm_config, config)
     vllm_config.additional_config[nanocp_config.KEY] = replace(
         config, scheduler_processes=apart(vllm_config, config)

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import refuse
+from ..attention.families import flashinfer_chosen
+from ..errors import UNSHARDED, refuse
 
 SCHEDULER = "vllm_nanocp.sched.scheduler.NanoCPScheduler"
 EXECUTORS = {
@@ -243,6 +244,13 @@ def draft_method(vllm_config: Any) -> Any:
     return None if vllm_config.speculative_config is None else vllm_config.speculative_config.method
 
 
+def _drafts_with_flashinfer(vllm_config: Any) -> bool:
+    """Whether the ranks decode with drafts by FlashInfer, which vLLM was told to take, or takes by itself."""
+    if draft_method(vllm_config) is None or vllm_config.model_config.use_mla:
+        return False
+    return vllm_config.parallel_config.worker_cls == GPU_WORKER and flashinfer_chosen(vllm_config)
+
+
 def _without_kv(vllm_config: Any) -> bool:
     """Whether no layer keeps KV: nothing to place requests by, and to place them otherwise is not built."""
     model = vllm_config.model_config
@@ -311,6 +319,9 @@ SETTINGS = (
 )  # fmt: skip
 
 SHARDED_SETTINGS = (
+    Setting(_drafts_with_flashinfer, "speculative decoding with FLASHINFER and max_degree above 1",
+            "rows of several queries have not been run on its kernels",
+            f"leave it out, use --attention-backend FLASH_ATTN on Hopper, or {UNSHARDED}"),
     Setting(lambda c: c.speculative_config is not None and c.model_config.use_mla,
             "speculative decoding of latent attention (MLA) with max_degree above 1", "it has not been run",
             "leave --speculative-config out, or use --nanocp-config '{\"max_degree\": 1}'"),

@@ -196,12 +196,11 @@ class _File:
             return
         first, second = self.resolve(node.args[0]), node.args[1]
         if isinstance(second, ast.Constant) and isinstance(second.value, str) and (first or "").startswith("vllm."):
-            kind = "reads" if function in ("getattr", "hasattr") else "replaces"
-            self.uses.add(f"{first}.{second.value}", kind, self.file)
-        guarded = self.resolve(second)
-        if function == "require_source" and guarded and len(node.args) == 3:
-            known = self.constants.get(ast.unparse(node.args[2]), frozenset())
-            self.uses.guards.append((self.file, guarded, known))
+            only_read = function in ("getattr", "hasattr") or (function == "Guarded" and len(node.args) < 4)
+            self.uses.add(f"{first}.{second.value}", "reads" if only_read else "replaces", self.file)
+            if function == "Guarded":
+                known = self.constants.get(ast.unparse(node.args[2]), frozenset())
+                self.uses.guards.append((self.file, f"{first}.{second.value}", known))
 
     def _class(self, node: ast.ClassDef) -> None:
         bases = [name for base in node.bases if (name := self.resolve(base))]

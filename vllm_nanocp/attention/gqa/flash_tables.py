@@ -7,7 +7,7 @@ with. They know no requests: rows, lengths, blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,6 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ...exchange.base import Counts
 from ..context import context
 from ..flash_launches import (
     TableRow,
@@ -27,6 +26,7 @@ from ..flash_launches import (
     queries_at_once,
     table_address,
 )
+from ..gpu_rows import GPURows
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from .routed_layer import Route, Routes
@@ -44,36 +44,17 @@ class Launch(Protocol):
 
 
 @dataclass
-class StepTables:
+class StepTables(GPURows):
     """A sharded step of this rank.
 
     Attributes:
         plain: whether rows of the batch that visit nobody are left to stock attention.
-        send: int64, indices in the batch of the queries to dispatch, in the exchange's order; behind these, with
-            ``visits``, of the queries that attend to what is held here of their own.
-        exchanged: how many of these are dispatched.
-        send_counts, recv_counts: see ``Exchange``.
-        guests: the received queries, in order; none when nobody visits, and with ``visits``.
-        own: queries of this rank that visit others, over what is held here, in order; none when there are none, or when
-            they are among ``visits``.
-        partials: room for the rows that come back, and behind them those of ``own``.
-        tokens: int64 [num_results], the indices in the batch of the queries that visit; -1 for an unused one.
-        pick: int64 [num_results, num_partials], see ``merge_rows``; None without such queries.
         visits: at fixed places, the received queries and those of this rank over what is held here; and rows that visit
             nobody, unless ``plain``.
         routed: the routed exchange, if it takes the place of ``Exchange``, and the step's route.
     """
 
     plain: bool
-    send: torch.Tensor
-    exchanged: int
-    send_counts: Counts
-    recv_counts: Counts
-    guests: Sequence[Launch]
-    own: Sequence[Launch]
-    partials: torch.Tensor
-    tokens: torch.Tensor | None
-    pick: torch.Tensor | None
     visits: Visits | None = None
     routed: tuple[Routes, Route] | None = None
 

@@ -167,12 +167,6 @@ class GroupedQueryWithFlashInfer(GroupedQueryOnGPU):
         register_backend(AttentionBackendEnum.FLASHINFER, f"{__name__}.{NanoCPFlashInferBackend.__name__}")
 
     def attach(self, layers: Mapping[str, Any]) -> None:
-        if self._config.num_speculative_tokens:
-            refuse(
-                "speculative decoding with FLASHINFER and max_degree above 1",
-                "rows of several queries have not been run on its kernels",
-                "leave it out, use --attention-backend FLASH_ATTN on Hopper, or " + UNSHARDED,
-            )
         scales = {layer.impl.scale for layer in layers.values()}
         if len(scales) > 1:
             refuse(

@@ -24,7 +24,8 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from ...errors import UNSHARDED, refuse
 from ..context import context
 from ..family import attend
-from ..partial_rows import RowLayout, merge_rows
+from ..gpu_rows import GPULayer
+from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from ..supported import grouped_query_problem
 from .fixed_tables import CapturedTables
@@ -179,7 +180,7 @@ class ShardedAttention:
         routes.attend(batch, kv, visits, route, 0)
 
 
-class ShardLayer:
+class ShardLayer(GPULayer):
     """One layer of a sharded step with the collective exchange; see ``ShardedLayer``.
 
     Args:
@@ -200,50 +201,29 @@ class ShardLayer:
         rows: StepTables,
         output: torch.Tensor,
     ) -> None:
-        self.impl, self.stock, self.layer, self.query, self.kv_cache = impl, stock, layer, query, kv_cache
-        self.rows, self.output, self.layout = rows, output, RowLayout(impl.num_heads, impl.head_size)
-        self.send_counts, self.recv_counts = rows.send_counts, rows.recv_counts
-        self.partials, self._mine = rows.partials[: rows.exchanged], rows.partials[rows.exchanged :]
-
-    def queries(self) -> torch.Tensor:
-        return self.query.index_select(0, self.rows.send[: self.rows.exchanged])
+        super().__init__(rows, RowLayout(impl.num_heads, impl.head_size), query, output)
+        self.impl, self.stock, self.layer, self.kv_cache, self.rows = impl, stock, layer, kv_cache, rows
 
     def plain(self) -> None:
         if self.rows.plain:
             self.stock()
 
-    def own(self) -> None:
-        if self.rows.own:
-            assert self.rows.tokens is not None
-            self._attend(self.query.index_select(0, self.rows.tokens), self.rows.own, self._mine)
+    @property
+    def places_are_fixed(self) -> bool:
+        return self.rows.visits is not None
 
-    def serve(self, visiting: torch.Tensor) -> torch.Tensor:
-        rows = self.rows
-        if rows.visits is None:
-            answers = self.layout.empty(len(visiting), self.output.device)
-            self._attend(visiting, rows.guests, answers)
-            return answers
-        # At fixed places, guests and this rank's own rows attend in one launch.
-        visiting = torch.cat([visiting, self.query.index_select(0, rows.send[rows.exchanged :])])
-        answers = self.layout.empty(len(visiting), self.output.device)
-        attend_visits(visiting, self.impl.kv(self.layer, self.query, self.kv_cache), rows.visits, self.output.dtype)
-        pack(answers, self.layout, rows.visits)
-        self._mine.copy_(answers[rows.exchanged :])
-        return answers[: rows.exchanged]
-
-    def finish(self, partials: torch.Tensor) -> None:
-        rows = self.rows
-        if rows.pick is not None:
-            assert rows.tokens is not None
-            merge_rows(rows.partials, self.layout, rows.pick, rows.tokens, self.output)
-
-    def _attend(self, query: torch.Tensor, launches: Sequence[Launch], into: torch.Tensor) -> None:
-        """Partial results of queries over shards held here, as rows."""
+    def over_shards(self, queries: torch.Tensor, launches: Sequence[Launch], into: torch.Tensor) -> None:
         at = 0
         for launch in launches:
             part = slice(at, at + launch.num_queries)
-            self.impl.over_shards(self.layer, query[part], self.kv_cache, launch, into[part])
+            self.impl.over_shards(self.layer, queries[part], self.kv_cache, launch, into[part])
             at = part.stop
+
+    def over_places(self, queries: torch.Tensor, into: torch.Tensor) -> None:
+        visits = self.rows.visits
+        assert visits is not None
+        attend_visits(queries, self.impl.kv(self.layer, self.query, self.kv_cache), visits, self.output.dtype)
+        pack(into, self.layout, visits)
 
 
 class GroupedQueryOnGPU:

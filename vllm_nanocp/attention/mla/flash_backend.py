@@ -29,6 +29,7 @@ from ..cache_dtypes import CACHE_DTYPES
 from ..context import context
 from ..family import attend
 from ..flash_launches import gather_tables
+from ..gpu_rows import GPULayer
 from ..partial_rows import RowLayout, merge_rows
 from ..sharded_step import ShardedStep
 from ..supported import latent_problem
@@ -178,7 +179,7 @@ def _plain(
     output.index_copy_(0, rows.plain_tokens, some)
 
 
-class _Layer:
+class _Layer(GPULayer):
     """Some heads of one layer of a sharded step; see ``ShardedLayer``.
 
     Args:
@@ -197,46 +198,25 @@ class _Layer:
         output: torch.Tensor,
         plain_rows: Callable[[], None] | None,
     ) -> None:
-        self.rows, self.held, self.query, self.output, self.plain_rows = rows, held, query, output, plain_rows
-        self.layout = RowLayout(held.sizes.num_heads, held.sizes.value_size)
-        self.send_counts, self.recv_counts = rows.send_counts, rows.recv_counts
-        self.partials, self._mine = rows.partials[: rows.exchanged], rows.partials[rows.exchanged :]
-
-    def queries(self) -> torch.Tensor:
-        return self.query.index_select(0, self.rows.send[: self.rows.exchanged])
+        super().__init__(rows, RowLayout(held.sizes.num_heads, held.sizes.value_size), query, output)
+        self.rows, self.held, self.plain_rows = rows, held, plain_rows
 
     def plain(self) -> None:
         if self.plain_rows is not None:
             self.plain_rows()
 
-    def own(self) -> None:
-        if self.rows.own:
-            assert self.rows.tokens is not None
-            self._attend(self.query.index_select(0, self.rows.tokens), self.rows.own, self._mine)
+    @property
+    def places_are_fixed(self) -> bool:
+        return self.rows.fixed is not None
 
-    def serve(self, visiting: torch.Tensor) -> torch.Tensor:
-        rows, device = self.rows, self.output.device
-        if rows.fixed is None:
-            answers = self.layout.empty(len(visiting), device)
-            self._attend(visiting, rows.guests, answers)
-            return answers
-        # At fixed places, guests and this rank's own rows attend together.
-        visiting = torch.cat([visiting, self.query.index_select(0, rows.send[rows.exchanged :])])
-        answers = self.layout.empty(len(visiting), device)
-        self._attend(visiting, rows.fixed, answers)
-        self._mine.copy_(answers[rows.exchanged :])
-        return answers[: rows.exchanged]
-
-    def finish(self, partials: torch.Tensor) -> None:
-        rows = self.rows
-        if rows.pick is not None:
-            assert rows.tokens is not None
-            merge_rows(rows.partials, self.layout, rows.pick, rows.tokens, self.output)
-
-    def _attend(self, queries: torch.Tensor, works: Sequence[Work], into: torch.Tensor) -> None:
+    def over_shards(self, queries: torch.Tensor, launches: Sequence[Work], into: torch.Tensor) -> None:
         outputs, lses = self.layout.outputs(into), self.layout.lses(into)
-        for work in works:
+        for work in launches:
             attend_work(queries, self.held, work, outputs, lses)
+
+    def over_places(self, queries: torch.Tensor, into: torch.Tensor) -> None:
+        assert self.rows.fixed is not None
+        self.over_shards(queries, self.rows.fixed, into)
 
 
 class LatentOnHopper:

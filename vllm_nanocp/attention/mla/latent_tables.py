@@ -14,7 +14,6 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ...exchange.base import Counts
 from ..flash_launches import (
     TableRow,
     groups_of,
@@ -24,6 +23,7 @@ from ..flash_launches import (
     queries_at_once,
     table_address,
 )
+from ..gpu_rows import GPURows
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from .flash_latent import Absorbed, Piece, Projected, Work
@@ -37,36 +37,18 @@ _ROWS, _FEWEST_HEADS = 5 << 29, 16
 
 
 @dataclass
-class LatentRows:
+class LatentRows(GPURows):
     """A sharded step of this rank.
 
     Attributes:
         sizes: of the heads that go together. Where these are not all, the same is done for each group of them.
-        send: int64, indices in the batch of the queries to dispatch, in the exchange's order; behind these, with
-            ``fixed``, of the queries that attend to what is held here of their own.
-        exchanged: how many of these are dispatched.
-        send_counts, recv_counts: see ``Exchange``.
-        guests: what the received queries attend to.
-        own: the same of this rank's queries that visit others, over what is held here.
-        partials: room for the rows that come back, and behind them those of this rank's own.
-        tokens: int64, the indices in the batch of the queries that visit; -1 for an unused one; None without such.
-        pick: int64 [num_results, num_partials], see ``merge_rows``.
-        fixed: at fixed places, all that is received and all of ``own``.
+        fixed: at fixed places, all that is received and all of this rank's own over what is held here.
         plain: vLLM's metadata of the rows that visit nobody, or of the batch with length 0 for those that do; None when
             all visit.
         plain_tokens: int64, where their queries are; None: vLLM's metadata is of the whole batch.
     """
 
     sizes: LatentSizes
-    send: torch.Tensor
-    exchanged: int
-    send_counts: Counts
-    recv_counts: Counts
-    guests: list[Work]
-    own: list[Work]
-    partials: torch.Tensor
-    tokens: torch.Tensor | None
-    pick: torch.Tensor | None
     fixed: Sequence[Work] | None = None
     plain: Any = field(default=None)
     plain_tokens: torch.Tensor | None = field(default=None)

@@ -59,7 +59,7 @@ class RankActor(RayWorkerProc):
             env_vars,
             get_distributed_init_method(meeting.host, meeting.ports[-1]),
             driver_env_vars,
-            assigned_physical_gpu_ids,
+            assigned_physical_gpu_ids or None,  # a worker on CPU has none, which 0.33 would take for no NUMA node
         )
 
     def _init_message_queues(self, input_shm_handle: Handle, vllm_config: VllmConfig) -> None:

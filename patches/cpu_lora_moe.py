@@ -17,14 +17,11 @@ Can go: when vLLM chooses so itself, or CPU has experts with adapters.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace
 
-_MODULE = "cpu_lora_moe"
-_MARK = "_nanocp_patch"
-_KNOWN: set[str] = {"2817b5968ddec5bc"}  # 0.32.0
+_KNOWN: set[str] = {"2817b5968ddec5bc", "55d6a1cd4522927a"}  # 0.32.0, 0.33.0
 
 
 def apply() -> Outcome:
@@ -32,17 +29,16 @@ def apply() -> Outcome:
 
     Raises `PatchError` if `select_unquantized_moe_backend` is not the known one.
     """
-    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as user
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
 
-    original = user.select_unquantized_moe_backend
-    if hasattr(original, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, original, _KNOWN)
+    return replace(
+        __name__,
+        Guarded(unquantized_fused_moe_method, "select_unquantized_moe_backend", _KNOWN, _as_without_lora),
+    )
 
-    @functools.wraps(original)
-    def select(moe_config: Any) -> Any:
+
+def _as_without_lora(original: Any) -> Any:
+    def select_unquantized_moe_backend(moe_config: Any) -> Any:
         return original(dataclasses.replace(moe_config, is_lora_enabled=False))
 
-    setattr(select, _MARK, True)
-    user.select_unquantized_moe_backend = select
-    return Outcome.APPLIED
+    return select_unquantized_moe_backend

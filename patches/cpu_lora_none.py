@@ -5,42 +5,44 @@ Wrong upstream: a token without an adapter has the adapter index -1. `bgmv_shrin
 (vllm/lora/ops/torch_ops/lora_ops.py), and all that leads to it, takes the weights at that index, which in Python are
 those of the last slot: the token gets that adapter, if there is one, and other output than it ought to have.
 
-Versions: 0.32.0, 0.33.0.
+Versions: 0.32.0; mended in 0.33.0.
 
 Repair: what such tokens' inputs shrink to is zero, and so is what an adapter adds to their outputs.
 
-Can go: when the function leaves them out itself.
+Can go: with 0.32.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vllm_nanocp.patches._guard import Outcome, require_source
+from vllm_nanocp.patches._guard import Guarded, Outcome, replace, source_digest
 
 if TYPE_CHECKING:
     import torch
 
-_MODULE = "cpu_lora_none"
-_MARK = "_nanocp_patch"
-_KNOWN: set[str] = {"e7a5eafed74a2bc1"}  # 0.32.0
+_KNOWN: set[str] = {"e7a5eafed74a2bc1", "ff08e86052b966c9"}  # 0.32.0, 0.33.0
+_MENDED = "ff08e86052b966c9"
 
 
 def apply() -> Outcome:
     """Let tokens without an adapter have none. Idempotent.
 
-    Raises `PatchError` if `bgmv_shrink` is not the known one.
+    Raises `PatchError` if `bgmv_shrink` is not a known one.
     """
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 
-    original = lora_ops.bgmv_shrink
-    if hasattr(original, _MARK):
-        return Outcome.APPLIED
-    require_source(_MODULE, original, _KNOWN)
+    if source_digest(lora_ops.bgmv_shrink) == _MENDED:
+        return Outcome.NOT_NEEDED
+    return replace(
+        __name__,
+        Guarded(lora_ops, "bgmv_shrink", _KNOWN, _none_for_none),
+        Guarded(punica_cpu, "bgmv_shrink", None, _none_for_none),  # imported by its name
+    )
 
-    @functools.wraps(original)
+
+def _none_for_none(original: Any) -> Any:
     def bgmv_shrink(
         inputs: torch.Tensor,
         lora_b_weights: torch.Tensor,
@@ -51,6 +53,4 @@ def apply() -> Outcome:
         original(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
         output_tensor[lora_indices_tensor < 0] = 0
 
-    setattr(bgmv_shrink, _MARK, True)
-    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink
-    return Outcome.APPLIED
+    return bgmv_shrink

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,17 +14,10 @@ pytest.importorskip("vllm")
 
 
 @pytest.fixture
-def method() -> Iterator[Any]:
-    """vLLM's module without the patch; afterwards it is as it was before the test."""
+def method(stock: Any, on_cpu: None) -> Any:
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
-    from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        pytest.skip("needs vLLM's CPU platform")
-    found = unquantized_fused_moe_method.select_unquantized_moe_backend
-    unquantized_fused_moe_method.select_unquantized_moe_backend = getattr(found, "__wrapped__", found)
-    yield unquantized_fused_moe_method
-    unquantized_fused_moe_method.select_unquantized_moe_backend = found
+    return stock(unquantized_fused_moe_method, "select_unquantized_moe_backend")
 
 
 def chosen(method: Any, lora: bool) -> str:

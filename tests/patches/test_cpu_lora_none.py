@@ -3,27 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from vllm_nanocp.patches import Outcome, PatchError, cpu_lora_none
+from vllm_nanocp.patches._guard import is_ours
 
 pytest.importorskip("vllm")
 
 
 @pytest.fixture
-def operations() -> Iterator[Any]:
-    """vLLM's module without the patch; afterwards it is as it was before the test."""
+def operations(stock: Any) -> Any:
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 
-    found = lora_ops.bgmv_shrink
-    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = getattr(found, "__wrapped__", found)
-    yield lora_ops
-    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = found
+    stock(punica_cpu, "bgmv_shrink")
+    return stock(lora_ops, "bgmv_shrink")
 
 
 def shrunk(operations: Any) -> torch.Tensor:
@@ -55,7 +52,7 @@ def test_the_wrapper_has_it_too(operations: Any) -> None:
     from vllm.lora.punica_wrapper import punica_cpu
 
     cpu_lora_none.apply()
-    assert punica_cpu.bgmv_shrink is operations.bgmv_shrink
+    assert is_ours(punica_cpu.bgmv_shrink) and is_ours(operations.bgmv_shrink)
 
 
 def test_another_upstream_is_refused(operations: Any) -> None:

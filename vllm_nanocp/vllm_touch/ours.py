@@ -198,9 +198,9 @@ class _File:
         if isinstance(second, ast.Constant) and isinstance(second.value, str) and (first or "").startswith("vllm."):
             only_read = function in ("getattr", "hasattr") or (function == "Guarded" and len(node.args) < 4)
             self.uses.add(f"{first}.{second.value}", "reads" if only_read else "replaces", self.file)
-            if function == "Guarded":
-                known = self.constants.get(ast.unparse(node.args[2]), frozenset())
-                self.uses.guards.append((self.file, f"{first}.{second.value}", known))
+            if function == "Guarded" and (known := ast.unparse(node.args[2])) != "None":
+                digests = self.constants.get(known, frozenset())
+                self.uses.guards.append((self.file, f"{first}.{second.value}", digests))
 
     def _class(self, node: ast.ClassDef) -> None:
         bases = [name for base in node.bases if (name := self.resolve(base))]

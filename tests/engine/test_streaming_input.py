@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import pytest
+import vllm
 from vllm import SamplingParams
 from vllm.engine.protocol import StreamingInput
 from vllm.sampling_params import RequestOutputKind
@@ -62,13 +63,15 @@ def test_sessions_where_there_is_little_room(stock: Engine, small: Engine) -> No
 
 def test_a_session_that_outgrows_its_rank(stock: Engine, small: Engine) -> None:
     """The first two chunks have room on a rank of 1,536 tokens. The client learns of the others' end, and is not left
-    waiting."""
+    waiting. Of each one's in vLLM 0.32; in 0.33 the first one ends the session, and nothing of it stays."""
     lengths = [600, 500, 600, 10]
     tokens, ends = small.call(session(small, "s", lengths, 0.5))
-    assert (tokens, ends[-2:]) == (stock.call(session(stock, "s", lengths[:2], 0.0))[0], ["error", "error"])
+    before_last = "error" if vllm.__version__.startswith("0.32.") else "length"
+    assert (tokens, ends[-2:]) == (stock.call(session(stock, "s", lengths[:2], 0.0))[0], [before_last, "error"])
     # All chunks at once: the client may see several ends as one.
     tokens, ends = small.call(session(small, "t", lengths, 0.0))
     assert tokens == small.call(session(small, "u", lengths[:2], 0.0))[0] and ends[-1] == "error"
+    small.check_nothing_left()
 
 
 def test_a_request_that_no_rank_can_hold(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@
 """Requests that the scheduler itself ends with an error, and what their clients are told.
 
 vLLM's front-end expects one ending for each chunk of a streaming-input session, also for those that were queued or are
-still to come; it would wait for ever for one that is left out. And a chunk that comes after the end must not begin a
-session of its own, without all that was said before.
+still to come; it would wait for ever for one that is left out. (That of 0.33 takes the first error for the session's
+end: it does without the others and gives the session up, which is then forgotten here.) And a chunk that comes after
+the end must not begin a session of its own, without all that was said before.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -26,6 +27,8 @@ KILL_LIMIT_S = 10.0
 IDLE_LIMIT_S = 30.0
 BLOCK = 32
 RANKS = 2
+# Behind those of Ray's workers, before those that Linux gives for port 0.
+PORTS = range(20000, 29000)
 MAX_MODEL_LEN = 4096
 # vLLM keeps one block of each rank for itself: a rank holds less than a request may have.
 RANK_BLOCKS = 90
@@ -46,11 +49,13 @@ FLAGS = [
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A TCP port that nobody has now, and that nobody gets who asks the system for any: a server takes seconds to come
+    to its own, and meanwhile its engine, or Ray, may ask for many."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError(f"no port of {PORTS} is free")
 
 
 def wait_for(what: str, done: Callable[[], Any], limit: float, pause: float = 0.1) -> Any:

@@ -22,6 +22,7 @@ VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 FORKED = [sys.executable, "-m", "tests.server.forked_serve"]
 START_LIMIT_S = 240.0
 ANSWER_LIMIT_S = 120.0
+HEALTH_LIMIT_S = 30.0
 STOP_LIMIT_S = 20.0
 KILL_LIMIT_S = 10.0
 IDLE_LIMIT_S = 30.0
@@ -126,7 +127,7 @@ class Server:
                 start_new_session=True,
                 env=environment,
             )
-        self.client = httpx.Client(base_url=self.url, timeout=ANSWER_LIMIT_S, trust_env=False)
+        self.client = self.connection()
         if not wait:
             return
         try:

@@ -27,9 +27,9 @@ STOP_LIMIT_S = 20.0
 KILL_LIMIT_S = 10.0
 IDLE_LIMIT_S = 30.0
 BLOCK = 32
-RANKS = 2
 # Behind those of Ray's workers, before those that Linux gives for port 0.
 PORTS = range(20000, 29000)
+RANKS = 2
 MAX_MODEL_LEN = 4096
 # vLLM keeps one block of each rank for itself: a rank holds less than a request may have.
 RANK_BLOCKS = 90
@@ -136,13 +136,17 @@ class Server:
             self.close()
             raise
 
+    def connection(self) -> httpx.Client:
+        """A client that connects with its first request."""
+        return httpx.Client(base_url=self.url, timeout=ANSWER_LIMIT_S, trust_env=False)
+
     def _ready(self) -> bool:
         assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.tail()}"
         return self.healthy()
 
     def healthy(self) -> bool:
         try:
-            return self.client.get("/health", timeout=5).status_code == 200
+            return self.client.get("/health", timeout=HEALTH_LIMIT_S).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -157,12 +161,12 @@ class Server:
         """Ask with the model's name and greedy decoding, unless told otherwise."""
         return self.client.post(path, json={"model": self.model, "temperature": 0, **body})
 
-    def metrics(self) -> dict[str, float]:
-        """vLLM's metrics by name, summed over their labels."""
+    def metrics(self, client: httpx.Client | None = None) -> dict[str, float]:
+        """vLLM's metrics by name, summed over their labels; by another client, perhaps of another API server."""
         from prometheus_client.parser import text_string_to_metric_families
 
         found: dict[str, float] = {}
-        for family in text_string_to_metric_families(self.client.get("/metrics").text):
+        for family in text_string_to_metric_families((client or self.client).get("/metrics").text):
             for sample in family.samples:
                 found[sample.name] = found.get(sample.name, 0.0) + sample.value
         return found

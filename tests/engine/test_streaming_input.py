@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
@@ -18,18 +19,27 @@ from .harness import Ask, Engine, prompt
 
 pytestmark = pytest.mark.engine
 
+TURN_TOKENS = 6
+TURN_LIMIT_S = 60.0
+
 
 async def session(
-    engine: Engine, name: str, lengths: Sequence[int], pause: float, **params: Any
+    engine: Engine, name: str, lengths: Sequence[int], pause: float | None, **params: Any
 ) -> tuple[list[int], list[str]]:
-    """What a session's client gets: all tokens, and how its turns ended as far as it sees."""
+    """What a session's client gets: all tokens, and how its turns ended as far as it sees. Its chunks come so many
+    seconds apart; None: each when the turn of the one before is over."""
+
+    async def over(turns: int) -> None:
+        end = time.monotonic() + TURN_LIMIT_S
+        while len(tokens) // TURN_TOKENS + ends.count("error") < turns and time.monotonic() < end:
+            await asyncio.sleep(0.01)
 
     async def chunks() -> AsyncGenerator[StreamingInput, None]:
         for number, length in enumerate(lengths):
             yield StreamingInput(prompt={"prompt_token_ids": prompt(length, 7000 + length + number)})
-            await asyncio.sleep(pause)
+            await (over(number + 1) if pause is None else asyncio.sleep(pause))
 
-    settings: dict[str, Any] = dict(temperature=0.0, max_tokens=6, ignore_eos=True)
+    settings: dict[str, Any] = dict(temperature=0.0, max_tokens=TURN_TOKENS, ignore_eos=True)
     settings |= dict(output_kind=RequestOutputKind.DELTA, **params)
     tokens: list[int] = []
     ends: list[str] = []
@@ -64,7 +74,7 @@ def test_a_session_that_outgrows_its_rank(stock: Engine, small: Engine) -> None:
     """The first two chunks have room on a rank of 1,536 tokens. The client learns of the others' end, and is not left
     waiting."""
     lengths = [600, 500, 600, 10]
-    tokens, ends = small.call(session(small, "s", lengths, 0.5))
+    tokens, ends = small.call(session(small, "s", lengths, None))
     assert (tokens, ends[-2:]) == (stock.call(session(stock, "s", lengths[:2], 0.0))[0], ["error", "error"])
     # All chunks at once: the client may see several ends as one.
     tokens, ends = small.call(session(small, "t", lengths, 0.0))

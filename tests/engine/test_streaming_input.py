@@ -91,10 +91,14 @@ def test_a_request_that_no_rank_can_hold(small: Engine, monkeypatch: pytest.Monk
 
 
 def test_greedy_requests_with_a_seed_spill(engines: Callable[..., Engine], stock: Engine) -> None:
+    """Whether one does depends on how many run when the next one comes: again, slower or faster, until one did."""
     moving = engines("moving")
-    asks = [Ask(prompt(250 + 20 * i, 40 + i), dict(max_tokens=150, seed=i), delay=0.02 * i) for i in range(16)]
     before = moving.status()["spills"]
-    ours = moving.ask(asks)
-    moving.check_nothing_left()
-    assert moving.status()["spills"] > before
-    assert [answer.tokens for answer in ours] == [answer.tokens for answer in stock.ask(asks)]
+    for delay in (0.02, 0.05, 0.01, 0.1):
+        asks = [Ask(prompt(250 + 20 * i, 40 + i), dict(max_tokens=150, seed=i), delay=delay * i) for i in range(16)]
+        ours = moving.ask(asks)
+        moving.check_nothing_left()
+        assert [answer.tokens for answer in ours] == [answer.tokens for answer in stock.ask(asks)]
+        if moving.status()["spills"] > before:
+            return
+    raise AssertionError("no request has spilled")

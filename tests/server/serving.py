@@ -109,8 +109,10 @@ class Server:
         self.log = log
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        # What the scheduler tells of a sharded request is part of what is tested.
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})}
+        # What the scheduler tells of a sharded request is part of what is tested. And a server that closes a connection
+        # when it has been idle for 5 seconds may do so just as the next request is sent.
+        ours = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}
+        environment = {**os.environ, **ours, **(env or {})}
         if not spawn and not any(flag.startswith("--api-server-count") for flag in flags):
             # vLLM sets it for several API servers, which is too late where prometheus_client is imported already.
             folder = log.with_suffix(".metrics")

@@ -371,7 +371,7 @@ def test_metrics_while_running(server: Server) -> None:
     with server.client.stream(
         "POST",
         COMPLETIONS,
-        json=dict(model=server.model, prompt=prompt(LONG, 16), max_tokens=200, stream=True, ignore_eos=True),
+        json=dict(model=server.model, prompt=prompt(LONG, 16), max_tokens=500, stream=True, ignore_eos=True),
     ) as response:
         lines = response.iter_lines()  # kept: the connection closes with it
         assert next(lines).startswith("data: ")
@@ -383,7 +383,8 @@ def test_metrics_while_running(server: Server) -> None:
             )
     usage = re.search(r"kv_cache_usage_perc\{[^}]*\} (\S+)", text)
     assert usage is not None
-    assert float(usage.group(1)) == pytest.approx(LONG / (RANKS * RANK_TOKENS), abs=0.05)
+    held = float(usage.group(1)) * RANKS * RANK_TOKENS
+    assert LONG - BLOCK <= held <= LONG + 500 + 2 * RANKS * BLOCK
 
 
 def test_health_models_version(server: Server) -> None:

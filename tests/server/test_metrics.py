@@ -60,7 +60,7 @@ def test_prefixes_are_told_by_distance(server: Server) -> None:
 
 
 def test_ranks_while_a_sharded_request_runs(server: Server) -> None:
-    body = dict(model=server.model, prompt=prompt(LONG, 84), max_tokens=250, stream=True, ignore_eos=True)
+    body = dict(model=server.model, prompt=prompt(LONG, 84), max_tokens=500, stream=True, ignore_eos=True)
     with server.client.stream("POST", COMPLETIONS, json=body) as response:
         lines = response.iter_lines()  # kept: the connection closes with it
         assert next(lines).startswith("data: ")

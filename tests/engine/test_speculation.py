@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -57,9 +56,12 @@ def mixed(first: int) -> list[Ask]:
 
 
 async def disturb(running: Engine) -> None:
-    for running_too in (False, True):
-        await asyncio.sleep(0.7)
-        await running.llm.reset_prefix_cache(reset_running_requests=running_too)
+    """Twice while several run, who are preempted the second time."""
+    found = await running.until(lambda now: sum(now["running"]) >= 3)
+    await running.llm.reset_prefix_cache()
+    later = found["steps"] + 20
+    await running.until(lambda now: sum(now["running"]) >= 3 and now["steps"] >= later)
+    await running.llm.reset_prefix_cache(reset_running_requests=True)
 
 
 def since(before: dict[str, Any], engine: Engine) -> dict[str, int]:

@@ -112,7 +112,6 @@ def _worker(rank: int, world_size: int, store: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_collectives_are_exact(world_size: int, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_worker, (world_size, str(tmp_path / "store")), nprocs=world_size)

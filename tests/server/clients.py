@@ -18,18 +18,23 @@ import psutil  # type: ignore[import-untyped]
 
 from tests.engine.harness import prompt
 
-from .serving import ANSWER_LIMIT_S, LONG, Server, wait_for
+from .serving import LONG, Server, wait_for
 
 # What the client of a request that is cut off may see of it, at most.
 MANY = 560
 
 
 class Client(threading.Thread):
-    """Streams one answer and keeps what came: events, an error, and when it ended."""
+    """Streams one answer and keeps what came: events, an error, and when it ended.
 
-    def __init__(self, server: Server, tokens: list[int], max_tokens: int) -> None:
+    Args:
+        http: has a connection already; closed at the end. Without, the client connects when it starts.
+    """
+
+    def __init__(self, server: Server, tokens: list[int], max_tokens: int, http: httpx.Client | None = None) -> None:
         super().__init__(daemon=True)
         self.server = server
+        self._http = http
         self.body = dict(model=server.model, prompt=tokens, max_tokens=max_tokens, ignore_eos=True, stream=True)
         self.events: list[dict[str, Any]] = []
         self.done = False
@@ -45,7 +50,7 @@ class Client(threading.Thread):
     def run(self) -> None:
         try:
             with (
-                httpx.Client(base_url=self.server.url, timeout=ANSWER_LIMIT_S, trust_env=False) as client,
+                contextlib.closing(self._http or self.server.connection()) as client,
                 client.stream("POST", "/v1/completions", json=self.body) as response,
             ):
                 self._sock = response.extensions["network_stream"].get_extra_info("socket")

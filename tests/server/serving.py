@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -21,10 +22,13 @@ VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 FORKED = [sys.executable, "-m", "tests.server.forked_serve"]
 START_LIMIT_S = 240.0
 ANSWER_LIMIT_S = 120.0
+HEALTH_LIMIT_S = 30.0
 STOP_LIMIT_S = 20.0
 KILL_LIMIT_S = 10.0
 IDLE_LIMIT_S = 30.0
 BLOCK = 32
+# Behind those of Ray's workers, before those that Linux gives for port 0.
+PORTS = range(20000, 29000)
 RANKS = 2
 MAX_MODEL_LEN = 4096
 # vLLM keeps one block of each rank for itself: a rank holds less than a request may have.
@@ -46,11 +50,13 @@ FLAGS = [
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A TCP port that nobody has now, and that nobody gets who asks the system for any: a server takes seconds to come
+    to its own, and meanwhile its engine, or Ray, may ask for many."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError(f"no port of {PORTS} is free")
 
 
 def wait_for(what: str, done: Callable[[], Any], limit: float, pause: float = 0.1) -> Any:
@@ -103,8 +109,10 @@ class Server:
         self.log = log
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        # What the scheduler tells of a sharded request is part of what is tested.
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})}
+        # What the scheduler tells of a sharded request is part of what is tested. And a server that closes a connection
+        # when it has been idle for 5 seconds may do so just as the next request is sent.
+        ours = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}
+        environment = {**os.environ, **ours, **(env or {})}
         if not spawn and not any(flag.startswith("--api-server-count") for flag in flags):
             # vLLM sets it for several API servers, which is too late where prometheus_client is imported already.
             folder = log.with_suffix(".metrics")
@@ -121,7 +129,7 @@ class Server:
                 start_new_session=True,
                 env=environment,
             )
-        self.client = httpx.Client(base_url=self.url, timeout=ANSWER_LIMIT_S, trust_env=False)
+        self.client = self.connection()
         if not wait:
             return
         try:
@@ -130,13 +138,17 @@ class Server:
             self.close()
             raise
 
+    def connection(self) -> httpx.Client:
+        """A client that connects with its first request."""
+        return httpx.Client(base_url=self.url, timeout=ANSWER_LIMIT_S, trust_env=False)
+
     def _ready(self) -> bool:
         assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.tail()}"
         return self.healthy()
 
     def healthy(self) -> bool:
         try:
-            return self.client.get("/health", timeout=5).status_code == 200
+            return self.client.get("/health", timeout=HEALTH_LIMIT_S).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -151,12 +163,12 @@ class Server:
         """Ask with the model's name and greedy decoding, unless told otherwise."""
         return self.client.post(path, json={"model": self.model, "temperature": 0, **body})
 
-    def metrics(self) -> dict[str, float]:
-        """vLLM's metrics by name, summed over their labels."""
+    def metrics(self, client: httpx.Client | None = None) -> dict[str, float]:
+        """vLLM's metrics by name, summed over their labels; by another client, perhaps of another API server."""
         from prometheus_client.parser import text_string_to_metric_families
 
         found: dict[str, float] = {}
-        for family in text_string_to_metric_families(self.client.get("/metrics").text):
+        for family in text_string_to_metric_families((client or self.client).get("/metrics").text):
             for sample in family.samples:
                 found[sample.name] = found.get(sample.name, 0.0) + sample.value
         return found

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
@@ -50,18 +51,42 @@ def test_ranks_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert started(["--nanocp", "--nanocp-config", '{"ranks": 4}'], monkeypatch) == 4
 
 
-def connected(server: Server) -> dict[int, int]:
-    """How many clients each API server talks to, by its process."""
-    counts = {}
+def ports_of_clients(server: Server) -> dict[int, set[int]]:
+    """The ports of those that each API server is connected to, by its process."""
+    port = int(server.url.rsplit(":", 1)[1])
+    found = {}
     for process in server.members():
         if "APIServer" in process.name():
-            ports = [c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED]
-            counts[process.pid] = ports.count(int(server.url.rsplit(":", 1)[1]))
-    return counts
+            open_now = [c for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED]
+            found[process.pid] = {c.raddr.port for c in open_now if c.laddr.port == port}
+    return found
 
 
-def stream(server: Server, lengths: list[int], max_tokens: int) -> list[Client]:
-    clients = [Client(server, prompt(length, 300 + at), max_tokens) for at, length in enumerate(lengths)]
+@contextmanager
+def connections(server: Server, each: int) -> Iterator[list[httpx.Client]]:
+    """Clients that are connected: so many to each API server, in turn. Whichever wakes first takes a connection, so
+    more are opened than are needed, until there are enough of each."""
+    with ExitStack() as stack:
+
+        def chosen() -> list[httpx.Client] | None:
+            opened = {}
+            for _ in range(2 * RANKS * each):
+                client = stack.enter_context(server.connection())
+                with client.stream("GET", "/health") as answer:
+                    answer.read()
+                    opened[answer.extensions["network_stream"].get_extra_info("client_addr")[1]] = client
+            clients = [[opened[port] for port in ports & opened.keys()] for ports in ports_of_clients(server).values()]
+            enough = len(clients) == RANKS and all(len(ours) >= each for ours in clients)
+            return [ours[at] for at in range(each) for ours in clients] if enough else None
+
+        yield wait_for(f"{each} clients are connected to each API server", chosen, 60)
+
+
+def stream(server: Server, lengths: list[int], max_tokens: int, through: list[httpx.Client]) -> list[Client]:
+    clients = [
+        Client(server, prompt(length, 300 + at), max_tokens, http)
+        for at, (length, http) in enumerate(zip(lengths, through, strict=True))
+    ]
     for client in clients:
         client.body["temperature"] = 0
         client.start()
@@ -75,53 +100,55 @@ def test_answers_come_to_who_has_asked(server: Server) -> None:
         server.post(COMPLETIONS, prompt=prompt(length, 300 + at), max_tokens=24, ignore_eos=True).json()
         for at, length in enumerate(lengths)
     ]
-    clients = stream(server, lengths, 24)
-    most: dict[int, int] = {}
-    while any(client.is_alive() for client in clients):
-        for pid, count in connected(server).items():
-            most[pid] = max(most.get(pid, 0), count)
-    assert len(most) == RANKS and all(count >= 2 for count in most.values()), f"the clients were at {most}"
+    with connections(server, len(lengths) // RANKS) as through:
+        clients = stream(server, lengths, 24, through)
+        for client in clients:
+            client.join(ANSWER_LIMIT_S)
     for client, answer in zip(clients, alone, strict=True):
-        client.join(ANSWER_LIMIT_S)
         assert client.done and client.finished and client.error is None
         assert "".join(client.texts) == answer["choices"][0]["text"]
 
 
 def test_clients_of_all_api_servers_leave(server: Server) -> None:
     """While they wait, compute their prompts and decode: those that stay are answered, and nothing is held."""
-    clients = stream(server, [LONG, 40, 700, LONG - 1, 60, 900, LONG - 2, 50, 1200, LONG - 3], 200)
-    wait_for("some decode", lambda: sum(bool(client.texts) for client in clients) >= 3, 60)
-    assert all(count for count in connected(server).values())
-    stay = clients[1::4]
-    for client in clients:
-        if client not in stay:
-            client.leave()
-    for client in stay:
-        client.join(ANSWER_LIMIT_S)
-        assert client.done and client.finished
+    lengths = [LONG, 40, 700, LONG - 1, 60, 900, LONG - 2, 50, 1200, LONG - 3]
+    with connections(server, len(lengths) // RANKS) as through:
+        clients = stream(server, lengths, 200, through)
+        wait_for("some decode", lambda: sum(bool(client.texts) for client in clients) >= 3, 60)
+        stay = [*clients[4:6], clients[9]]  # of both
+        for client in clients:
+            if client not in stay:
+                client.leave()
+        for client in clients:
+            client.join(ANSWER_LIMIT_S)
+    assert all(client.done and client.finished for client in stay)
 
 
 def test_each_api_server_checks_requests(server: Server) -> None:
     """By what the engine has told it that a rank holds."""
     body = dict(model=server.model, prompt=prompt(RANK_TOKENS - 8, 7), max_tokens=20, prompt_logprobs=0)
-    with ExitStack() as stack:
-        before = connected(server)
-        for _ in range(6):
-            client = stack.enter_context(httpx.Client(base_url=server.url, timeout=ANSWER_LIMIT_S, trust_env=False))
+    with connections(server, 1) as clients:
+        for client in clients:
             answer = client.post(COMPLETIONS, json=body)
             assert answer.status_code == 400 and f"one rank holds {RANK_TOKENS}" in answer.text
-        now = connected(server)
-    assert len(now) == RANKS and all(now[pid] > before[pid] for pid in now), (before, now)
 
 
 def test_metrics_are_of_all_api_servers(server: Server) -> None:
-    """Whichever of them is asked, and whichever got the statistics of a step."""
+    """Whichever of them is asked, and whichever got the statistics of a step: perhaps a moment after another one has
+    answered."""
     names = ("vllm:nanocp_request_degree_count", "vllm:request_success_total", "vllm:generation_tokens_total")
+    lengths = [LONG, 40, 700, 60, 1500, 30, 900, 50]
     before = server.metrics()
-    clients = stream(server, [LONG, 40, 700, 60, 1500, 30, 900, 50], 12)
-    for client in clients:
-        client.join(ANSWER_LIMIT_S)
-    after = [server.metrics() for _ in range(6)]
-    for found in after:
-        grew = [found[name] - before[name] for name in names]
-        assert grew == [len(clients), len(clients), 12 * len(clients)]
+    wanted = [len(lengths), len(lengths), 12 * len(lengths)]
+    with connections(server, len(lengths) // RANKS) as through:
+        for client in stream(server, lengths, 12, through):
+            client.join(ANSWER_LIMIT_S)
+
+    def growth(through: httpx.Client) -> list[float]:
+        found = server.metrics(through)
+        return [found[name] - before[name] for name in names]
+
+    with connections(server, 1) as clients:
+        for client in clients:
+            wait_for(f"they grew by {wanted}", lambda through=client: growth(through) == wanted, 10)
+        assert [growth(client) for client in clients] == [wanted] * RANKS

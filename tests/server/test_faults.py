@@ -153,11 +153,15 @@ def test_a_worker_raises_in_a_step(tiny_model: str, tmp_path: Path, rank: int) -
 )
 def test_a_worker_fails_to_start(tiny_model: str, tmp_path: Path, where: str, rank: int) -> None:
     """The others wait for it to join, or to load: the start ends with exit code 1, and the log has the reason."""
-    with serving(tiny_model, tmp_path / "serve.log", ONE, failing(where=where, worker=rank), False) as server:
+    armed = tmp_path / "armed"
+    env = failing(where=where, worker=rank, armed=str(armed))
+    with serving(tiny_model, tmp_path / "serve.log", ONE, env, False) as server:
         named: set[str] = set()
         end = time.monotonic() + START_LIMIT_S
         while server.process.poll() is None and time.monotonic() < end:
             named |= left_of(shared_memory(server.members()))
+            if queues_of(named):
+                armed.touch()
             time.sleep(0.5)
         try:
             assert server.process.wait(1) == 1

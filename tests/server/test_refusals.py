@@ -26,7 +26,7 @@ from .serving import VLLM
 
 pytestmark = pytest.mark.engine
 
-EXIT_LIMIT_S = 90
+EXIT_LIMIT_S = 200
 NANOCP = ["--data-parallel-size", "2", "--enable-expert-parallel", "--nanocp"]
 
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -32,9 +33,11 @@ def sources(server: Server) -> dict[str, Any]:
 
 
 class Router:
-    """Subscribes to all ranks and keeps an index of each."""
+    """Subscribes to all ranks and keeps an index of each. ``begin`` before anything else."""
 
     def __init__(self, server: Server) -> None:
+        self.server = server
+        self.marks = itertools.count(340)
         self.indexes: dict[int, Index] = {}
         self.sockets: dict[int, zmq.Socket[bytes]] = {}
         for rank, source in sources(server).items():
@@ -47,15 +50,35 @@ class Router:
         for socket in self.sockets.values():
             socket.close(linger=0)
 
-    def follow(self, quiet_s: float = 0.5) -> None:
-        """Take in what has come, until no more comes. An index begins where its rank's cache was cleared."""
-        last = time.monotonic()
-        while time.monotonic() < last + quiet_s:
+    def begin(self) -> None:
+        """Clear the ranks' caches until all have been heard of it: a publisher sends nothing to whom it does not know
+        yet."""
+
+        def heard() -> bool:
+            # It is not cleared while blocks are held.
+            if not self.server.client.post("/reset_prefix_cache").json()["success"]:
+                return False
+            complete(self.server, prompt(5, 300), 1)
+            return self._take_until(lambda: len(self.indexes) == RANKS, 1.0)
+
+        wait_for("all ranks say that their caches are clear", heard, 30)
+
+    def follow(self) -> None:
+        """Take in all that has happened: up to a block that each rank stores last, since its events come in order."""
+        marks = [prompt(BLOCK + 1, next(self.marks)) for _ in range(RANKS)]
+        for rank, mark in enumerate(marks):
+            assert ask(self.server, mark, rank).status_code == 200
+        assert self._take_until(lambda: all(self.has(mark)[rank] for rank, mark in enumerate(marks)), 30.0)
+
+    def _take_until(self, done: Callable[[], bool], limit_s: float) -> bool:
+        """Take in what comes, as long as there is no more to be waited for; whether it is all."""
+        end = time.monotonic() + limit_s
+        while not (all_there := done()) and time.monotonic() < end:
             for rank, socket in self.sockets.items():
                 if socket.poll(20):
                     _, _, payload = socket.recv_multipart()
                     self._take(rank, self.decoder.decode(payload))
-                    last = time.monotonic()
+        return all_there
 
     def _take(self, rank: int, batch: KVEventBatch) -> None:
         assert batch.data_parallel_rank == rank
@@ -73,10 +96,7 @@ class Router:
 @pytest.fixture
 def router(server: Server) -> Iterator[Router]:
     router = Router(server)
-    time.sleep(0.5)  # until the publishers know of it
-    wait_for("the prefix caches are clear", lambda: server.client.post("/reset_prefix_cache").status_code == 200, 10)
-    complete(server, prompt(5, 300), 1)
-    router.follow()
+    router.begin()
     yield router
     router.close()
 

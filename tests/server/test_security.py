@@ -28,6 +28,8 @@ ALL_CASES = os.environ.get("NANOCP_FAULT_ALL", "0") == "1"
 KEY = "a-key-of-a-test"
 # Guarded by vLLM's --api-key. The others (health, metrics, documentation, ...) are open in stock vLLM, too.
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
+# How each request is made. By itself httpx waits for 5 seconds, and makes use of proxies.
+PATIENT: dict[str, Any] = dict(timeout=ANSWER_LIMIT_S, trust_env=False)
 
 
 class Bomb:
@@ -67,7 +69,7 @@ def listening(server: Server) -> dict[str, collections.Counter[str]]:
 def ask(server: Server, key: str | None, path: str = "/v1/completions", **body: Any) -> httpx.Response:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     content = {"model": server.model, "prompt": "a", "max_tokens": 2, **body}
-    return httpx.post(f"{server.url}{path}", json=content, headers=headers, timeout=ANSWER_LIMIT_S, trust_env=False)
+    return httpx.post(f"{server.url}{path}", json=content, headers=headers, **PATIENT)
 
 
 def test_only_the_api_listens_for_others(guarded: tuple[Server, Path]) -> None:
@@ -107,12 +109,12 @@ def test_no_more_ports_than_stock(guarded: tuple[Server, Path], tiny_model: str,
 def test_the_key_guards_what_it_guards_in_vllm(guarded: tuple[Server, Path]) -> None:
     server, _ = guarded
     assert ask(server, KEY).status_code == 200
-    paths = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()["paths"]
+    paths = httpx.get(f"{server.url}/openapi.json", **PATIENT).json()["paths"]
     assert not [path for path in paths if "nanocp" in path]
     for path in (path for path in paths if path.startswith(GUARDED)):
         for method in paths[path]:
             for headers in ({}, {"Authorization": "Bearer another"}, {"Authorization": KEY}):
-                answer = httpx.request(method, f"{server.url}{path}", headers=headers, json={}, trust_env=False)
+                answer = httpx.request(method, f"{server.url}{path}", headers=headers, json={}, **PATIENT)
                 assert answer.status_code == 401, (method, path, answer.status_code)
     # A body that is refused is not looked at before the key is.
     assert ask(server, None, prompt=[-1]).status_code == 401
@@ -159,7 +161,7 @@ def test_nothing_of_a_client_is_unpickled(guarded: tuple[Server, Path]) -> None:
         f"{server.url}/v1/completions",
         content=pickle.dumps(Bomb()),
         headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/octet-stream"},
-        trust_env=False,
+        **PATIENT,
     )
     assert 400 <= raw.status_code < 500
     assert ask(server, KEY).status_code == 200, "all steps of the above are over"

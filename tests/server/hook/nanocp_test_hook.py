@@ -8,7 +8,8 @@
 - ``audit``: a folder. While it has a file ``armed``, each process writes there what the pickles that it loads name, and
   which file of ``CARRIERS`` has them loaded (None: another);
 - ``where``, ``worker``, ``armed``: the worker of that number in the world raises in ``init`` (before it joins the
-  world), in ``load`` (of the model), or in a ``step``: in the middle of its layers, once the file ``armed`` exists.
+  world), in ``load`` (of the model), or in a ``step`` (in the middle of its layers): once the file ``armed`` exists,
+  for which the first two wait.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 FAILURE = "a failure that a test has asked for"
 LAYERS_FIRST = 2
+ARMED_LIMIT_S = 60.0
 # What loads pickles that engine, schedulers and workers send each other: vLLM's queues, and the parts of a step, which
 # only the rank that they are for decodes, after the queue has brought them.
 CARRIERS = ("vllm/distributed/device_communicators/shm_broadcast.py", "vllm_nanocp/step_messages.py")
@@ -38,9 +41,9 @@ def register() -> None:
         _audit(Path(wanted["audit"]))
     where = wanted.get("where")
     if where == "init":
-        _fail_in("init_device", wanted["worker"])
+        _fail_in("init_device", wanted["worker"], wanted["armed"])
     elif where == "load":
-        _fail_in("load_model", wanted["worker"])
+        _fail_in("load_model", wanted["worker"], wanted["armed"])
     elif where == "step":
         _fail_in_step(wanted["worker"], wanted["armed"])
 
@@ -66,13 +69,16 @@ def _audit(folder: Path) -> None:
     sys.addaudithook(hear)
 
 
-def _fail_in(method: str, victim: int) -> None:
+def _fail_in(method: str, victim: int, armed: str) -> None:
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     whole = getattr(CPUWorker, method)
 
     def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "global_rank", self.rank) == victim:
+            end = time.monotonic() + ARMED_LIMIT_S
+            while not os.path.exists(armed) and time.monotonic() < end:
+                time.sleep(0.05)
             raise RuntimeError(FAILURE)
         return whole(self, *args, **kwargs)
 

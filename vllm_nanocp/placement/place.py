@@ -357,7 +357,8 @@ def stripe_blocks(budget: int, slots: int, threshold: int, block_size: int, chun
         block_size: tokens a block holds.
         chunk_tokens: most tokens of a chunk, if set.
     """
-    tokens = max(budget - slots, budget // 2)
+    import os
+    tokens = max(budget - max(slots, budget // 4 if os.environ.get('CTL_STRIPE', '6144') == '6144' else 0), budget // 2)
     tokens = min(tokens, chunk_tokens or tokens)
     if threshold > 0:
         tokens = min(tokens, threshold)

@@ -30,6 +30,7 @@ class AllowanceDoors(_Base):
 
     # Part of what is allowed that is for prompts which are short, while there are any; ``ChunkDoors`` knows.
     short_part = 0.0
+    shares: dict[str, int] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,7 +50,7 @@ class AllowanceDoors(_Base):
         return self._allowance is not None and self._allowance.tokens == 0 and not self._allowance.first
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        if self._allowance is not None:
+        if self._allowance is not None or self.shares:
             self._cut_chunks()
         try:
             return super().schedule(*args, **kwargs)

@@ -14,6 +14,7 @@ what is free, whatever prompts that run have yet to take of that, and preempts w
 
 from __future__ import annotations
 
+import os
 from copy import copy
 from itertools import islice
 from typing import Any
@@ -23,10 +24,9 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from ...placement import cdiv
+from ...placement.chunk_shares import PARTS, chunk_shares
 from .allowance import AllowanceDoors
 
-# One part in so many of a step's tokens is for short prompts; a prompt is short if it has no more left to compute.
-PARTS = 4
 # Waiting requests that are looked at in a step.
 _LOOKED_AT = 16
 
@@ -40,6 +40,8 @@ class ChunkDoors(AllowanceDoors):
 
     # Whether a member of a sharded request needs its whole chunk in a step, since others go on from there in the same.
     whole_chunks = False
+    # Of prompts that get less than all: tokens, by id.
+    shares: dict[str, int] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,24 +64,38 @@ class ChunkDoors(AllowanceDoors):
         """Before a step: how large a chunk of a prompt may be in it."""
         if not self._shares_steps:
             return
-        self.scheduler_config.long_prefill_token_threshold = 0
-        self.short_part = 0.0
-        if not self._inflight_prefills:
+        self.short_part, self.shares = 0.0, {}
+        if not (self._inflight_prefills or self.kv_holding_waiting):
             return
         share = self._share
         prompts = [*self._inflight_prefills, *islice(self.kv_holding_waiting, _LOOKED_AT)]
         long = [request for request in prompts if _left(request) > share]
-        if not long or (self.whole_chunks and any(map(self._is_part, long))):
+        if not long:
             return
+        others = (len(self.running) - len(self._inflight_prefills)) * (1 + self.num_spec_tokens)
+        budget = self.max_num_scheduled_tokens - others
+        most = share
+        if self.whole_chunks and any(map(self._is_part, long)):
+            stripe = int(os.environ.get("CTL_STRIPE", "6144"))
+            most = max(0, min(share, budget - stripe))
         short = sum(_left(request) for request in prompts if _left(request) <= share)
-        short += self._bring_forward(share - short)
-        if short > 0:
+        kept = self._bring_forward(most - short) if most > short else 0
+        if kept or short:
             self.short_part = 1 / PARTS
-            others = (len(self.running) - len(self._inflight_prefills)) * (1 + self.num_spec_tokens)
-            kept = min(share, short)
-            rest = self.max_num_scheduled_tokens - others - kept
-            if rest > 0:  # it bounds short ones, too
-                self.scheduler_config.long_prefill_token_threshold = max(rest // len(long), kept)
+        prompts.sort(key=self._turn)
+        shares = chunk_shares(list(map(_left, prompts)), budget, kept, most - kept)
+        self.shares = {r.request_id: n for r, n in zip(prompts, shares, strict=True) if n < min(_left(r), budget)}
+        if len(self.kv_holding_waiting) > 1:
+            held = sorted(self.kv_holding_waiting, key=self._turn)
+            self.kv_holding_waiting.remove_requests(held)
+            for request in reversed(held):
+                self.kv_holding_waiting.prepend_request(request)
+
+    def _turn(self, request: Request) -> tuple[int, float]:
+        return (request.priority if self.policy == SchedulingPolicy.PRIORITY else 0), request.arrival_time
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        return self.shares.get(request.request_id) != 0 and super()._handle_blocked_waiting_request(request)
 
     def is_long(self, request: Request) -> bool:
         """Whether a prompt leaves a part of a step to short ones."""
@@ -99,7 +115,7 @@ class ChunkDoors(AllowanceDoors):
         starts = request.status != RequestStatus.RUNNING and not self._holds_kv_blocks(request)
         if starts and self._keeps_blocks and self._inflight_prefills:
             self.kv_cache_manager.watermark_blocks = self._watermark + self._inflight_prefill_reserved_blocks()
-        return super().cut_chunk(request, computed, most)
+        return super().cut_chunk(request, computed, min(most, self.shares.get(request.request_id, most)))
 
     def keep_no_more(self) -> None:
         """After the step: elsewhere these blocks are counted as taken (``RankView.to_take``)."""

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .chunk_shares import PARTS
 from .shard_map import Run, ShardMap, join
 
 
@@ -348,7 +349,7 @@ def _runs(shares: Mapping[int, int], home: int, stripe: int) -> list[Run]:
 
 def stripe_blocks(budget: int, slots: int, threshold: int, block_size: int, chunk_tokens: int | None) -> int:
     """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs, beside as many
-    decoding requests as there may be.
+    decoding requests as there may be, and beside the part of short prompts.
 
     Args:
         budget: tokens a rank computes in a step at most.
@@ -357,8 +358,7 @@ def stripe_blocks(budget: int, slots: int, threshold: int, block_size: int, chun
         block_size: tokens a block holds.
         chunk_tokens: most tokens of a chunk, if set.
     """
-    import os
-    tokens = max(budget - max(slots, budget // 4 if os.environ.get('CTL_STRIPE', '6144') == '6144' else 0), budget // 2)
+    tokens = max(budget - max(slots, budget // PARTS), budget // 2)
     tokens = min(tokens, chunk_tokens or tokens)
     if threshold > 0:
         tokens = min(tokens, threshold)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short prompts beside long ones: a part of a rank's step is theirs while they wait.
+"""Prompts beside each other: how much of a rank's step each one gets (``placement.chunk_shares``).
 
 vLLM's scheduler gives the tokens of a step to those that run, in their order, and then to those that wait. So a long
-prompt takes whole steps, and a short one that comes behind it gets its first token when all of that is computed. Here
-the chunk of a long one is made smaller in steps in which there are short ones, by what these need, at most a part of
-the step. When there are none nothing changes. Touches vLLM 0.32's ``long_prefill_token_threshold``, which its scheduler
-reads in each step, and ``Scheduler._inflight_prefills``.
+prompt takes whole steps, and a short one that comes behind it gets its first token when all of that is computed; and a
+member of a sharded request, which comes to its rank anew with each of its runs, would wait each time until all that
+run there are computed. Here those that run are cut where others are to have their turn in the same step. Where there
+is one prompt nothing changes. Touches vLLM 0.32's ``long_prefill_token_threshold`` (who has set it means it),
+``Scheduler._inflight_prefills``, and what ``AllowanceDoors`` touches.
 
 And the blocks that a prompt has yet to take are its own. vLLM's scheduler lets a request start if all of it fits into
 what is free, whatever prompts that run have yet to take of that, and preempts when they do. Touches
@@ -14,17 +15,18 @@ what is free, whatever prompts that run have yet to take of that, and preempts w
 
 from __future__ import annotations
 
-import os
-from copy import copy
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+from vllm.config import SchedulerConfig
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from ...placement import cdiv
-from ...placement.chunk_shares import PARTS, chunk_shares
+from ...placement.chunk_shares import PARTS, Prompt, chunk_shares
+from ...placement.place import stripe_blocks as stripe_blocks_of
 from .allowance import AllowanceDoors
 
 # Waiting requests that are looked at in a step.
@@ -35,19 +37,33 @@ def _left(request: Request) -> int:
     return request.num_tokens - request.num_computed_tokens
 
 
+def _is_ready(request: Request) -> bool:
+    return request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | None, queries: int = 1) -> int:
+    """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs, beside as many
+    decoding requests as there may be, and beside the part that is for short prompts.
+
+    Args:
+        config: vLLM's.
+        block_size: tokens a block holds.
+        chunk_tokens: most tokens of a chunk, if set.
+        queries: of a decoding request: one, and its drafts.
+    """
+    most, slots, threshold = config.max_num_batched_tokens, config.max_num_seqs, config.long_prefill_token_threshold
+    return stripe_blocks_of(most, slots * queries, threshold, block_size, chunk_tokens)
+
+
 class ChunkDoors(AllowanceDoors):
     """Mixed into vLLM's scheduler: the size of chunks."""
 
-    # Whether a member of a sharded request needs its whole chunk in a step, since others go on from there in the same.
-    whole_chunks = False
-    # Of prompts that get less than all: tokens, by id.
-    shares: dict[str, int] = {}
+    # Tokens of a member of a sharded request that it needs in one step, since others go on from there in the same.
+    whole_chunk = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.scheduler_config = copy(self.scheduler_config)
         self._share = self.max_num_scheduled_tokens // PARTS
-        # Whoever has set a size means it.
         self._shares_steps = not self.scheduler_config.long_prefill_token_threshold and self._share > 0
         self._shares_steps &= not self.need_mamba_block_aligned_split
         self._watermark = self.kv_cache_manager.watermark_blocks
@@ -61,41 +77,44 @@ class ChunkDoors(AllowanceDoors):
         raise NotImplementedError
 
     def share_step(self) -> None:
-        """Before a step: how large a chunk of a prompt may be in it."""
-        if not self._shares_steps:
-            return
+        """Before a step: what each prompt gets of it."""
         self.short_part, self.shares = 0.0, {}
-        if not (self._inflight_prefills or self.kv_holding_waiting):
+        begun = [*self._inflight_prefills, *filter(_is_ready, islice(self.kv_holding_waiting, _LOOKED_AT))]
+        if not begun or not self._shares_steps or self.held_back:
             return
-        share = self._share
-        prompts = [*self._inflight_prefills, *islice(self.kv_holding_waiting, _LOOKED_AT)]
-        long = [request for request in prompts if _left(request) > share]
-        if not long:
+        waiting = self._startable()
+        if len(begun) + len(waiting) == 1:
             return
-        others = (len(self.running) - len(self._inflight_prefills)) * (1 + self.num_spec_tokens)
-        budget = self.max_num_scheduled_tokens - others
-        most = share
-        if self.whole_chunks and any(map(self._is_part, long)):
-            stripe = int(os.environ.get("CTL_STRIPE", "6144"))
-            most = max(0, min(share, budget - stripe))
-        short = sum(_left(request) for request in prompts if _left(request) <= share)
-        kept = self._bring_forward(most - short) if most > short else 0
-        if kept or short:
+        begun.sort(key=self._turn)
+        budget, part = self._budget(begun)
+        prompts = [self._prompt(request, begun=True) for request in begun]
+        prompts += [self._prompt(request, begun=False) for request in waiting]
+        shares = chunk_shares(prompts, budget, part)
+        for request, prompt, share in zip(begun, prompts, shares, strict=False):
+            if share < min(prompt.left, budget):
+                self.shares[request.request_id] = share
+        if self.shares:
             self.short_part = 1 / PARTS
-        prompts.sort(key=self._turn)
-        shares = chunk_shares(list(map(_left, prompts)), budget, kept, most - kept)
-        self.shares = {r.request_id: n for r, n in zip(prompts, shares, strict=True) if n < min(_left(r), budget)}
-        if len(self.kv_holding_waiting) > 1:
-            held = sorted(self.kv_holding_waiting, key=self._turn)
-            self.kv_holding_waiting.remove_requests(held)
-            for request in reversed(held):
-                self.kv_holding_waiting.prepend_request(request)
+        self._bring_forward(self.waiting, [one for one, n in zip(waiting, shares[len(begun) :], strict=True) if n])
+        self._bring_forward(self.kv_holding_waiting, [one for one in begun if one.status != RequestStatus.RUNNING])
+
+    def _budget(self, begun: Sequence[Request]) -> tuple[int, int]:
+        """Tokens of the step for prompts, and of these for the shortest."""
+        decodes = max(0, len(self.running) - len(self._inflight_prefills)) * (1 + self.num_spec_tokens)
+        budget, part = self.max_num_scheduled_tokens - decodes, self._share
+        if self._allowance is not None and self._allowance.tokens < budget:
+            budget = max(1, self._allowance.tokens)
+            return budget, budget // PARTS
+        if self.whole_chunk and any(map(self._is_part, begun)):
+            part = max(0, min(part, budget - self.whole_chunk))
+        return budget, part
 
     def _turn(self, request: Request) -> tuple[int, float]:
+        """Whoever has less comes first; members have what their request has."""
         return (request.priority if self.policy == SchedulingPolicy.PRIORITY else 0), request.arrival_time
 
-    def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        return self.shares.get(request.request_id) != 0 and super()._handle_blocked_waiting_request(request)
+    def _prompt(self, request: Request, begun: bool) -> Prompt:
+        return Prompt(_left(request), begun, "#" in request.request_id, self._turn(request)[0])
 
     def is_long(self, request: Request) -> bool:
         """Whether a prompt leaves a part of a step to short ones."""
@@ -121,32 +140,38 @@ class ChunkDoors(AllowanceDoors):
         """After the step: elsewhere these blocks are counted as taken (``RankView.to_take``)."""
         self.kv_cache_manager.watermark_blocks = self._watermark
 
-    def _bring_forward(self, most: int) -> int:
-        """Put waiting requests that are short before those that are not, up to so many tokens; returns how many.
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Also asked of each that waits: one that gets nothing is passed over in this step."""
+        return self.shares.get(request.request_id) != 0 and super()._handle_blocked_waiting_request(request)
 
-        With priorities only the first ones count, in the order that they have.
-        """
+    def _startable(self) -> list[Request]:
+        """Waiting requests that have a slot and room, the shortest first. With priorities the first ones only that are
+        short, in the order that they have: none overtakes another."""
         if not self.waiting or self._pause_state != PauseState.UNPAUSED:
-            return 0
-        brought: list[Request] = []
-        tokens = 0
+            return []
+        found: list[Request] = []
+        by_priority = self.policy == SchedulingPolicy.PRIORITY
+        first = list(islice(self.waiting, _LOOKED_AT))
         slots = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
         room = self.spare_blocks * self.block_size  # what long ones have yet to take is theirs
-        for request in islice(self.waiting, _LOOKED_AT):
-            left = _left(request)
-            ready = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) and len(brought) < slots
-            if ready and left <= most - tokens and request.num_tokens < room:
-                brought.append(request)
-                tokens += left
+        for request in first if by_priority else sorted(first, key=_left):
+            if _is_ready(request) and len(found) < slots and request.num_tokens < room:
+                if by_priority and _left(request) > self._share:
+                    break
+                found.append(request)
                 room -= cdiv(request.num_tokens + 1, self.block_size) * self.block_size
-            elif self.policy == SchedulingPolicy.PRIORITY:  # which no one overtakes
-                return tokens
-        if brought and list(islice(self.waiting, len(brought))) != brought:
-            for request in brought:
-                self.waiting.remove_request(request)
-            for request in reversed(brought):
-                self.waiting.prepend_request(request)
-        return tokens
+            elif by_priority:
+                break
+        return found
+
+    def _bring_forward(self, queue: RequestQueue, first: list[Request]) -> None:
+        """Let these, of a queue, be its first ones. A queue by priority has them in that order."""
+        if not first or self.policy == SchedulingPolicy.PRIORITY or list(islice(queue, len(first))) == first:
+            return
+        for request in first:
+            queue.remove_request(request)
+        for request in reversed(first):
+            queue.prepend_request(request)
 
     def _is_part(self, request: Request) -> bool:
         """Whether a request computes only a part of a sharded one."""

@@ -34,12 +34,12 @@ from typing import Any
 import numpy as np
 from admission_simulation import Scenario, Service, make_schedulers
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vllm_nanocp.sim.machine import PRESETS, Machine
 from vllm_nanocp.sim.stock import Balancer
 
+ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = ROOT / "tests" / "data" / "conversation_lengths.json"
 MEASURED, WINDOW, SETTLE, FRONTENDS = 3, 18.0, 4.0, 4
 # Rows of the trace from one seed's first request to the next one's.
@@ -153,9 +153,7 @@ class ComputedPrompts(Service):
         }
 
 
-def serve(
-    model: str, trace: Path, settings: dict[str, Any], draws: int, point: tuple[float, int]
-) -> dict[str, Any]:
+def serve(model: str, trace: Path, settings: dict[str, Any], draws: int, point: tuple[float, int]) -> dict[str, Any]:
     """Both systems under a seed's load: the plugin's figures, and the medians of stock's over so many draws of the
     front-ends that requests come through."""
     rate, seed = point

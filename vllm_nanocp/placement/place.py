@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .chunk_shares import PARTS
 from .shard_map import Run, ShardMap, join
 
 
@@ -349,7 +348,7 @@ def _runs(shares: Mapping[int, int], home: int, stripe: int) -> list[Run]:
 
 def stripe_blocks(budget: int, slots: int, threshold: int, block_size: int, chunk_tokens: int | None) -> int:
     """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs, beside as many
-    decoding requests as there may be, and beside the part of short prompts.
+    decoding requests as there may be.
 
     Args:
         budget: tokens a rank computes in a step at most.
@@ -358,7 +357,7 @@ def stripe_blocks(budget: int, slots: int, threshold: int, block_size: int, chun
         block_size: tokens a block holds.
         chunk_tokens: most tokens of a chunk, if set.
     """
-    tokens = max(budget - max(slots, budget // PARTS), budget // 2)
+    tokens = max(budget - slots, budget // 2)
     tokens = min(tokens, chunk_tokens or tokens)
     if threshold > 0:
         tokens = min(tokens, threshold)

@@ -43,7 +43,7 @@ def _is_ready(request: Request) -> bool:
 
 def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | None, queries: int = 1) -> int:
     """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs, beside as many
-    decoding requests as there may be, and beside the part that is for short prompts.
+    decoding requests as there may be.
 
     Args:
         config: vLLM's.

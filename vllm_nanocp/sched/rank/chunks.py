@@ -15,7 +15,8 @@ what is free, whatever prompts that run have yet to take of that, and preempts w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from itertools import islice
 from typing import Any
 
@@ -63,6 +64,7 @@ class ChunkDoors(AllowanceDoors):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.scheduler_config = copy(self.scheduler_config)
         self._share = self.max_num_scheduled_tokens // PARTS
         self._shares_steps = not self.scheduler_config.long_prefill_token_threshold and self._share > 0
         self._shares_steps &= not self.need_mamba_block_aligned_split
@@ -78,9 +80,15 @@ class ChunkDoors(AllowanceDoors):
 
     def share_step(self) -> None:
         """Before a step: what each prompt gets of it."""
+        if not self._shares_steps:
+            return
         self.short_part, self.shares = 0.0, {}
+        self.scheduler_config.long_prefill_token_threshold = 0
+        if self._allowance is not None:
+            self._leave_a_part()
+            return
         begun = [*self._inflight_prefills, *filter(_is_ready, islice(self.kv_holding_waiting, _LOOKED_AT))]
-        if not begun or not self._shares_steps or self.held_back:
+        if not begun:
             return
         waiting = self._startable()
         if len(begun) + len(waiting) == 1:
@@ -93,18 +101,36 @@ class ChunkDoors(AllowanceDoors):
         for request, prompt, share in zip(begun, prompts, shares, strict=False):
             if share < min(prompt.left, budget):
                 self.shares[request.request_id] = share
-        if self.shares:
-            self.short_part = 1 / PARTS
         self._bring_forward(self.waiting, [one for one, n in zip(waiting, shares[len(begun) :], strict=True) if n])
         self._bring_forward(self.kv_holding_waiting, [one for one in begun if one.status != RequestStatus.RUNNING])
 
+    def _leave_a_part(self) -> None:
+        """In steps of which only so much is for prompts, long ones leave a part to those that need no more than a part
+        of a whole step, and all get the same of the rest."""
+        if not self._inflight_prefills:
+            return
+        share = self._share
+        prompts = [*self._inflight_prefills, *islice(self.kv_holding_waiting, _LOOKED_AT)]
+        long = [request for request in prompts if _left(request) > share]
+        if not long or (self.whole_chunk and any(map(self._is_part, long))):
+            return
+        short = sum(_left(request) for request in prompts if _left(request) <= share)
+        waiting = self._fitting(share - short)
+        self._bring_forward(self.waiting, waiting)
+        kept = min(share, short + sum(map(_left, waiting)))
+        rest = self.max_num_scheduled_tokens - self._decodes() - kept
+        if kept:
+            self.short_part = 1 / PARTS
+            if rest > 0:  # it bounds short ones, too
+                self.scheduler_config.long_prefill_token_threshold = max(rest // len(long), kept)
+
+    def _decodes(self) -> int:
+        """Tokens of the step that are no prompts'."""
+        return max(0, len(self.running) - len(self._inflight_prefills)) * (1 + self.num_spec_tokens)
+
     def _budget(self, begun: Sequence[Request]) -> tuple[int, int]:
         """Tokens of the step for prompts, and of these for the shortest."""
-        decodes = max(0, len(self.running) - len(self._inflight_prefills)) * (1 + self.num_spec_tokens)
-        budget, part = self.max_num_scheduled_tokens - decodes, self._share
-        if self._allowance is not None and self._allowance.tokens < budget:
-            budget = max(1, self._allowance.tokens)
-            return budget, budget // PARTS
+        budget, part = self.max_num_scheduled_tokens - self._decodes(), self._share
         if self.whole_chunk and any(map(self._is_part, begun)):
             part = max(0, min(part, budget - self.whole_chunk))
         return budget, part
@@ -146,21 +172,30 @@ class ChunkDoors(AllowanceDoors):
 
     def _startable(self) -> list[Request]:
         """Waiting requests that have a slot and room, the shortest first. With priorities the first ones only that are
-        short, in the order that they have: none overtakes another."""
+        short: none overtakes another."""
+        if self.policy == SchedulingPolicy.PRIORITY:
+            return self._fitting(self._share)
+        return self._fitting(0, key=_left)
+
+    def _fitting(self, most: int, key: Callable[[Request], int] | None = None) -> list[Request]:
+        """Waiting requests that have a slot and room, up to so many tokens in their order, or
+        with ``key`` any number in another. With priorities
+        only the first ones count, in the order that they have."""
         if not self.waiting or self._pause_state != PauseState.UNPAUSED:
             return []
         found: list[Request] = []
-        by_priority = self.policy == SchedulingPolicy.PRIORITY
-        first = list(islice(self.waiting, _LOOKED_AT))
+        tokens = 0
         slots = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
         room = self.spare_blocks * self.block_size  # what long ones have yet to take is theirs
-        for request in first if by_priority else sorted(first, key=_left):
-            if _is_ready(request) and len(found) < slots and request.num_tokens < room:
-                if by_priority and _left(request) > self._share:
-                    break
+        first = list(islice(self.waiting, _LOOKED_AT))
+        for request in first if key is None else sorted(first, key=key):
+            left = _left(request)
+            fits = key is not None or left <= most - tokens
+            if _is_ready(request) and len(found) < slots and fits and request.num_tokens < room:
                 found.append(request)
+                tokens += left
                 room -= cdiv(request.num_tokens + 1, self.block_size) * self.block_size
-            elif by_priority:
+            elif self.policy == SchedulingPolicy.PRIORITY:  # which no one overtakes
                 break
         return found
 

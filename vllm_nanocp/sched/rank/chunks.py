@@ -118,19 +118,19 @@ class ChunkDoors(AllowanceDoors):
         waiting = self._fitting(share - short)
         self._bring_forward(self.waiting, waiting)
         kept = min(share, short + sum(map(_left, waiting)))
-        rest = self.max_num_scheduled_tokens - self._decodes() - kept
+        rest = self.max_num_scheduled_tokens - self._decode_tokens() - kept
         if kept:
             self.short_part = 1 / PARTS
             if rest > 0:  # it bounds short ones, too
                 self.scheduler_config.long_prefill_token_threshold = max(rest // len(long), kept)
 
-    def _decodes(self) -> int:
+    def _decode_tokens(self) -> int:
         """Tokens of the step that are no prompts'."""
         return max(0, len(self.running) - len(self._inflight_prefills)) * (1 + self.num_spec_tokens)
 
     def _budget(self, begun: Sequence[Request]) -> tuple[int, int]:
         """Tokens of the step for prompts, and of these for the shortest."""
-        budget, part = self.max_num_scheduled_tokens - self._decodes(), self._share
+        budget, part = self.max_num_scheduled_tokens - self._decode_tokens(), self._share
         if self.whole_chunk and any(map(self._is_part, begun)):
             part = max(0, min(part, budget - self.whole_chunk))
         return budget, part

@@ -153,10 +153,12 @@ class ComputedPrompts(Service):
         }
 
 
-def serve(model: str, trace: Path, settings: dict[str, Any], draws: int, point: tuple[float, int]) -> dict[str, Any]:
+def serve(
+    model: str, trace: Path, settings: dict[str, Any], draws: int, point: tuple[float, int, dict[str, Any] | None]
+) -> dict[str, Any]:
     """Both systems under a seed's load: the plugin's figures, and the medians of stock's over so many draws of the
-    front-ends that requests come through."""
-    rate, seed = point
+    front-ends that requests come through, or those of an earlier result."""
+    rate, seed, known = point
     machine, case = PRESETS["h200-qwen3-30b-a3b"], scenario(rate)
     asks = draw(trace, seed, rate, machine)
 
@@ -165,8 +167,12 @@ def serve(model: str, trace: Path, settings: dict[str, Any], draws: int, point: 
         service.run()
         return service.figures()
 
-    stock = [run("stock", 100 * seed + number) for number in range(draws)]
-    middle = {key: round(statistics.median(one[key] for one in stock), 4) for key in stock[0]}
+    if known is None:
+        stock = [run("stock", 100 * seed + number) for number in range(draws)]
+        middle = {key: round(statistics.median(one[key] for one in stock), 4) for key in stock[0]}
+        waits = sorted(one["ttft_p99"] for one in stock)
+    else:
+        middle, waits = known["stock"], known["stock_ttft_p99"]
     plugin = run("plugin", seed)
     return {
         "rate": rate,
@@ -175,7 +181,7 @@ def serve(model: str, trace: Path, settings: dict[str, Any], draws: int, point: 
         "tokens": sum(ask.prompt for ask in asks),
         "longest": max(ask.prompt for ask in asks),
         "stock": middle,
-        "stock_ttft_p99": sorted(one["ttft_p99"] for one in stock),
+        "stock_ttft_p99": waits,
         "plugin": plugin,
         "ratios": {key: round(plugin[key] / middle[key], 3) for key in FIGURES},
     }
@@ -202,6 +208,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="seed")
     parser.add_argument("--rates", type=float, nargs="+", default=[5.0], help="requests a second")
     parser.add_argument("--draws", type=int, default=3, help="of the front-ends that stock's requests come through")
+    parser.add_argument("--before", type=Path, help="an earlier result with the same seeds: stock's figures are its")
     parser.add_argument("--settings", type=json.loads, default={}, help="more of the plugin's, a JSON object")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path)
@@ -225,7 +232,11 @@ def main() -> None:
         work = partial(serve, model, args.trace, SETTINGS | args.settings, args.draws)
         for rate in args.rates:
             points = []
-            for point in pool.map(work, [(rate, seed) for seed in seeds]):
+            known: dict[int, Any] = {}
+            if args.before:
+                earlier = json.loads(args.before.read_text())["rates"][f"{rate:g}"]["by_seed"]
+                known = {point["seed"]: point for point in earlier}
+            for point in pool.map(work, [(rate, seed, known.get(seed)) for seed in seeds]):
                 points.append(point)
                 print(rate, point["seed"], point["ratios"], file=sys.stderr, flush=True)
             result["rates"][f"{rate:g}"] = {"summary": summary(points), "by_seed": points}

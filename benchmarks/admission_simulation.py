@@ -171,12 +171,13 @@ class Service:
         done = [r is not None and r.num_computed_tokens >= r.num_tokens for r in found]
         return ModelRunnerOutput(ids, {i: n for n, i in enumerate(ids)}, [[5] if d else [] for d in done])
 
-    def step(self) -> bool:
-        """Schedule, wait, take the outputs; whether anything was computed."""
-        outputs = [scheduler.schedule() for scheduler in self.schedulers]
-        parts = [part.payload for part in outputs[0].parts] if self.plugin else outputs
-        self.preemptions += sum(len(part.preempted_req_ids or ()) for part in parts)
-        self.computed += sum(part.total_num_scheduled_tokens for part in parts)
+    def seconds(self, outputs: Sequence[Any], parts: Sequence[Any]) -> float:
+        """How long a step takes.
+
+        Args:
+            outputs: of the schedulers.
+            parts: of the ranks.
+        """
         guests = [0] * self.s.ranks
         if self.plugin:
             kv = [work.kv_tokens for work in outputs[0].work]
@@ -186,11 +187,27 @@ class Service:
         else:
             kv = [sum(request.num_computed_tokens for request in rank.running) for rank in self.ranks]
         s = self.s
-        self.clock += s.base + s.exchange * any(guests)
-        self.clock += max(
-            s.kv_token * k + s.query * part.total_num_scheduled_tokens + s.guest * min(g, s.slots)
-            for k, part, g in zip(kv, parts, guests, strict=True)
+        return (
+            s.base
+            + s.exchange * any(guests)
+            + max(
+                s.kv_token * k + s.query * part.total_num_scheduled_tokens + s.guest * min(g, s.slots)
+                for k, part, g in zip(kv, parts, guests, strict=True)
+            )
         )
+
+    def left(self, name: str) -> None:
+        """A request has ended."""
+        if not self.plugin:
+            self.inflight[self.at[name]] -= 1
+
+    def step(self) -> bool:
+        """Schedule, wait, take the outputs; whether anything was computed."""
+        outputs = [scheduler.schedule() for scheduler in self.schedulers]
+        parts = [part.payload for part in outputs[0].parts] if self.plugin else outputs
+        self.preemptions += sum(len(part.preempted_req_ids or ()) for part in parts)
+        self.computed += sum(part.total_num_scheduled_tokens for part in parts)
+        self.clock += self.seconds(outputs, parts)
         answers = [self.answer(rank, part) for rank, part in zip(self.ranks, parts, strict=True)]
         taken = (
             [self.schedulers[0].update_from_output(outputs[0], answers)]
@@ -205,8 +222,7 @@ class Service:
                     self.made[output.request_id] = self.made.get(output.request_id, 0) + len(output.new_token_ids)
                     if output.finish_reason is not None:
                         self.busy -= 1
-                        if not self.plugin:
-                            self.inflight[self.at[output.request_id]] -= 1
+                        self.left(output.request_id)
         return any(part.total_num_scheduled_tokens for part in parts)
 
     def run(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_nanocp.sched.rank.chunks import PARTS
+from vllm_nanocp.placement.chunk_shares import PARTS
 
 from .test_queue import Queue
 from .test_scheduler_world import vllm_config  # noqa: F401
@@ -100,6 +100,34 @@ def test_members_keep_their_chunks_where_ranks_compute_together(vllm_config: Any
     queue.end()
 
 
+def test_a_sharded_prompt_has_its_turn_on_each_of_its_ranks(vllm_config: Any) -> None:  # noqa: F811
+    """It comes to a rank anew with each of its runs; those that came later and run there do not take its steps."""
+    queue = Queue(vllm_config, **SIZES | dict(segment=2048, parallel=True))
+    queue.add("sharded", 4000, 3)
+    queue.step()
+    for number in range(6):
+        queue.add(f"later {number}", 2000, 3)
+    queue.step()
+    (sharded,) = queue.scheduler.sharded.values()
+    stripe = (BUDGET - queue.shape.max_reqs) // 16 * 16
+    while not sharded.at_home:
+        before = sharded.num_computed_tokens
+        queue.step()
+        assert sharded.num_computed_tokens - before >= min(2 * stripe, 4000 - before - stripe)
+    queue.end()
+    assert all(queue.first["sharded"] < queue.first[f"later {number}"] for number in range(6))
+
+
+def test_a_prompt_of_middle_size_passes_a_long_one(vllm_config: Any) -> None:  # noqa: F811
+    """It has the part for the shortest, though it needs more than one step of that."""
+    queue = with_long_prompts(vllm_config)
+    for number in range(2):
+        queue.add(f"middle {number}", 300, 3)
+    queue.step(4)
+    assert {"middle 0", "middle 1"} <= queue.first.keys() and not {"long 0", "long 1"} & queue.first.keys()
+    queue.end()
+
+
 def test_prompts_go_where_few_are_to_be_computed(vllm_config: Any) -> None:  # noqa: F811
     """A rank that computes a long prompt has the smaller batch, and others would wait there, or make it slower."""
     queue = Queue(vllm_config, **SIZES)
@@ -111,4 +139,19 @@ def test_prompts_go_where_few_are_to_be_computed(vllm_config: Any) -> None:  # n
         queue.step()
     there = {scheduler.rank_of[f"short {number}"] for number in range(4)}
     assert scheduler.rank_of["long"] not in there
+    queue.end()
+
+
+def test_prompts_do_not_go_where_a_sharded_one_is_still_to_come(vllm_config: Any) -> None:  # noqa: F811
+    """Its next runs are work of their ranks, though nothing of it waits there yet."""
+    queue = Queue(vllm_config, **SIZES | dict(ranks=3, segment=2048))
+    queue.add("sharded", 4000, 3)
+    queue.step()
+    (sharded,) = queue.scheduler.sharded.values()
+    held = {run.rank for run in sharded.shard_map.runs}
+    assert len(held) == 2
+    for number in range(2):
+        queue.add(f"later {number}", 500, 3)
+        queue.step()
+    assert not held & {queue.scheduler.rank_of[f"later {number}"] for number in range(2)}
     queue.end()

@@ -51,11 +51,13 @@ class Ahead(NamedTuple):
         adapters: of those that it computes a run of, now or later; None: without one.
         read: KV tokens that a step will read once all decode, beside those of the rank's own requests: of a burst,
             those placed first must count for the next ones, before any of them runs.
+        prompts: tokens of runs that it computes later.
     """
 
     homes: int
     adapters: set[int | None]
     read: int
+    prompts: int
 
 
 @dataclass(slots=True)
@@ -208,7 +210,7 @@ class Mover:
 
     def _load(self, view: RankView, ahead: Ahead) -> RankLoad:
         read = (view.tokens + ahead.read) // self.scheduler.block_size if self.moves else None
-        load = view.load(ahead.homes, read)
+        load = view.load(ahead.homes, read, ahead.prompts)
         for adapter in ahead.adapters:
             load = load.with_adapter(adapter)
         return load
@@ -216,7 +218,7 @@ class Mover:
     def _look_ahead(self) -> list[Ahead]:
         """What sharded requests will have on each rank that its numbers do not say."""
         count = len(self.scheduler.ranks)
-        homes, read = [0] * count, [0] * count
+        homes, read, prompts = [0] * count, [0] * count, [0] * count
         adapters: list[set[int | None]] = [set() for _ in range(count)]
         for sharded in self.scheduler.sharded.values():
             for run in sharded.shard_map.runs[sharded.active :]:
@@ -225,10 +227,12 @@ class Mover:
                 _give_to_holders(read, sharded)
                 continue
             homes[sharded.shard_map.home] += sharded.shard_map.home != sharded.rank
+            for run, tokens in sharded.runs_to_come():
+                prompts[run.rank] += tokens
             read[sharded.rank] -= sharded.member.num_tokens
             for rank, tokens in enumerate(sharded.shard_map.tokens_by_rank(count, sharded.request.num_tokens)):
                 read[rank] += tokens
-        return list(map(Ahead, homes, adapters, read))
+        return list(map(Ahead, homes, adapters, read, prompts))
 
     def work(self) -> list[StepLoad]:
         """What the ranks' running requests read and compute in a step."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from vllm.config import SchedulerConfig
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
@@ -15,7 +14,6 @@ from ..placement import Prefix, RankedLoads, RankLoad, Run, ShardMap, Want, cdiv
 from ..placement.auto import Segments
 from ..placement.moves import KV_WEIGHT, with_reserve
 from ..placement.place import start_degree
-from ..placement.place import stripe_blocks as stripe_blocks_of
 from ..placement.prefix import light
 from ..placement.queue import as_overtaken
 from ..rank_hint import preferred_rank
@@ -25,20 +23,6 @@ from .rank.remote_rank import RemoteRank
 from .sharded_request import can_shard
 
 NOWHERE = Prefix()
-
-
-def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | None, queries: int = 1) -> int:
-    """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs, beside as many
-    decoding requests as there may be.
-
-    Args:
-        config: vLLM's.
-        block_size: tokens a block holds.
-        chunk_tokens: most tokens of a chunk, if set.
-        queries: of a decoding request: one, and its drafts.
-    """
-    most, slots, threshold = config.max_num_batched_tokens, config.max_num_seqs, config.long_prefill_token_threshold
-    return stripe_blocks_of(most, slots * queries, threshold, block_size, chunk_tokens)
 
 
 class _Derived:

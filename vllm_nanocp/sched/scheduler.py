@@ -42,8 +42,9 @@ from .failures import Failures
 from .graph_room import GraphRoom
 from .home_moves import Mover
 from .pacing import Pacing
-from .placer import Placer, stripe_blocks
+from .placer import Placer
 from .rank import outlets, sessions
+from .rank.chunks import stripe_blocks
 from .rank.interface import Part
 from .rank.make_ranks import make_ranks
 from .rank.outlets import EngineOutlets

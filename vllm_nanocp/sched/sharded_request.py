@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from vllm import SamplingParams
@@ -143,6 +143,12 @@ class ShardedRequest:
     def num_computed_tokens(self) -> int:
         """Tokens from the request's first on whose KV is there, or is in a step that was scheduled."""
         return min(self.member.num_computed_tokens, self.request.num_tokens)
+
+    def runs_to_come(self) -> Iterator[tuple[Run, int]]:
+        """Runs that are computed after the one at hand, and the tokens of each."""
+        for index, run in enumerate(self.shard_map.runs[self.active + 1 :], self.active + 1):
+            end = self.shard_map.end_token(index, self.request.num_tokens)
+            yield run, end - self.shard_map.first_token(index)
 
     @property
     def run_done(self) -> bool:

@@ -13,6 +13,8 @@ import numpy as np
 
 from ..placement import Prefix, RankLoad, ShardMap, Want, cdiv, place, place_after_prefix, queue_at
 from ..placement.auto import AUTO, PRIOR, Bounds, Segments, choose, fixed
+from ..placement.chunk_shares import PARTS, chunk_shares
+from ..placement.chunk_shares import Prompt as ToCompute
 from ..placement.cost import Coefficients, CostModel, StepLoad
 from ..placement.moves import KV_WEIGHT, Candidate, MoveConfig, drifted, plan_moves, spill_target, with_reserve
 from ..placement.place import start_degree, stripe_blocks
@@ -347,18 +349,16 @@ class Plugin:
         return self.steps.begin(self.world.to_compute.tolist(), decodes, self.world.clock)
 
     def order(self, prompts: Sequence[Prompt], budget: int) -> list[tuple[Prompt, int]]:
-        """Short prompts have a part of each step beside long ones, as ``sched.rank.chunks`` gives it."""
-        share = budget // 4
-        short = [prompt for prompt in prompts if prompt.end - prompt.at <= share]
-        if not short or len(short) == len(prompts):
-            return [(prompt, budget) for prompt in prompts]
-        kept, first = 0, []
-        for prompt in short:
-            if kept + prompt.end - prompt.at > share:
-                break
-            kept += prompt.end - prompt.at
-            first.append(prompt)
-        return [(prompt, budget) for prompt in (*first, *(p for p in prompts if p not in first))]
+        """The first to come has most of a step, the shortest have a part, as ``sched.rank.chunks`` gives it."""
+        if len(prompts) == 1:
+            return [(prompts[0], budget)]
+        first = sorted(prompts, key=lambda prompt: self.world.requests.at[prompt.request])
+        size, part = self.world.setup.block_size, self.world.setup.budget // PARTS
+        last = [prompt.index == len(prompt.runs) - 1 for prompt in first]
+        if self.stripe is not None and any(len(prompt.runs) > 1 for prompt in first):
+            part = max(0, min(part, budget - self.stripe * size))
+        left = [ToCompute(prompt.left(size), more=not end) for prompt, end in zip(first, last, strict=True)]
+        return list(zip(first, chunk_shares(left, budget, part), strict=True))
 
 
 class _Room:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,51 @@ from .setup import Prompt
 
 # Seconds between two looks of vLLM's front-ends at the engines' queues.
 STATS_EVERY = 0.1
+
+
+class Balancer:
+    """vLLM's ``DPLBAsyncMPClient.get_core_engine_for_request``, in several front-ends.
+
+    Args:
+        ranks: how many.
+        frontends: API servers, each of which has counts of its own.
+        seed: of the front-ends that requests come through.
+        look: of each rank, the requests that wait and run, and the part of the cache in use.
+    """
+
+    def __init__(self, ranks: int, frontends: int, seed: int, look: Callable[[], list[list[float]]]) -> None:
+        self.ranks, self.frontends, self.look = ranks, frontends, look
+        self._dice = random.Random(seed)
+        # Of each front-end: what it knows of each rank, its own requests in flight there, and where it begins to look.
+        self._known: list[list[list[float]]] = [[[0, 0, 0.0] for _ in range(ranks)] for _ in range(frontends)]
+        self._inflight = [[0] * ranks for _ in range(frontends)]
+        self._begin_at = [ranks * i // frontends for i in range(frontends)]
+        self._looked = -1.0
+
+    def choose(self, now: float) -> tuple[int, int]:
+        """The rank of a request that comes at this second, and the front-end that it comes through."""
+        if self._looked < 0 or now - self._looked >= STATS_EVERY:
+            self._looked = now
+            found = self.look()
+            self._known = [[list(rank) for rank in found] for _ in range(self.frontends)]
+        front = self._dice.randrange(self.frontends)
+        known, inflight = self._known[front], self._inflight[front]
+        best, least = 0, float("inf")
+        for i in range(self.ranks):
+            rank = (self._begin_at[front] + i) % self.ranks
+            waiting, running, usage = known[rank]
+            score: float = max(self.frontends * inflight[rank], waiting + running)
+            score += waiting * 6.0 * max(0.0, usage - 0.5)
+            if score < least:
+                best, least = rank, score
+        known[best][0] += self.frontends
+        self._begin_at[front] = (self._begin_at[front] + 1) % self.ranks
+        inflight[best] += 1
+        return best, front
+
+    def left(self, rank: int, front: int) -> None:
+        """A request has ended."""
+        self._inflight[front][rank] -= 1
 
 
 class Stock:
@@ -30,20 +75,14 @@ class Stock:
     recomputes = True
 
     def __init__(self, world: World, balancer: str = "vllm", frontends: int = 1) -> None:
-        self.world, self.balancer, self.frontends = world, balancer, frontends
+        self.world, self.balancer = world, balancer
         self.fills = world.setup.as_benchmarks
         ranks = world.setup.ranks
         self.queues: list[deque[int]] = [deque() for _ in range(ranks)]
         self.rank_of: dict[int, int] = {}
         self.via: dict[int, int] = {}
         self.turn = 0
-        self._dice = random.Random(world.setup.seed)
-        # Of each front-end: requests waiting and running at each rank as it knows, the part of the cache in use, its
-        # own requests in flight there, and where it begins to look.
-        self._known = [[[0, 0, 0.0] for _ in range(ranks)] for _ in range(frontends)]
-        self._inflight = [[0] * ranks for _ in range(frontends)]
-        self._begin_at = [ranks * i // frontends for i in range(frontends)]
-        self._looked = -1.0
+        self._balancer = Balancer(ranks, frontends, world.setup.seed, self._look)
 
     def arrive(self, request: int) -> None:
         world = self.world
@@ -57,34 +96,15 @@ class Stock:
         self.queues[rank].append(request)
 
     def _choose(self, request: int) -> int:
-        self._look()
-        ranks, front = self.world.setup.ranks, self._dice.randrange(self.frontends)
-        known, inflight = self._known[front], self._inflight[front]
-        best, least = 0, float("inf")
-        for i in range(ranks):
-            rank = (self._begin_at[front] + i) % ranks
-            waiting, running, usage = known[rank]
-            score: float = max(self.frontends * inflight[rank], waiting + running)
-            score += waiting * 6.0 * max(0.0, usage - 0.5)
-            if score < least:
-                best, least = rank, score
-        known[best][0] += self.frontends
-        self._begin_at[front] = (self._begin_at[front] + 1) % ranks
-        inflight[best] += 1
-        self.via[request] = front
-        return best
+        rank, self.via[request] = self._balancer.choose(self.world.clock)
+        return rank
 
-    def _look(self) -> None:
-        world = self.world
-        if self._looked >= 0 and world.clock - self._looked < STATS_EVERY:
-            return
-        self._looked = world.clock
-        blocks = world.setup.blocks
-        now = [
+    def _look(self) -> list[list[float]]:
+        world, blocks = self.world, self.world.setup.blocks
+        return [
             [len(queue), running, used / blocks]
             for queue, running, used in zip(self.queues, world.homes.tolist(), world.used.tolist(), strict=True)
         ]
-        self._known = [[list(rank) for rank in now] for _ in range(self.frontends)]
 
     def admit(self) -> None:
         world, setup = self.world, self.world.setup
@@ -118,7 +138,7 @@ class Stock:
     def left(self, request: int) -> None:
         rank = self.rank_of.pop(request)
         if request in self.via:
-            self._inflight[self.via.pop(request)][rank] -= 1
+            self._balancer.left(rank, self.via.pop(request))
 
     def waiting(self) -> int:
         return sum(map(len, self.queues))

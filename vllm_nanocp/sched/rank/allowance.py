@@ -10,6 +10,8 @@ request that waits once those that run have had their tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -30,6 +32,8 @@ class AllowanceDoors(_Base):
 
     # Part of what is allowed that is for prompts which are short, while there are any; ``ChunkDoors`` knows.
     short_part = 0.0
+    # Tokens of prompts that get less of a step than they could take, by id; ``ChunkDoors`` knows.
+    shares: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,7 +53,7 @@ class AllowanceDoors(_Base):
         return self._allowance is not None and self._allowance.tokens == 0 and not self._allowance.first
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        if self._allowance is not None:
+        if self._allowance is not None or self.shares:
             self._cut_chunks()
         try:
             return super().schedule(*args, **kwargs)

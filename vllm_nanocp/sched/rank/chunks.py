@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short prompts beside long ones: a part of a rank's step is theirs while they wait.
+"""Prompts beside each other: how much of a rank's step each one gets (``placement.chunk_shares``).
 
 vLLM's scheduler gives the tokens of a step to those that run, in their order, and then to those that wait. So a long
-prompt takes whole steps, and a short one that comes behind it gets its first token when all of that is computed. Here
-the chunk of a long one is made smaller in steps in which there are short ones, by what these need, at most a part of
-the step. When there are none nothing changes. Touches vLLM 0.32's ``long_prefill_token_threshold``, which its scheduler
-reads in each step, and ``Scheduler._inflight_prefills``.
+prompt takes whole steps, and a short one that comes behind it gets its first token when all of that is computed; and a
+member of a sharded request, which comes to its rank anew with each of its runs, would wait each time until all that
+run there are computed. Here those that run are cut where others are to have their turn in the same step. Where there
+is one prompt nothing changes. Touches vLLM 0.32's ``long_prefill_token_threshold`` (who has set it means it),
+``Scheduler._inflight_prefills``, and what ``AllowanceDoors`` touches.
 
 And the blocks that a prompt has yet to take are its own. vLLM's scheduler lets a request start if all of it fits into
 what is free, whatever prompts that run have yet to take of that, and preempts when they do. Touches
@@ -14,19 +15,21 @@ what is free, whatever prompts that run have yet to take of that, and preempts w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from copy import copy
 from itertools import islice
 from typing import Any
 
+from vllm.config import SchedulerConfig
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from ...placement import cdiv
+from ...placement.chunk_shares import PARTS, Prompt, chunk_shares
+from ...placement.place import stripe_blocks as stripe_blocks_of
 from .allowance import AllowanceDoors
 
-# One part in so many of a step's tokens is for short prompts; a prompt is short if it has no more left to compute.
-PARTS = 4
 # Waiting requests that are looked at in a step.
 _LOOKED_AT = 16
 
@@ -35,17 +38,34 @@ def _left(request: Request) -> int:
     return request.num_tokens - request.num_computed_tokens
 
 
+def _is_ready(request: Request) -> bool:
+    return request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | None, queries: int = 1) -> int:
+    """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs, beside as many
+    decoding requests as there may be.
+
+    Args:
+        config: vLLM's.
+        block_size: tokens a block holds.
+        chunk_tokens: most tokens of a chunk, if set.
+        queries: of a decoding request: one, and its drafts.
+    """
+    most, slots, threshold = config.max_num_batched_tokens, config.max_num_seqs, config.long_prefill_token_threshold
+    return stripe_blocks_of(most, slots * queries, threshold, block_size, chunk_tokens)
+
+
 class ChunkDoors(AllowanceDoors):
     """Mixed into vLLM's scheduler: the size of chunks."""
 
-    # Whether a member of a sharded request needs its whole chunk in a step, since others go on from there in the same.
-    whole_chunks = False
+    # Tokens of a member of a sharded request that it needs in one step, since others go on from there in the same.
+    whole_chunk = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.scheduler_config = copy(self.scheduler_config)
         self._share = self.max_num_scheduled_tokens // PARTS
-        # Whoever has set a size means it.
         self._shares_steps = not self.scheduler_config.long_prefill_token_threshold and self._share > 0
         self._shares_steps &= not self.need_mamba_block_aligned_split
         self._watermark = self.kv_cache_manager.watermark_blocks
@@ -59,27 +79,68 @@ class ChunkDoors(AllowanceDoors):
         raise NotImplementedError
 
     def share_step(self) -> None:
-        """Before a step: how large a chunk of a prompt may be in it."""
+        """Before a step: what each prompt gets of it."""
         if not self._shares_steps:
             return
+        self.short_part, self.shares = 0.0, {}
         self.scheduler_config.long_prefill_token_threshold = 0
-        self.short_part = 0.0
+        if self._allowance is not None:
+            self._leave_a_part()
+            return
+        begun = [*self._inflight_prefills, *filter(_is_ready, islice(self.kv_holding_waiting, _LOOKED_AT))]
+        if not begun:
+            return
+        waiting = self._startable()
+        if len(begun) + len(waiting) == 1:
+            return
+        begun.sort(key=self._turn)
+        budget, part = self._budget(begun)
+        prompts = [self._prompt(request, begun=True) for request in begun]
+        prompts += [self._prompt(request, begun=False) for request in waiting]
+        shares = chunk_shares(prompts, budget, part)
+        for request, prompt, share in zip(begun, prompts, shares, strict=False):
+            if share < min(prompt.left, budget):
+                self.shares[request.request_id] = share
+        self._bring_forward(self.waiting, [one for one, n in zip(waiting, shares[len(begun) :], strict=True) if n])
+        self._bring_forward(self.kv_holding_waiting, [one for one in begun if one.status != RequestStatus.RUNNING])
+
+    def _leave_a_part(self) -> None:
+        """In steps of which only so much is for prompts, long ones leave a part to those that need no more than a part
+        of a whole step, and all get the same of the rest."""
         if not self._inflight_prefills:
             return
         share = self._share
         prompts = [*self._inflight_prefills, *islice(self.kv_holding_waiting, _LOOKED_AT)]
         long = [request for request in prompts if _left(request) > share]
-        if not long or (self.whole_chunks and any(map(self._is_part, long))):
+        if not long or (self.whole_chunk and any(map(self._is_part, long))):
             return
         short = sum(_left(request) for request in prompts if _left(request) <= share)
-        short += self._bring_forward(share - short)
-        if short > 0:
+        waiting = self._fitting(share - short)
+        self._bring_forward(self.waiting, waiting)
+        kept = min(share, short + sum(map(_left, waiting)))
+        rest = self.max_num_scheduled_tokens - self._decode_tokens() - kept
+        if kept:
             self.short_part = 1 / PARTS
-            others = (len(self.running) - len(self._inflight_prefills)) * (1 + self.num_spec_tokens)
-            kept = min(share, short)
-            rest = self.max_num_scheduled_tokens - others - kept
             if rest > 0:  # it bounds short ones, too
                 self.scheduler_config.long_prefill_token_threshold = max(rest // len(long), kept)
+
+    def _decode_tokens(self) -> int:
+        """Tokens of the step that are no prompts'."""
+        return max(0, len(self.running) - len(self._inflight_prefills)) * (1 + self.num_spec_tokens)
+
+    def _budget(self, begun: Sequence[Request]) -> tuple[int, int]:
+        """Tokens of the step for prompts, and of these for the shortest."""
+        budget, part = self.max_num_scheduled_tokens - self._decode_tokens(), self._share
+        if self.whole_chunk and any(map(self._is_part, begun)):
+            part = max(0, min(part, budget - self.whole_chunk))
+        return budget, part
+
+    def _turn(self, request: Request) -> tuple[int, float]:
+        """Whoever has less comes first; members have what their request has."""
+        return (request.priority if self.policy == SchedulingPolicy.PRIORITY else 0), request.arrival_time
+
+    def _prompt(self, request: Request, begun: bool) -> Prompt:
+        return Prompt(_left(request), begun, "#" in request.request_id, self._turn(request)[0])
 
     def is_long(self, request: Request) -> bool:
         """Whether a prompt leaves a part of a step to short ones."""
@@ -99,38 +160,53 @@ class ChunkDoors(AllowanceDoors):
         starts = request.status != RequestStatus.RUNNING and not self._holds_kv_blocks(request)
         if starts and self._keeps_blocks and self._inflight_prefills:
             self.kv_cache_manager.watermark_blocks = self._watermark + self._inflight_prefill_reserved_blocks()
-        return super().cut_chunk(request, computed, most)
+        return super().cut_chunk(request, computed, min(most, self.shares.get(request.request_id, most)))
 
     def keep_no_more(self) -> None:
         """After the step: elsewhere these blocks are counted as taken (``RankView.to_take``)."""
         self.kv_cache_manager.watermark_blocks = self._watermark
 
-    def _bring_forward(self, most: int) -> int:
-        """Put waiting requests that are short before those that are not, up to so many tokens; returns how many.
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Also asked of each that waits: one that gets nothing is passed over in this step."""
+        return self.shares.get(request.request_id) != 0 and super()._handle_blocked_waiting_request(request)
 
-        With priorities only the first ones count, in the order that they have.
-        """
+    def _startable(self) -> list[Request]:
+        """Waiting requests that have a slot and room, the shortest first. With priorities the first ones only that are
+        short: none overtakes another."""
+        if self.policy == SchedulingPolicy.PRIORITY:
+            return self._fitting(self._share)
+        return self._fitting(0, key=_left)
+
+    def _fitting(self, most: int, key: Callable[[Request], int] | None = None) -> list[Request]:
+        """Waiting requests that have a slot and room, up to so many tokens in their order, or
+        with ``key`` any number in another. With priorities
+        only the first ones count, in the order that they have."""
         if not self.waiting or self._pause_state != PauseState.UNPAUSED:
-            return 0
-        brought: list[Request] = []
+            return []
+        found: list[Request] = []
         tokens = 0
         slots = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
         room = self.spare_blocks * self.block_size  # what long ones have yet to take is theirs
-        for request in islice(self.waiting, _LOOKED_AT):
+        first = list(islice(self.waiting, _LOOKED_AT))
+        for request in first if key is None else sorted(first, key=key):
             left = _left(request)
-            ready = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) and len(brought) < slots
-            if ready and left <= most - tokens and request.num_tokens < room:
-                brought.append(request)
+            fits = key is not None or left <= most - tokens
+            if _is_ready(request) and len(found) < slots and fits and request.num_tokens < room:
+                found.append(request)
                 tokens += left
                 room -= cdiv(request.num_tokens + 1, self.block_size) * self.block_size
             elif self.policy == SchedulingPolicy.PRIORITY:  # which no one overtakes
-                return tokens
-        if brought and list(islice(self.waiting, len(brought))) != brought:
-            for request in brought:
-                self.waiting.remove_request(request)
-            for request in reversed(brought):
-                self.waiting.prepend_request(request)
-        return tokens
+                break
+        return found
+
+    def _bring_forward(self, queue: RequestQueue, first: list[Request]) -> None:
+        """Let these, of a queue, be its first ones. A queue by priority has them in that order."""
+        if not first or self.policy == SchedulingPolicy.PRIORITY or list(islice(queue, len(first))) == first:
+            return
+        for request in first:
+            queue.remove_request(request)
+        for request in reversed(first):
+            queue.prepend_request(request)
 
     def _is_part(self, request: Request) -> bool:
         """Whether a request computes only a part of a sharded one."""

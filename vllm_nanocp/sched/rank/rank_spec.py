@@ -14,6 +14,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from ... import config as nanocp_config
 from . import kv_events
+from .chunks import stripe_blocks
 from .rank_scheduler import AsyncRankScheduler, RankScheduler
 
 if TYPE_CHECKING:
@@ -65,5 +66,8 @@ class RankSpec:
         counted = len(groups) == 1 and isinstance(groups[0].kv_cache_spec, FullAttentionSpec)
         most = scheduler.num_blocks * self.block_size if counted else self.vllm_config.model_config.max_model_len
         scheduler.most_tokens = most
-        scheduler.whole_chunks = bool(config.parallel_prefill)
+        if config.parallel_prefill:
+            queries = 1 + self.vllm_config.num_speculative_tokens
+            stripe = stripe_blocks(self.vllm_config.scheduler_config, self.block_size, config.chunk_tokens, queries)
+            scheduler.whole_chunk = stripe * self.block_size
         return scheduler

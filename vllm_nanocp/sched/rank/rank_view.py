@@ -83,12 +83,13 @@ class RankView:
         values: tuple[Any, ...] = _values(self)
         return values
 
-    def load(self, ahead: int = 0, read_blocks: int | None = None) -> RankLoad:
+    def load(self, ahead: int = 0, read_blocks: int | None = None, prompts: int = 0) -> RankLoad:
         """What placement needs to know. Requests that wait without blocks count as if they had them.
 
         Args:
             ahead: sharded requests that will have their home here.
             read_blocks: see ``RankLoad``.
+            prompts: tokens of sharded ones that it computes later.
         """
         batch = self.running + self.waiting + ahead + self.coming
         watermark = self.watermark if self.running else 0
@@ -101,7 +102,7 @@ class RankView:
             read_blocks=read_blocks,
             adapters=self.adapters,
             max_adapters=self.max_adapters,
-            backlog=2 * max(0, self.prompt_tokens) // self.budget,
+            backlog=2 * max(0, self.prompt_tokens + prompts) // self.budget,
         )
 
     def note_entered(self, request: Request, held: int, to_share: int, block_size: int, taken: int = 0) -> None:

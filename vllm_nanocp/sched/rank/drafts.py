@@ -51,6 +51,12 @@ class DraftDoors(ViewDoors):
     # Drafts a step, kept while ``num_spec_tokens`` says that there are none.
     _most_drafts = 0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # vLLM takes blocks for what a draft model writes beyond the tokens of a step, and a member has none behind its
+        # run. Drafts get blocks when they are verified (``fit_drafts``); till then the worker does without.
+        self.num_lookahead_tokens = 0
+
     @property
     def speculates(self) -> bool:
         """Whether requests are decoded with drafts."""

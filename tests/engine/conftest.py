@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests import forked  # noqa: F401  (before any engine starts)
+from tests.tiny_drafts import drafts
 
 from .harness import RESTLESS, Engine
 
@@ -31,6 +32,7 @@ LAST_USED = {
     "test_lifecycle": ["two", "three", "small-stock"],
     "test_moves": ["round-robin"],
     "test_soak": ["small-caching"],
+    "test_speculation": ["drafting-model"],
 }
 
 
@@ -70,7 +72,7 @@ def _close_what_is_used_no_more(request: pytest.FixtureRequest, engines: Engines
 
 
 @pytest.fixture(scope="package")  # then their memory is free for the servers
-def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Engines]:
+def engines(tiny_model: str, tiny_deepseek: str, tiny_eagle3: str) -> Iterator[Engines]:
     """Starts engines by name, once."""
     recipes: dict[str, dict[str, Any]] = {
         # Stock on latent attention: each prompt at once, no prefix caching. Without a repair its rotary embeddings are
@@ -123,6 +125,16 @@ def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Engines]:
             max_model_len=3000,
             enable_prefix_caching=True,
             speculative_config=DRAFTS,
+            worker_extension_cls="tests.engine.oracle.Oracle",
+        ),
+        # The same with drafts of a random EAGLE3 head.
+        "drafting-model": dict(
+            ranks=2,
+            nanocp={"segment_size": 512, "moves": RESTLESS | {"reserve_blocks": 0}},
+            num_gpu_blocks_override=SMALL_BLOCKS,
+            max_model_len=3000,
+            enable_prefix_caching=True,
+            speculative_config=drafts(tiny_eagle3, "eagle3"),
             worker_extension_cls="tests.engine.oracle.Oracle",
         ),
         # What "moving" is compared with: vLLM's own way of several ranks.

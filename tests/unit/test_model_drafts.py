@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draft models over ranks: all run the same forwards, each a sharded step of its own. Every wait ends by a time limit."""
+"""Draft models over ranks: all run the same forwards, each a sharded step of its own. Every wait has a time limit."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ from vllm_nanocp.worker.rank_step import ShardTable, make_step
 RANKS = 3
 MOST = 3
 BLOCK = 32
+# What a proposer may have and an EAGLE head has not.
+OFF = (
+    *("needs_extra_input_slots", "use_heterogeneous_vocab", "uses_mrope", "supports_mm_inputs", "parallel_drafting"),
+    *("constant_draft_positions", "use_local_argmax_reduction", "_enable_probabilistic_draft_probs"),
+    "_share_mtp_indices",
+)
 SHAPES = [Shape(4, 2, 32), Shape(4, 4, 64), Shape(6, 2, 80, isa="vec16")]
 
 
@@ -156,16 +162,11 @@ def make_proposer(rank: int, size: int) -> Any:
                 ),
             )
         ],
-        **dict.fromkeys(
-            "needs_extra_input_slots use_heterogeneous_vocab uses_mrope supports_mm_inputs parallel_drafting "
-            "constant_draft_positions use_local_argmax_reduction _enable_probabilistic_draft_probs "
-            "_share_mtp_indices".split(),
-            False,
-        ),
-        **dict.fromkeys(["eplb_state", "allowed_attn_types", "_last_draft_probs"]),
+        eplb_state=None,
+        allowed_attn_types=None,
         pass_hidden_states_to_model=True,
     )
-    for name, value in values.items():
+    for name, value in (dict.fromkeys(OFF, False) | values).items():
         setattr(proposer, name, value)
     return proposer
 

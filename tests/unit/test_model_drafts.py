@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode import llm_base_proposer
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from tests.unit.attention_steps import LAYERS, RankSimulation, Row, Scenario, Shape, make_scenario
+from tests.unit.attention_steps import CPU_KERNEL, LAYERS, Kernel, RankSimulation, Row, Scenario, Shape, make_scenario
+from tests.unit.flash_steps import flash_kernel
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.exchange import CollectiveExchange
@@ -37,6 +39,7 @@ OFF = (
     *("constant_draft_positions", "use_local_argmax_reduction", "_enable_probabilistic_draft_probs"),
     "_share_mtp_indices",
 )
+FLASH = [Shape(4, 2, 64, block_size=16), Shape(8, 2, 128, block_size=16)]
 SHAPES = [Shape(4, 2, 32), Shape(4, 4, 64), Shape(6, 2, 80, isa="vec16")]
 
 
@@ -46,8 +49,8 @@ SHAPES = [Shape(4, 2, 32), Shape(4, 4, 64), Shape(6, 2, 80, isa="vec16")]
 class LaterForward(RankSimulation):
     """A forward of a draft model after its first: one query of each row, at the last token that was right."""
 
-    def __init__(self, scenario: Scenario, rank: int, exchange: CollectiveExchange) -> None:
-        super().__init__(scenario, rank, exchange)
+    def __init__(self, scenario: Scenario, rank: int, exchange: CollectiveExchange, kernel: Kernel) -> None:
+        super().__init__(scenario, rank, exchange, kernel)
         self.plan, dice = scenario.plan(), Random(scenario.seed)
         for index, row in enumerate(scenario.rows):
             whole = row.shard < len(scenario.shards[row.request]) - 1  # a member's
@@ -61,7 +64,7 @@ class LaterForward(RankSimulation):
         shards = ShardTable(self.rank, self.kernel.device)
         shards.update(self.plan)
         batch = [str(i) for i in scenario.batches[self.rank]]
-        context.exchange = self.exchange
+        context.exchange, context.queries = self.exchange, 1 + MOST
         context.step = make_step(self.plan, shards, scenario.num_ranks, batch.index)
         context.draft_step = make_step(self.plan, shards, scenario.num_ranks, batch.index, queries=1)
         try:
@@ -71,24 +74,38 @@ class LaterForward(RankSimulation):
                 self._layer(self.kernel.impl(shape), layer, number, common, metadata)
         finally:
             context.step = context.draft_step = context.exchange = None
+            context.queries = 1
 
 
-def later_forwards(rank: int, size: int, seeds: range) -> tuple[float, dict[str, int]]:
-    """The largest error, and what was computed."""
-    exchange, worst, counts = CollectiveExchange(dist.group.WORLD), 0.0, {"sharded decode": 0}
+def later_forwards(
+    rank: int, size: int, seeds: range, shapes: list[Shape], kernel: Callable[[], Kernel]
+) -> tuple[float, int]:
+    """The largest error, and how many rows visited."""
+    exchange, used, worst, visiting = CollectiveExchange(dist.group.WORLD), kernel(), 0.0, 0
     for seed in seeds:
-        scenario = make_scenario(SHAPES[seed % len(SHAPES)], seed, size, True, queries=1 + MOST)
-        simulation = LaterForward(scenario, rank, exchange)
+        scenario = make_scenario(shapes[seed % len(shapes)], seed, size, True, queries=1 + MOST)
+        simulation = LaterForward(scenario, rank, exchange, used)
         simulation.run()
         worst = max(worst, *simulation.errors, 0.0)
-        counts["sharded decode"] += simulation.counts["sharded decode"]
-    return worst, counts
+        visiting += simulation.counts["sharded decode"] + simulation.counts["sharded prefill"]
+    return worst, visiting
 
 
-def test_later_forwards_are_full_attention() -> None:
-    """However many drafts were right, over all shards, on idle ranks too."""
-    for worst, counts in run_ranks(RANKS, later_forwards, range(24), seconds=100):
-        assert worst < 4e-5 and counts["sharded decode"] > 10, (worst, counts)
+def on_cpu() -> Kernel:
+    return CPU_KERNEL
+
+
+def flash() -> Kernel:
+    return replace(flash_kernel("cpu", 0, 0, False, None, 1), queries=1)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shapes", "seeds"), [(on_cpu, SHAPES, range(24)), (flash, FLASH, range(9))], ids=["cpu", "flash"]
+)
+def test_later_forwards_are_full_attention(kernel: Callable[[], Kernel], shapes: list[Shape], seeds: range) -> None:
+    """However many drafts were right, over all shards, on idle ranks too; on CPU, and by the tables of GPUs."""
+    for worst, visiting in run_ranks(RANKS, later_forwards, seeds, shapes, kernel, seconds=100):
+        assert worst < 4e-5 and visiting > len(seeds) / 3, (worst, visiting)
 
 
 # -- which forwards there are --------------------------------------------------------------------------------------

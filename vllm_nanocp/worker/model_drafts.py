@@ -20,9 +20,11 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode import llm_base_proposer
+from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
 from ..attention.context import context
+from ..errors import refuse
 from ..plan import StepPlan
 
 
@@ -36,15 +38,23 @@ class ModelDrafts:
 
     def __init__(self, model_runner: Any, plan: Callable[[], StepPlan | None]) -> None:
         self.model_runner, self._plan = model_runner, plan
-        self.drafter: Any = model_runner.drafter
+        self.drafter: EagleProposer = model_runner.drafter
+        if type(self.drafter) is not EagleProposer:
+            refuse(
+                f"drafts by {type(self.drafter).__name__}",
+                "only EAGLE, EAGLE3 and MTP that attends as its target have been run",
+                "use the method ngram, or leave it out",
+            )
         # Forwards whose sizes the ranks have agreed on in this step: the first one's, then one for all others.
         self._agreed = 0
         self._ask_ranks = llm_base_proposer.coordinate_batch_across_dp
         llm_base_proposer.coordinate_batch_across_dp = self._coordinate  # type: ignore[assignment]
         self._find_next = self.drafter.prepare_next_token_ids_padded
-        self.drafter.prepare_next_token_ids_padded = self._next_tokens
+        next_tokens: Any = self._next_tokens
+        self.drafter.prepare_next_token_ids_padded = next_tokens  # type: ignore[method-assign]
         self._advance = self.drafter._update_positions_dependent_metadata
-        self.drafter._update_positions_dependent_metadata = self._advance_within_blocks
+        advance: Any = self._advance_within_blocks
+        self.drafter._update_positions_dependent_metadata = advance  # type: ignore[method-assign]
         # A rank whose requests end soon drafts, too: the others count on its forwards, and on its guests'. What is
         # behind the longest request is written nowhere, and never verified.
         model_runner._input_fits_in_drafter = lambda common: common is not None
@@ -53,11 +63,11 @@ class ModelDrafts:
     def put_off(self, run: Callable[[], Any]) -> None:
         """Run vLLM's dummy batch without the forwards of the draft model that are part of it: busy ranks draft when
         they sample, and the engine asks for that once all have answered."""
-        self.drafter.dummy_run = lambda *args, **kwargs: None
+        self.drafter.dummy_run = lambda *args, **kwargs: None  # type: ignore[method-assign]
         try:
             run()
         finally:
-            self.drafter.dummy_run = self._dummy_run
+            self.drafter.dummy_run = self._dummy_run  # type: ignore[method-assign]
 
     @torch.inference_mode()
     def run_idle(self) -> None:
@@ -121,9 +131,12 @@ class ModelDrafts:
         positions = self._advance(positions, common, batch_size, input_batch_size, block_size)
         table = self.model_runner.input_batch.block_table[self.drafter.kv_cache_gid]
         held = torch.from_numpy(table.num_blocks_per_row[:batch_size] * table.block_size)
-        lengths = common.seq_lens[:batch_size]
+        lengths, most = common.seq_lens[:batch_size], common.seq_lens_cpu_upper_bound
+        if most is not None:
+            torch.minimum(most[:batch_size], held.to(most.dtype), out=most[:batch_size])
+        held = held.to(lengths)
         common.slot_mapping[:batch_size].masked_fill_(lengths > held, PADDING_SLOT_ID)
-        torch.minimum(lengths, held.to(lengths.dtype), out=lengths)
+        torch.minimum(lengths, held, out=lengths)
         return positions
 
 

@@ -32,9 +32,9 @@ from tests.tiny_models import (
 _FAINT = 0.05
 
 
-def make_eagle3(path: str | Path, *, seed: int = 7, dtype: str = "float32") -> Path:
-    """Write a random EAGLE3 head for `make_qwen3_moe` of the default shape into the folder `path`; returns it."""
-    sizes, generator = TinyShape(num_layers=1), torch.Generator().manual_seed(seed)
+def make_eagle3(path: str | Path, *, seed: int = 7, dtype: str = "float32", **shape: int) -> Path:
+    """Write a random EAGLE3 head for `make_qwen3_moe` of the same shape into the folder `path`; returns it."""
+    sizes, generator = TinyShape(**({"num_layers": 1} | shape)), torch.Generator().manual_seed(seed)
     hidden, q_size = sizes.hidden_size, sizes.num_heads * sizes.head_dim
     kv_size, inner = sizes.num_kv_heads * sizes.head_dim, sizes.moe_intermediate_size
     attention, mlp = "midlayer.self_attn", "midlayer.mlp"

@@ -91,7 +91,13 @@ class DraftedWorld(World):
             self.scheduler.update_draft_token_ids(self.device.propose(output, self.draft))
 
     def run(self) -> Counter[str]:
-        return super().run() + self.device.drafts
+        told: Counter[str] = Counter()
+
+        def drafted(requests: int, drafts: int, accepted: int) -> None:
+            told.update(told_sharded=requests, told_verified=drafts, told_accepted=accepted)
+
+        self.scheduler.collector.drafted = drafted  # type: ignore[method-assign]
+        return super().run() + self.device.drafts + told
 
 
 class DraftedByModel(DraftedWorld):
@@ -156,6 +162,10 @@ def test_worlds(vllm_config: Any, monkeypatch: pytest.MonkeyPatch, version: int,
     # V2's runner keeps drafts in its memory, so none go along to another rank's.
     assert min(counts[kind] for kind in ("moved", "behind_others")) > 3 if version == 1 else not counts["moved"], counts
     assert counts["preemptions"] and counts["aborts"] and counts["resets"] and counts["pauses"], counts
+    # But for what is in flight when a request ends or is taken back.
+    for told, happened in (("told_sharded", "sharded"), ("told_verified", "sharded_verified")):
+        assert 0.9 * counts[happened] <= counts[told] <= counts[happened], counts
+    assert 0.9 * counts["sharded_accepted"] <= counts["told_accepted"] <= counts["sharded_accepted"], counts
 
 
 def test_worlds_with_a_draft_model(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

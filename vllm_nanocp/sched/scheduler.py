@@ -394,7 +394,8 @@ class NanoCPScheduler(RanksTogether):
                 rank.wait()
         # Of requests that end now, too.
         outlet_of = dict(self.members.outlet_of)
-        for answered, client, its in [rank.end_update() for rank in self.ranks]:
+        for answered, client, its, drafted in [rank.end_update() for rank in self.ranks]:
+            self.collector.drafted(*drafted)
             if its is not None:
                 reader = client if not stats else reader
                 stats.append(its)

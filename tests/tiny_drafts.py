@@ -80,7 +80,7 @@ def make_eagle(path: str | Path, *, seed: int = 7, dtype: str = "float32") -> Pa
     layer = {
         name.removeprefix("model."): value
         for name, value in _attention_weights(sizes, generator, qk_norm=False).items()
-        if name.startswith("model.layers.0.")
+        if name.startswith("model.layers.0.") and "input_layernorm" not in name  # vLLM's heads have none
     }
     mlp = _mlp_weights(sizes, "layers.0.mlp", sizes.moe_intermediate_size, generator)
     for weights in (layer, mlp):

@@ -89,6 +89,17 @@ def test_tokens(drafting: Engine, stock: Engine, which: int) -> None:
     assert drafts["accepted"] > 80 and drafts["by n-gram"] + drafts["by model"] > 30, drafts
 
 
+@pytest.mark.parametrize(
+    "drafting",
+    [
+        "drafting",
+        pytest.param(
+            "drafting-model",
+            marks=pytest.mark.skipif("NANOCP_DRAFT_MODELS" not in os.environ, reason="NANOCP_DRAFT_MODELS is not set"),
+        ),
+    ],
+    indirect=True,
+)
 def test_ranks_run_full(drafting: Engine, stock: Engine) -> None:
     """Requests that grow beyond what both ranks hold, all of them first at one."""
     asks = [Ask(prompt(100 + 3 * i, 48000 + i), dict(max_tokens=120 + 4 * i), rank=0) for i in range(14)]

@@ -34,6 +34,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_eagle3(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random EAGLE3 head for `tiny_model`."""
+    from tests.tiny_drafts import make_eagle3
+
+    return str(make_eagle3(tmp_path_factory.mktemp("models") / "tiny-eagle3"))
+
+
+@pytest.fixture(scope="session")
 def tiny_deepseek(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random DeepSeek-V2 (multi-head latent attention, queries of a low rank), of the same kind."""
     from tests.tiny_models import make_deepseek_v2

@@ -116,6 +116,8 @@ class StepPlan:
         closed: shard ids that no row of this or a later step visits.
         arrived: requests that a rank's model runner meets for the first time after they have made tokens elsewhere.
         departing: requests whose home's worker is to report, with this step's output, where their generator is.
+        next_tokens: for each member whose run ends with this step, the request's token behind it: a draft model takes
+            it in. Empty without one.
         serial: number of the step; larger than those before.
     """
 
@@ -125,6 +127,7 @@ class StepPlan:
     closed: list[str] = field(default_factory=list)
     arrived: dict[str, Arrival] = field(default_factory=dict)
     departing: list[str] = field(default_factory=list)
+    next_tokens: dict[str, int] = field(default_factory=dict)
     serial: int = 0
 
     def most_visits(self, num_ranks: int, queries: int = 1) -> int | None:

@@ -15,6 +15,7 @@ import pytest
 
 from tests import forked  # noqa: F401  (before any engine starts)
 from tests.tiny_adapters import MODULES, RANK
+from tests.tiny_drafts import drafts
 
 from .harness import RESTLESS, Engine
 
@@ -36,6 +37,7 @@ LAST_USED = {
     "test_lifecycle": ["two", "three", "small-stock"],
     "test_moves": ["round-robin"],
     "test_soak": ["small-caching"],
+    "test_speculation": ["drafting-model"],
 }
 
 
@@ -75,7 +77,7 @@ def _close_what_is_used_no_more(request: pytest.FixtureRequest, engines: Engines
 
 
 @pytest.fixture(scope="package")  # then their memory is free for the servers
-def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Engines]:
+def engines(tiny_model: str, tiny_deepseek: str, tiny_eagle3: str) -> Iterator[Engines]:
     """Starts engines by name, once."""
     recipes: dict[str, dict[str, Any]] = {
         # Stock on latent attention: each prompt at once, no prefix caching. Without a repair its rotary embeddings are
@@ -128,6 +130,16 @@ def engines(tiny_model: str, tiny_deepseek: str) -> Iterator[Engines]:
             max_model_len=3000,
             enable_prefix_caching=True,
             speculative_config=DRAFTS,
+            worker_extension_cls="tests.engine.oracle.Oracle",
+        ),
+        # The same with drafts of a random EAGLE3 head.
+        "drafting-model": dict(
+            ranks=2,
+            nanocp={"segment_size": 512, "moves": RESTLESS | {"reserve_blocks": 0}},
+            num_gpu_blocks_override=SMALL_BLOCKS,
+            max_model_len=3000,
+            enable_prefix_caching=True,
+            speculative_config=drafts(tiny_eagle3, "eagle3"),
             worker_extension_cls="tests.engine.oracle.Oracle",
         ),
         # LoRA adapters of two at once, and prompts given as embeddings; stock with this package's repairs of that.

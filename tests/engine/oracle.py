@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts of known quality: what is added to the workers of a test's engine that drafts by n-grams."""
+"""Drafts of known quality: what is added to the workers of a test's engine that drafts by n-grams or by a model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ class Oracle:
         """
         known = {tuple(prompt[:STEM]): (len(prompt), answer, share) for prompt, answer, share in answers}
         drafter = self.model_runner.drafter
-        by_ngram = type(drafter).propose
         counts = drafter.counts = Counter()
+        if hasattr(drafter, "dummy_run"):
+            drafter.propose = self._by_model(known)
+            return
+        by_ngram = type(drafter).propose
 
         def propose(most: int, sampled: list[list[int]], num_tokens: Any, token_ids: Any, **kwargs: Any) -> Any:
             drafts = by_ngram(drafter, most, sampled, num_tokens, token_ids, **kwargs)
@@ -36,17 +39,59 @@ class Oracle:
                 if not made or found is None:
                     counts["by n-gram"] += bool(drafts[i])
                     continue
-                length, answer, share = found
-                at = int(num_tokens[i]) - length
-                drafts[i] = [
-                    token if Random(1000 * length + at + j).random() < share else (token + 1) % KINDS
-                    for j, token in enumerate(answer[at : at + most])
-                ]
-                counts["right"] += share == 1
+                drafts[i] = lies(found, int(num_tokens[i]), most)
+                counts["right"] += found[2] == 1
             return drafts
 
         drafter.propose = propose
 
+    def _by_model(self, known: dict[tuple[int, ...], tuple[int, list[int], float]]) -> Any:
+        """A model's forwards all run, and write its KV; of requests that are known its drafts are replaced."""
+        runner, drafter = self.model_runner, self.model_runner.drafter
+        by_model, counts, made = type(drafter).propose, drafter.counts, getattr(drafter, "made", None)
+
+        def propose(num_speculative_tokens: int, **kwargs: Any) -> Any:
+            common, rejected = kwargs["common_attn_metadata"], kwargs["num_rejected_tokens_gpu"]
+            lengths = common.seq_lens.clone()
+            if rejected is not None:
+                lengths -= rejected
+                queries = common.query_start_loc[1:] - common.query_start_loc[:-1]
+                counts["accepted"] += int((queries - 1 - rejected)[queries <= 1 + num_speculative_tokens].sum())
+            drafts = by_model(drafter, num_speculative_tokens, **kwargs)
+            for i, req_id in enumerate(runner.input_batch.req_ids):
+                prompt = runner.requests[req_id].prompt_token_ids
+                if made is not None:
+                    made.append((tuple(prompt[:STEM]), int(lengths[i]) + 1, drafts[i].tolist()))
+                found = known.get(tuple(prompt[:STEM]))
+                if found is None:
+                    counts["by model"] += 1
+                elif int(lengths[i]) + 1 > found[0]:
+                    for j, token in enumerate(lies(found, int(lengths[i]) + 1, num_speculative_tokens)):
+                        drafts[i, j] = token
+                    counts["right"] += found[2] == 1
+            return drafts
+
+        return propose
+
+    def note_drafts(self) -> None:
+        """Have a model's drafts noted from now on."""
+        self.model_runner.drafter.made = []
+        self.teach([])
+
+    def noted_drafts(self) -> list[tuple[tuple[int, ...], int, list[int]]]:
+        """Of each request in each step: the first tokens of its prompt, how many tokens it has, and its drafts."""
+        return list(self.model_runner.drafter.made)
+
     def count_drafts(self) -> dict[str, int]:
         """Of this rank, since it was taught."""
         return dict(self.model_runner.drafter.counts)
+
+
+def lies(found: tuple[int, list[int], float], num_tokens: int, most: int) -> list[int]:
+    """Drafts behind so many tokens of a request: of what it is answered, such a share is right."""
+    length, answer, share = found
+    at = num_tokens - length
+    return [
+        token if Random(1000 * length + at + j).random() < share else (token + 1) % KINDS
+        for j, token in enumerate(answer[at : at + most])
+    ]

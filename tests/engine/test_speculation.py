@@ -17,16 +17,17 @@ pytestmark = pytest.mark.engine
 MOST = 3  # drafts a step
 # How often all requests are repeated with other prompts; more look further.
 ROUNDS = int(os.environ.get("NANOCP_DRAFT_ROUNDS", "1"))
-SHARES = (None, 0.0, 0.5, 1.0)  # of drafts that are right; None: drafts by n-grams
+SHARES = (None, 0.0, 0.5, 1.0)  # of drafts that are right; None: drafts by n-grams, or by a model
 
 
-@pytest.fixture
-def drafting(engines: Callable[..., Engine]) -> Engine:
-    return engines("drafting")
+@pytest.fixture(params=["drafting", "drafting-model"])
+def drafting(request: pytest.FixtureRequest, engines: Callable[..., Engine]) -> Engine:
+    """Drafts by n-grams; by a random EAGLE3 head."""
+    return engines(request.param)
 
 
 def teach(engine: Engine, asks: list[Ask], answers: list[Answer], shares: list[float | None]) -> None:
-    """Have each request drafted for, and such a share of it right; None: by n-grams."""
+    """Have each request drafted for, and such a share of it right; None: by n-grams, or by a model."""
     known = [(a.prompt, b.tokens[0], s) for a, b, s in zip(asks, answers, shares, strict=True) if s is not None]
     engine.call(engine.llm.collective_rpc("teach", args=(known,)))
 
@@ -87,9 +88,20 @@ def test_tokens(drafting: Engine, stock: Engine, which: int) -> None:
     counts, drafts = since(before, drafting), counted(drafting)
     print(counts, drafts)
     assert counts["moves"] + counts["spills"] > 0 and counts["preemptions"] and counts["sharded_steps"], counts
-    assert drafts["accepted"] > 80 and drafts["by n-gram"] > 30, drafts
+    assert drafts["accepted"] > 80 and drafts["by n-gram"] + drafts["by model"] > 30, drafts
 
 
+@pytest.mark.parametrize(
+    "drafting",
+    [
+        "drafting",
+        pytest.param(
+            "drafting-model",
+            marks=pytest.mark.skipif("NANOCP_DRAFT_MODELS" not in os.environ, reason="NANOCP_DRAFT_MODELS is not set"),
+        ),
+    ],
+    indirect=True,
+)
 def test_ranks_run_full(drafting: Engine, stock: Engine) -> None:
     """Requests that grow beyond what both ranks hold, all of them first at one."""
     asks = [Ask(prompt(100 + 3 * i, 48000 + i), dict(max_tokens=120 + 4 * i), rank=0) for i in range(14)]

@@ -67,8 +67,8 @@ def validate_serve(flags: list[str]) -> Any:
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2"),
         (["--decode-context-parallel-size", "2"], "--decode-context-parallel-size 2"),
         (["--prefill-context-parallel-size", "2"], "--prefill-context-parallel-size 2"),
-        (["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 2}'], "--speculative-config"),
-        (["--spec-method", "eagle3"], "--spec-method eagle3"),
+        (["--speculative-config", '{"method": "medusa", "num_speculative_tokens": 2}'], "--speculative-config"),
+        (["--spec-method", "medusa"], "--spec-method medusa"),
         (
             ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
             "--kv-transfer-config",
@@ -146,7 +146,7 @@ def test_without_the_flag_arguments_stay() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("pipeline_parallel_size", 2), ("speculative_config", {"method": "mtp"}), ("data_parallel_rank", 0)],
+    [("pipeline_parallel_size", 2), ("speculative_config", {"method": "medusa"}), ("data_parallel_rank", 0)],
 )
 def test_the_same_for_engine_arguments(field: str, value: Any, windowed_model: str) -> None:
     """``LLM(...)`` has no command line."""

@@ -275,6 +275,8 @@ class Device:
                     verified=len(drafts),
                     accepted=runner.known[req_id].accepted,
                     sharded=req_id in visiting,
+                    sharded_verified=len(drafts) * (req_id in visiting),
+                    sharded_accepted=runner.known[req_id].accepted * (req_id in visiting),
                     moved=req_id in plan.arrived,
                     behind_others=part.num_scheduled_tokens[req_id] > len(drafts) + 1,
                 )

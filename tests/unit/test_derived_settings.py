@@ -191,7 +191,7 @@ def speculator(folder: Path, target: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
-        (["--speculative-config", '{"model": "TINY", "num_speculative_tokens": 3}'], "a draft model"),
+        (["--speculative-config", '{"model": "TINY", "num_speculative_tokens": 3}'], "another draft model"),
         (["--kv-offloading-size", "1"], "a KV connector"),
         (["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'], "a KV connector"),
         (["--dp-sync-interval", "4"], "--dp-sync-interval"),
@@ -214,9 +214,8 @@ def test_a_speculators_checkpoint(tiny_model: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="Speculators verifier must name a remote model"):
             create(model)
         pytest.skip("vLLM looks for the model to serve in its hub only")
-    stock = create(model)
-    assert stock.speculative_config.method == "eagle3" and stock.model_config.model == tiny_model
-    assert "speculators checkpoint" in refusal(lambda: create(model, *NANOCP))
+    for config in (create(model), create(model, *NANOCP)):
+        assert config.speculative_config.method == "eagle3" and config.model_config.model == tiny_model
 
 
 def _set(path: str, value: Any) -> Callable[[Any], None]:
@@ -229,20 +228,30 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
     return change
 
 
-def _drafts(method: str, path: str = "instance_id", value: Any = "") -> Callable[[Any], None]:
+def _drafts(method: str, path: str = "instance_id", value: Any = "", **others: Any) -> Callable[[Any], None]:
     """Speculative decoding by a method, and something else that is set."""
 
     def change(config: Any) -> None:
-        _set("speculative_config", SimpleNamespace(method=method))(config)
+        of_model = dict(
+            draft_sample_method="greedy",
+            disable_padded_drafter_batch=False,
+            parallel_drafting=False,
+            use_multi_module_mtp=lambda: False,
+            draft_model_config=SimpleNamespace(max_model_len=config.model_config.max_model_len),
+        )
+        _set("speculative_config", SimpleNamespace(method=method, **(of_model | others)))(config)
         _set(path, value)(config)
 
     return change
 
 
-def _latent_drafts(config: Any) -> None:
-    model = config.model_config
-    latent = type("Latent", (), {"use_mla": True, "__getattr__": lambda _, name: getattr(model, name)})()
-    _drafts("ngram", "model_config", latent)(config)
+def _latent_drafts(method: str) -> Callable[[Any], None]:
+    def change(config: Any) -> None:
+        model = config.model_config
+        latent = type("Latent", (), {"use_mla": True, "__getattr__": lambda _, name: getattr(model, name)})()
+        _drafts(method, "model_config", latent)(config)
+
+    return change
 
 
 def _drafts_with_flashinfer(config: Any) -> None:
@@ -256,13 +265,17 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "pipeline parallelism": _set("parallel_config.pipeline_parallel_size", 2),
     "decode context parallelism": _set("parallel_config.decode_context_parallel_size", 2),
     "prefill context parallelism": _set("parallel_config.prefill_context_parallel_size", 2),
-    "speculative decoding with a draft model": _drafts("eagle3"),
+    "speculative decoding with another draft model": _drafts("medusa"),
+    "drafts that a model samples": _drafts("eagle3", draft_sample_method="probabilistic"),
+    "a draft model with other batches": _drafts("eagle", disable_padded_drafter_batch=True),
+    "a draft model for shorter requests": _drafts("eagle3", draft_model_config=SimpleNamespace(max_model_len=8)),
+    "a draft model beside latent attention": _latent_drafts("mtp"),
     "speculative decoding on GPUs by this method": _drafts("ngram", "parallel_config.worker_cls", GPU_WORKER),
     "speculative decoding on GPUs with the V1": _drafts("ngram_gpu", "parallel_config.worker_cls", GPU_WORKER),
     "speculative decoding with async scheduling": _drafts("ngram", "scheduler_config.async_scheduling", True),
     "speculative decoding with the V2 model runner": _drafts("ngram", "attention_config.hisparse_config", object()),
     "the method ngram_gpu on CPU": _drafts("ngram_gpu"),
-    "speculative decoding of latent attention": _latent_drafts,
+    "speculative decoding of latent attention": _latent_drafts("ngram"),
     "speculative decoding with FLASHINFER": _drafts_with_flashinfer,
     "a KV connector": _set("kv_transfer_config", object()),
     "--ec-transfer-config": _set("ec_transfer_config", object()),
@@ -303,6 +316,30 @@ def test_each_setting(tiny_model: str, setting: refusals.Setting) -> None:
         check_settings(config, 1)
     else:
         refusal(lambda: check_settings(config, 1))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        dict(parallel_drafting=True),
+        dict(use_multi_module_mtp=lambda: True),
+        dict(disable_padded_drafter_batch=True),
+    ],
+    ids=lambda kind: next(iter(kind)),
+)
+def test_draft_models_with_batches_of_their_own(tiny_model: str, kind: dict[str, Any]) -> None:
+    config = create(tiny_model, *NANOCP)
+    _drafts("mtp")(config)
+    check_settings(config, RANKS)
+    _drafts("mtp", **kind)(config)
+    assert "a draft model with other batches" in refusal(lambda: check_settings(config, RANKS))
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp"])
+def test_draft_models_on_gpus(tiny_model: str, method: str) -> None:
+    config = create(tiny_model, *NANOCP)
+    _drafts(method, "parallel_config.worker_cls", GPU_WORKER)(config)
+    assert "only ngram_gpu has been run on GPUs" in refusal(lambda: check_settings(config, RANKS))
 
 
 def test_drafts_on_gpus(tiny_model: str) -> None:

@@ -46,6 +46,8 @@ def busy_snapshot() -> Snapshot:
     for count, times in counts:
         for _ in range(times):
             count()
+    collector.drafted(3, 8, 7)
+    collector.drafted(4, 9, 1)
     for rooms_elsewhere in (True, False, False, False, False, False):
         collector.preempted(rooms_elsewhere)
     return collector.snapshot(list(STATES), dict(COEFFICIENTS))
@@ -94,6 +96,9 @@ def test_counts_since_the_last_snapshot() -> None:
         preemptions_with_room=1,
         preemptions_without_room=5,
         prevented_preemptions=6,
+        sharded_drafts=7,
+        sharded_draft_tokens=17,
+        sharded_accepted_tokens=8,
         coefficients=COEFFICIENTS,
     )
 
@@ -216,6 +221,9 @@ def test_what_prometheus_sees() -> None:
         ("moves_total", ()): 4,
         ("spills_total", ()): 2,
         ("prevented_preemptions_total", ()): 6,
+        ("spec_decode_drafts_total", ()): 7,
+        ("spec_decode_draft_tokens_total", ()): 17,
+        ("spec_decode_accepted_tokens_total", ()): 8,
         ("preemptions_total", (("room_elsewhere", "true"),)): 1,
         ("preemptions_total", (("room_elsewhere", "false"),)): 5,
         ("prefix_hit_tokens_total", (("distance", "local"),)): 60,

@@ -72,7 +72,9 @@ class DraftedWorld(World):
         self.right = self.dice.choice([0.0, 0.5, 0.9, 1.0])
         self.lazy = self.dice.choice([0.0, 0.3])
         self.queries, self.asynchronous = 1 + self.most, asynchronous
-        super().__init__(with_drafts(vllm_config, self.most), seed, version, asynchronous)
+        super().__init__(self.with_drafts(vllm_config, self.most), seed, version, asynchronous)
+
+    with_drafts = staticmethod(with_drafts)
 
     def draft(self, truth: Truth, first: int) -> list[int]:
         count = self.most if self.dice.random() >= self.lazy else self.dice.randint(0, self.most)
@@ -89,7 +91,45 @@ class DraftedWorld(World):
             self.scheduler.update_draft_token_ids(self.device.propose(output, self.draft))
 
     def run(self) -> Counter[str]:
-        return super().run() + self.device.drafts
+        told: Counter[str] = Counter()
+
+        def drafted(requests: int, drafts: int, accepted: int) -> None:
+            told.update(told_sharded=requests, told_verified=drafts, told_accepted=accepted)
+
+        self.scheduler.collector.drafted = drafted  # type: ignore[method-assign]
+        return super().run() + self.device.drafts + told
+
+
+class DraftedByModel(DraftedWorld):
+    """The same with drafts of an EAGLE head, which vLLM would take blocks for, and drop cached ones."""
+
+    def __init__(self, vllm_config: Any, seed: int, version: int, asynchronous: bool) -> None:
+        self.told = 0
+        super().__init__(vllm_config, seed, version, asynchronous)
+
+    @staticmethod
+    def with_drafts(vllm_config: Any, most: int) -> Any:
+        config = with_drafts(vllm_config, most)
+        object.__setattr__(config.speculative_config, "method", "eagle3")
+        object.__setattr__(config.speculative_config, "disable_eagle_block_drop", True)
+        return config
+
+    def launched(self, output: Any) -> None:
+        super().launched(output)
+        ends: dict[str, int] = {}
+        for runner, part in zip(self.device.runners, payloads(output), strict=True):
+            cached = part.scheduled_cached_reqs
+            starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+            starts |= {new.req_id: new.num_computed_tokens for new in part.scheduled_new_reqs}
+            for req_id, count in part.num_scheduled_tokens.items():
+                known, end = runner.known.get(req_id), starts[req_id] + count
+                if "#" in req_id and known is not None and end == known.num_prompt:
+                    ends[req_id] = known.truth.tokens[end]
+        assert output.plan.next_tokens == ends
+        self.told += len(ends)
+
+    def run(self) -> Counter[str]:
+        return super().run() + Counter(told=self.told)
 
 
 class Tight(DraftedWorld):
@@ -122,6 +162,17 @@ def test_worlds(vllm_config: Any, monkeypatch: pytest.MonkeyPatch, version: int,
     # V2's runner keeps drafts in its memory, so none go along to another rank's.
     assert min(counts[kind] for kind in ("moved", "behind_others")) > 3 if version == 1 else not counts["moved"], counts
     assert counts["preemptions"] and counts["aborts"] and counts["resets"] and counts["pauses"], counts
+    # But for what is in flight when a request ends or is taken back.
+    for told, happened in (("told_sharded", "sharded"), ("told_verified", "sharded_verified")):
+        assert 0.9 * counts[happened] <= counts[told] <= counts[happened], counts
+    assert 0.9 * counts["sharded_accepted"] <= counts["told_accepted"] <= counts["sharded_accepted"], counts
+
+
+def test_worlds_with_a_draft_model(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members' workers are told what follows their run, and nobody takes blocks for what is not verified yet."""
+    counts = run_worlds(DraftedByModel, vllm_config, 1, False, WORLDS // 2, monkeypatch)
+    assert counts["verified"] > counts["accepted"] > 250 and counts["told"] > 20, counts
+    assert counts["moves"] + counts["spills"] > 3 and counts["preemptions"], counts
 
 
 @pytest.mark.parametrize(("version", "asynchronous"), [(1, False), (2, True)], ids=["v1", "v2-async"])

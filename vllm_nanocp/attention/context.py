@@ -23,6 +23,8 @@ class AttentionContext:
     routes: of the routed exchange, by capacity; empty without it.
     tables: of fixed size, by capacity; which ones, the family says.
     step: None in a step without sharded rows, which then is stock vLLM.
+    draft_step: of the forwards of a draft model after its first, which has the rows of ``step``; None like it, and
+        without such a model.
     reserve: called by each layer while vLLM measures how much memory a step needs, for its dummy step visits no shard;
         takes up what one would that does.
     """
@@ -33,6 +35,7 @@ class AttentionContext:
     routes: dict[int, Routes] = field(default_factory=dict)
     tables: dict[int, Any] = field(default_factory=dict)
     step: ShardedStep | None = None
+    draft_step: ShardedStep | None = None
     reserve: Callable[[], None] | None = None
 
 

@@ -105,6 +105,21 @@ def _split(
     return SplitBatch(step, step.guest_rows(), plain, plain_tokens, local, send_tokens), stock
 
 
+def later_draft(step: ShardedStep, common: CommonAttentionMetadata, block_size: int) -> ShardedStep:
+    """The step of a draft model's forward after its first, for what is held here by now: how much that is depends on
+    how many drafts were accepted, and is the home's own business.
+
+    Args:
+        step: with one query a row; its ``local_tokens`` are written.
+        common: of the forward. A row of which something has no block ends with its blocks.
+        block_size: tokens a block holds.
+    """
+    for own in step.own:
+        length = int(common.seq_lens[own.batch_row()])
+        own.local_tokens = max(0, length - 1 - own.first_block * block_size)
+    return step
+
+
 def _tokens(starts: list[int], rows: list[int]) -> torch.Tensor:
     return torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
 

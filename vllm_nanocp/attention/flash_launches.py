@@ -111,6 +111,22 @@ def hidden_tokens(step: ShardedStep, rows: list[int], common: CommonAttentionMet
     return [most[row] - own.num_queries - own.local_tokens for row, own in zip(rows, step.own, strict=True)]
 
 
+def later_draft(step: ShardedStep, common: CommonAttentionMetadata, block_size: int) -> ShardedStep:
+    """The step of a draft model's forward after its first. What a home holds by then depends on how many drafts were
+    accepted: ``local_tokens`` are written, the most that this may be; ``hidden_tokens`` leaves the rest to the device.
+
+    Args:
+        step: with one query a row.
+        common: of the forward.
+        block_size: tokens a block holds.
+    """
+    assert common.seq_lens_cpu_upper_bound is not None
+    most = common.seq_lens_cpu_upper_bound.tolist()
+    for own in step.own:
+        own.local_tokens = max(0, most[own.batch_row()] - 1 - own.first_block * block_size)
+    return step
+
+
 @dataclass
 class TableRow:
     """Some queries and what they see: the first ``length`` tokens of the blocks whose ids, int32, are at this address;

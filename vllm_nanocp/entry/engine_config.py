@@ -12,7 +12,16 @@ from .. import patches
 from ..attention.cache_dtypes import CACHE_DTYPES
 from ..config import MAX_PLACES, NanoCPConfig, largest_capacity
 from ..errors import UNSHARDED, refuse
-from .refusals import CPU_WORKER, EXECUTORS, GPU_WORKER, SCHEDULER, check_environment, check_flags, check_settings
+from .refusals import (
+    CPU_WORKER,
+    EXECUTORS,
+    GPU_WORKER,
+    SCHEDULER,
+    check_environment,
+    check_flags,
+    check_settings,
+    drafts_by_model,
+)
 
 # From so many requests on, over all ranks, schedulers in processes of their own are worth their messages.
 MANY_REQUESTS = 1024
@@ -285,6 +294,10 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     vllm_config = create()
     engine_args.data_parallel_size = 1
     check_settings(vllm_config, config.degree_limit, config.gap is not None)
+    if drafts_by_model(vllm_config):
+        # Else vLLM computes the last block of a cached prefix again, for the draft model's sake, where placement counts
+        # on all of them. One of its keys then comes from the token that followed there, and may make a draft wrong.
+        vllm_config.speculative_config.disable_eagle_block_drop = True
     check_model(vllm_config, config)
     check_capacities(vllm_config, config)
     check_graphs(vllm_config, config)

@@ -50,10 +50,10 @@ def _named(drafts: Any) -> Any:
     return drafts.get("method") if isinstance(drafts, dict) else drafts
 
 
-def _draft_model(drafts: Any) -> bool:
-    """Whether a method is one that drafts with a model; of a configuration, if it says so."""
+def _other_drafter(drafts: Any) -> bool:
+    """Whether a method is one that is served nowhere; of a configuration, if it says so."""
     method = _named(drafts)
-    return isinstance(method, str) and method not in (*DRAFTERS, *GPU_DRAFTERS, "[ngram]")
+    return isinstance(method, str) and method not in (*DRAFTERS, *MODEL_DRAFTERS, *GPU_DRAFTERS, "[ngram]")
 
 
 def _drafts_on_a_gpu(drafts: Any) -> bool:
@@ -94,11 +94,13 @@ class Flag:
             refuse("--" + self.field.replace("_", "-") + (f" {value}" if self.shown else ""), self.why, self.instead)
 
 
-# Ways to draft without a model: they keep no KV, and take no part in the ranks' collectives. And those for GPUs only.
+# Ways to draft without a model: they keep no KV, and take no part in the ranks' collectives. Those with one, that reads
+# the target's hidden states. And those for GPUs only.
 DRAFTERS = ("ngram", "suffix", "custom_class")
+MODEL_DRAFTERS = ("eagle", "eagle3", "mtp")
 GPU_DRAFTERS = ("ngram_gpu",)
-_DRAFT_MODEL = "a draft's layers have KV to be sharded, too, and ranks without tokens would have to draft beside others"
-_OTHER_DRAFTER = "use the method ngram, suffix or custom_class, on GPUs ngram_gpu, or leave it out"
+_DRAFT_MODEL = "of the ways to draft with a model only EAGLE, EAGLE3 and MTP have been run, on CPU"
+_OTHER_DRAFTER = "use ngram, suffix, custom_class, eagle, eagle3 or mtp on CPU, ngram_gpu on GPUs, or leave it out"
 _DRAFTS_ON_GPUS = "of the ways to draft only ngram_gpu has been run on GPUs"
 _DRAFT_ON_GPUS = "use the method ngram_gpu, or leave it out"
 _ONE_ENGINE = "one engine holds all ranks"
@@ -118,8 +120,8 @@ FLAGS = (
     Flag("decode_context_parallel_size", _above_one, "it splits every request's KV, which nanocp does per request",
          shown=True),
     Flag("prefill_context_parallel_size", _above_one, "chunks are placed by shard map", shown=True),
-    Flag("speculative_config", _draft_model, _DRAFT_MODEL, _OTHER_DRAFTER),
-    Flag("spec_method", _draft_model, _DRAFT_MODEL, _OTHER_DRAFTER, shown=True),
+    Flag("speculative_config", _other_drafter, _DRAFT_MODEL, _OTHER_DRAFTER),
+    Flag("spec_method", _other_drafter, _DRAFT_MODEL, _OTHER_DRAFTER, shown=True),
     Flag("speculative_config", _drafts_on_a_gpu, _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS),
     Flag("spec_method", _drafts_on_a_gpu, _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS, shown=True),
     *(Flag(field, bool, _ONE_ADDRESS) for field in
@@ -251,6 +253,26 @@ def _drafts_with_flashinfer(vllm_config: Any) -> bool:
     return vllm_config.parallel_config.worker_cls == GPU_WORKER and flashinfer_chosen(vllm_config)
 
 
+def drafts_by_model(vllm_config: Any) -> bool:
+    """Whether requests are decoded with drafts that a model makes from the target's hidden states."""
+    return draft_method(vllm_config) in MODEL_DRAFTERS
+
+
+def _unequal_drafts(vllm_config: Any) -> bool:
+    """Whether a draft model's forwards have other tokens than the target's, which the other ranks cannot know."""
+    drafts = vllm_config.speculative_config
+    return drafts_by_model(vllm_config) and bool(
+        drafts.disable_padded_drafter_batch or drafts.parallel_drafting or drafts.use_multi_module_mtp()
+    )
+
+
+def _shorter_draft(vllm_config: Any) -> bool:
+    drafts = vllm_config.speculative_config
+    return drafts_by_model(vllm_config) and (
+        drafts.draft_model_config.max_model_len < vllm_config.model_config.max_model_len
+    )
+
+
 def _without_kv(vllm_config: Any) -> bool:
     """Whether no layer keeps KV: nothing to place requests by, and to place them otherwise is not built."""
     model = vllm_config.model_config
@@ -266,11 +288,25 @@ SETTINGS = (
             "it splits every request's KV, which nanocp does per request"),
     Setting(lambda c: c.parallel_config.prefill_context_parallel_size > 1, "prefill context parallelism",
             "chunks are placed by shard map"),
-    Setting(lambda c: draft_method(c) not in (None, *DRAFTERS, *GPU_DRAFTERS),
-            "speculative decoding with a draft model (--speculative-config, --spec-method, --spec-model, or a "
+    Setting(lambda c: draft_method(c) not in (None, *DRAFTERS, *MODEL_DRAFTERS, *GPU_DRAFTERS),
+            "speculative decoding with another draft model (--speculative-config, --spec-method, --spec-model, or a "
             "speculators checkpoint)", _DRAFT_MODEL,
             f"{_OTHER_DRAFTER}; of a speculators checkpoint, serve the model it was made for"),
-    Setting(lambda c: draft_method(c) in DRAFTERS and c.parallel_config.worker_cls == GPU_WORKER,
+    Setting(lambda c: drafts_by_model(c) and c.speculative_config.draft_sample_method != "greedy",
+            "drafts that a model samples (draft_sample_method in --speculative-config)",
+            "their probabilities do not go along when a request moves to another rank",
+            "leave draft_sample_method out"),
+    Setting(_unequal_drafts, "a draft model with other batches than the target's (disable_padded_drafter_batch, "
+            "parallel_drafting, or several MTP layers, one for each draft)",
+            "how many tokens it runs is not known to the other ranks",
+            "leave these out of --speculative-config, or use another draft model"),
+    Setting(_shorter_draft, "a draft model for shorter requests than its target (max_model_len)",
+            "a rank would draft nothing while others wait for its forwards",
+            "leave max_model_len out of --speculative-config, or use --max-model-len no larger than the draft's"),
+    Setting(lambda c: drafts_by_model(c) and (c.model_config.use_mla or c.model_config.is_multimodal_model),
+            "a draft model beside latent attention (MLA) or a multi-modal model", "it has not been run",
+            "use the method ngram, or leave it out"),
+    Setting(lambda c: draft_method(c) not in (None, *GPU_DRAFTERS) and c.parallel_config.worker_cls == GPU_WORKER,
             "speculative decoding on GPUs by this method (--speculative-config, --spec-method)",
             _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS),
     Setting(lambda c: draft_method(c) and c.parallel_config.worker_cls == GPU_WORKER and not c.use_v2_model_runner,

@@ -41,6 +41,9 @@ class Snapshot:
         spills: times that one did because its home was full.
         preemptions_with_room: preemptions while other ranks had room for the request.
         preemptions_without_room: all others.
+        sharded_drafts: steps of sharded requests that had drafts.
+        sharded_draft_tokens: drafts of them.
+        sharded_accepted_tokens: those that were right.
         prevented_preemptions: times a rank's blocks ran out and spills made up for all that was missing.
         coefficients: of the cost model, by name; empty without one.
     """
@@ -55,6 +58,9 @@ class Snapshot:
     preemptions_with_room: int = 0
     preemptions_without_room: int = 0
     prevented_preemptions: int = 0
+    sharded_drafts: int = 0
+    sharded_draft_tokens: int = 0
+    sharded_accepted_tokens: int = 0
     coefficients: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -105,6 +111,9 @@ _COUNTS = (
     "preemptions_with_room",
     "preemptions_without_room",
     "prevented_preemptions",
+    "sharded_drafts",
+    "sharded_draft_tokens",
+    "sharded_accepted_tokens",
 )
 
 
@@ -141,6 +150,7 @@ class Collector:
         self._local_hits = self._remote_hits = self._missed = 0
         self._moves = self._spills = self._prevented = 0
         self._with_room = self._without_room = 0
+        self._drafts = self._draft_tokens = self._accepted = 0
 
     def admitted(self, degree: int, local_hits: int, remote_hits: int, missed: int) -> None:
         """A request was placed.
@@ -175,6 +185,18 @@ class Collector:
         else:
             self._without_room += 1
 
+    def drafted(self, drafts: int, tokens: int, accepted: int) -> None:
+        """Sharded requests were decoded with drafts.
+
+        Args:
+            drafts: how many requests, in one step.
+            tokens: drafts of all of them.
+            accepted: how many were right.
+        """
+        self._drafts += drafts
+        self._draft_tokens += tokens
+        self._accepted += accepted
+
     def prevented_preemption(self) -> None:
         """A request would have been preempted, had nothing been moved or spilled."""
         self._prevented += 1
@@ -197,6 +219,9 @@ class Collector:
             preemptions_with_room=self._with_room,
             preemptions_without_room=self._without_room,
             prevented_preemptions=self._prevented,
+            sharded_drafts=self._drafts,
+            sharded_draft_tokens=self._draft_tokens,
+            sharded_accepted_tokens=self._accepted,
             coefficients=coefficients or {},
         )
         self._reset()

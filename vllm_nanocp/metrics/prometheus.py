@@ -66,6 +66,9 @@ class Metrics:
         self.prevented = self._counter(
             "prevented_preemptions", "Times a rank was short of blocks and spills made up for it."
         )
+        self.drafts = self._counter("spec_decode_drafts", "Steps of sharded requests that had drafts.")
+        self.draft_tokens = self._counter("spec_decode_draft_tokens", "Drafts of sharded requests.")
+        self.accepted = self._counter("spec_decode_accepted_tokens", "Drafts of sharded requests that were right.")
         self.preemptions = self._counters(
             "preemptions",
             "Preempted requests, by whether other ranks had room.",
@@ -133,6 +136,9 @@ class Metrics:
             (self.moves, snapshot.moves),
             (self.spills, snapshot.spills),
             (self.prevented, snapshot.prevented_preemptions),
+            (self.drafts, snapshot.sharded_drafts),
+            (self.draft_tokens, snapshot.sharded_draft_tokens),
+            (self.accepted, snapshot.sharded_accepted_tokens),
             (self.preemptions[_ROOM[True]], snapshot.preemptions_with_room),
             (self.preemptions[_ROOM[False]], snapshot.preemptions_without_room),
             (self.hits["local"], snapshot.local_hits),

@@ -137,7 +137,9 @@ class NanoCPScheduler(RanksTogether):
         self.requests: dict[str, Request] = {}
         # The rank whose scheduler and model runner know a request by its own id.
         self.rank_of: dict[str, int] = {}
-        self.members = Members(self.ranks, self.rank_of, block_size, self.config.decode_bench, log_stats)
+        speculative = vllm_config.speculative_config
+        tells_next = speculative is not None and speculative.use_eagle()
+        self.members = Members(self.ranks, self.rank_of, block_size, self.config.decode_bench, log_stats, tells_next)
         self.sharded = self.members.sharded
         self.prefixes = SharedPrefixes(
             self.ranks,
@@ -393,7 +395,8 @@ class NanoCPScheduler(RanksTogether):
                 rank.wait()
         # Of requests that end now, too.
         outlet_of = dict(self.members.outlet_of)
-        for answered, client, its in [rank.end_update() for rank in self.ranks]:
+        for answered, client, its, drafted in [rank.end_update() for rank in self.ranks]:
+            self.collector.drafted(*drafted)
             if its is not None:
                 reader = client if not stats else reader
                 stats.append(its)

@@ -30,6 +30,7 @@ class Members:
         block_size: tokens a block holds.
         decode_bench: whether prompts are taken as computed.
         log_stats: whether requests record when they were scheduled.
+        tells_next: whether workers are told of the token behind a member's run.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Members:
         block_size: int,
         decode_bench: bool,
         log_stats: bool,
+        tells_next: bool = False,
     ) -> None:
         self.ranks = ranks
         self.rank_of = rank_of
         self.block_size = block_size
         self.decode_bench = decode_bench
         self.log_stats = log_stats
+        self.tells_next = tells_next
         self.sharded: dict[str, ShardedRequest] = {}
         # The rank by which a request's output leaves, where its home has changed: its first one.
         self.outlet_of: dict[str, int] = {}
@@ -114,6 +117,9 @@ class Members:
                 if row is not None:
                     self.plan.rows.append(row)
             if not sharded.at_home and sharded.run_done:
+                if self.tells_next and num_queries:
+                    end = sharded.shard_map.end_token(sharded.active, sharded.request.num_tokens)
+                    self.plan.next_tokens[sharded.member.request_id] = sharded.request.all_token_ids[end]
                 self.ranks[sharded.rank].park(sharded.member.request_id, sharded.run.first_block)
                 sharded.park()
                 self.changes += 1

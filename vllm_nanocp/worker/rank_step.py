@@ -44,7 +44,7 @@ class ShardTable:
 
 
 def make_step(
-    plan: StepPlan, shards: ShardTable, num_ranks: int, batch_row: Callable[[str], int]
+    plan: StepPlan, shards: ShardTable, num_ranks: int, batch_row: Callable[[str], int], queries: int | None = None
 ) -> ShardedStep | None:
     """This rank's part of a plan; None when no row anywhere visits a shard.
 
@@ -53,6 +53,7 @@ def make_step(
         shards: of this rank, updated with the plan.
         num_ranks: N.
         batch_row: finds a request's row in the batch, once the model runner has built it.
+        queries: that each row has; None: the plan's.
     """
     if not plan.rows:
         return None
@@ -60,20 +61,21 @@ def make_step(
     step = ShardedStep(me, send_counts=[0] * num_ranks, recv_counts=[0] * num_ranks, serial=plan.serial)
     rows = [0] * num_ranks
     for row in plan.rows:
-        rows[row.home] += row.num_queries * (1 + len(row.holders))
+        num_queries = queries or row.num_queries
+        rows[row.home] += num_queries * (1 + len(row.holders))
         for holder in row.holders:
-            rows[holder.rank] += row.num_queries
+            rows[holder.rank] += num_queries
         visits: list[tuple[int, int]] = []
         for holder in row.holders:
             if row.home == me:
                 visits.append((holder.rank, step.send_counts[holder.rank]))
-                step.send_counts[holder.rank] += row.num_queries
+                step.send_counts[holder.rank] += num_queries
             if holder.rank == me:
                 first, blocks = step.recv_counts[row.home], shards[holder.shard]
-                step.guests.append(Guest(row.home, first, row.num_queries, holder.shard, blocks, holder.length))
-                step.recv_counts[row.home] += row.num_queries
+                step.guests.append(Guest(row.home, first, num_queries, holder.shard, blocks, holder.length))
+                step.recv_counts[row.home] += num_queries
         if row.home == me:
-            own = OwnRow(partial(batch_row, row.req_id), row.num_queries, row.first_block, row.local_tokens, visits)
+            own = OwnRow(partial(batch_row, row.req_id), num_queries, row.first_block, row.local_tokens, visits)
             step.own.append(own)
     step.most_rows = max(rows)
     step.guests.sort(key=lambda guest: (guest.home, guest.index))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from vllm.config.compilation import CUDAGraphMode
@@ -11,15 +11,20 @@ from vllm.config.compilation import CUDAGraphMode
 from ..attention.context import context
 from ..plan import Batch, StepPlan
 
+if TYPE_CHECKING:
+    from .model_drafts import ModelDrafts
+
 
 class RunnerAdapter(Protocol):
     """What the worker asks of a model runner.
 
     Attributes:
         plan: of the step that runs; None outside of one (warm-up, memory profiling).
+        drafts: made by a model; None without them.
     """
 
     plan: StepPlan | None
+    drafts: ModelDrafts | None
 
     def batch_row(self, req_id: str) -> int:
         """Index of a request in the batch being prepared."""
@@ -65,6 +70,12 @@ class V1Runner:
         if mode is None or mode == CUDAGraphMode.NONE:
             self._ask_ranks = module.coordinate_batch_across_dp
             module.coordinate_batch_across_dp = self._coordinate  # type: ignore[assignment]
+        self.drafts: ModelDrafts | None = None
+        speculative = model_runner.speculative_config
+        if speculative is not None and speculative.use_eagle():
+            from .model_drafts import ModelDrafts
+
+            self.drafts = ModelDrafts(model_runner, lambda: self.plan)
 
     def _coordinate(self, num_tokens_unpadded: int, *args: Any, **kwargs: Any) -> Any:
         if self.plan is None:
@@ -83,7 +94,10 @@ class V1Runner:
         return {req_id: generator.get_state().numpy().tobytes() for req_id, generator in generators.items()}
 
     def run_idle(self, attention: bool) -> None:
-        self.model_runner._dummy_run(1, uniform_decode=True, force_attention=attention)
+        def run() -> None:
+            self.model_runner._dummy_run(1, uniform_decode=True, force_attention=attention)
+
+        run() if self.drafts is None else self.drafts.put_off(run)
 
 
 class V2Runner:
@@ -98,6 +112,7 @@ class V2Runner:
 
         self.model_runner = model_runner
         self.plan: StepPlan | None = None
+        self.drafts: ModelDrafts | None = None  # refused with this runner
         self._rows: dict[str, int] = {}
         self._prepare_attn = model_runner.prepare_attn
         model_runner.prepare_attn = self._note_rows

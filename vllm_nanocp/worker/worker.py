@@ -132,6 +132,8 @@ class OneRank(_Base):
         part = scheduler_output.part(self.shards.rank)
         self.shards.update(plan)
         context.step = make_step(plan, self.shards, self.nanocp.ranks, self.runner.batch_row)
+        if self.runner.drafts is not None:
+            context.draft_step = make_step(plan, self.shards, self.nanocp.ranks, self.runner.batch_row, queries=1)
         if context.step is not None and context.routes:  # else the runner sets it, once it has chosen a graph
             visits = plan.most_visits(self.nanocp.ranks, context.queries)
             if visits is not None:
@@ -147,9 +149,15 @@ class OneRank(_Base):
                 self.num_sharded_steps += 1
                 self.num_captured_steps += context.step.captured
                 self.num_routed_steps += bool(context.routes and context.step.capacity)
-        finally:
-            context.step = self.runner.plan = None
+        except BaseException:
+            self._end_step()
+            raise
+        if self.runner.drafts is None or not plan.batches:
+            self._end_step()
         return self._reply(output)
+
+    def _end_step(self) -> None:
+        context.step = context.draft_step = self.runner.plan = None
 
     def nanocp_counters(self) -> dict[str, int]:
         """Sharded steps of this worker; those that replayed a graph with it, those over the routed exchange."""
@@ -162,11 +170,17 @@ class OneRank(_Base):
     def sample_tokens(  # type: ignore[override]
         self, grammar_output: NanoCPGrammarOutput | GrammarOutput | None
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
-        if self._idle:
-            return self._reply(EMPTY_MODEL_RUNNER_OUTPUT)
-        if isinstance(grammar_output, NanoCPGrammarOutput):
-            grammar_output = grammar_output.part(self.shards.rank)
-        return self._reply(super().sample_tokens(grammar_output))
+        """As vLLM's worker. A draft model runs here, on a rank without tokens, too."""
+        try:
+            if self._idle:
+                if self.runner.plan is not None and self.runner.drafts is not None:
+                    self.runner.drafts.run_idle()
+                return self._reply(EMPTY_MODEL_RUNNER_OUTPUT)
+            if isinstance(grammar_output, NanoCPGrammarOutput):
+                grammar_output = grammar_output.part(self.shards.rank)
+            return self._reply(super().sample_tokens(grammar_output))
+        finally:
+            self._end_step()
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Drafts of the requests in the last step; a rank without tokens has those of an earlier one still."""

@@ -22,9 +22,10 @@ from ...errors import refuse
 from ..cache_dtypes import CACHE_DTYPES
 from ..context import context
 from ..cpu_partial import as_stored, attend_causal, attend_shard, gather_shard
-from ..cpu_rows import CPULayer, LocalRow, SplitBatch, split_metadata
+from ..cpu_rows import CPULayer, LocalRow, SplitBatch, later_draft, split_metadata
 from ..family import attend
 from ..merge import Partial
+from ..sharded_step import ShardedStep
 from ..supported import grouped_query_problem
 
 
@@ -67,9 +68,23 @@ class NanoCPCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
-        step, stock = context.step, super().build
-        if step is None:
-            return stock(common_prefix_len, common_attn_metadata, fast_build)
+        if context.step is None:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        return self._split(context.step, common_attn_metadata, fast_build)
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> CPUAttentionMetadata:
+        """Of a draft model's forwards the first has the target's rows."""
+        step = context.draft_step
+        if step is None or not draft_index:
+            return self.build(0, common_attn_metadata, fast_build=True)
+        return self._split(later_draft(step, common_attn_metadata, self.block_size), common_attn_metadata, True)
+
+    def _split(
+        self, step: ShardedStep, common_attn_metadata: CommonAttentionMetadata, fast_build: bool
+    ) -> CPUAttentionMetadata:
+        stock = super().build
         return split_metadata(
             ShardedCPUAttentionMetadata, step, common_attn_metadata, self.block_size,
             lambda common: stock(0, common, fast_build),

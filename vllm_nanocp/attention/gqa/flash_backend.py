@@ -7,7 +7,7 @@ What it does in a sharded step is in ``gpu_layer.py``; here are its launches ove
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from ...errors import UNSHARDED, NanoCPConfigError
 from ..cache_dtypes import CACHE_DTYPES
 from ..context import context
-from ..flash_launches import ShardLaunch, TableRow, gather_tables, make_launch
+from ..flash_launches import ShardLaunch, TableRow, gather_tables, later_draft, make_launch
 from ..partial_rows import RowLayout, pack_pieces, warm_up
+from ..sharded_step import ShardedStep
 from . import flash_splits
 from .flash_tables import StepTables, exact_tables, most_memory
 from .gpu_layer import GroupedQueryOnGPU, ShardedAttention, captured_tables
@@ -57,9 +58,25 @@ class NanoCPFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttentionMetadata:
-        step = context.step
-        if step is None:
+        if context.step is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        return self._split(context.step, common_attn_metadata, fast_build)
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> FlashAttentionMetadata:
+        """Of a draft model's forwards, over the collective exchange: the routed one has a place for one forward a step.
+        The first has the target's rows."""
+        step, later = context.step, context.draft_step
+        if step is None or later is None:
+            return self.build(0, common_attn_metadata, fast_build=True)
+        if draft_index:
+            step = later_draft(later, common_attn_metadata, self.block_size)
+        return self._split(replace(step, capacity=0), common_attn_metadata, True)
+
+    def _split(
+        self, step: ShardedStep, common_attn_metadata: CommonAttentionMetadata, fast_build: bool
+    ) -> FlashAttentionMetadata:
         common = copy(common_attn_metadata)
         if step.capacity:
             tables = captured_tables(self, step, self._layout, self.num_heads_kv)

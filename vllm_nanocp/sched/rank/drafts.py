@@ -20,6 +20,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from ...placement import cdiv
 from .interface import Decoding, Part
@@ -51,6 +52,13 @@ class DraftDoors(ViewDoors):
     # Drafts a step, kept while ``num_spec_tokens`` says that there are none.
     _most_drafts = 0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # vLLM takes blocks for what a draft model writes beyond the tokens of a step, and a member has none behind its
+        # run. Drafts get blocks when they are verified (``fit_drafts``); till then the worker does without.
+        self.num_lookahead_tokens = 0
+        self._sharded = (0, 0, 0)
+
     @property
     def speculates(self) -> bool:
         """Whether requests are decoded with drafts."""
@@ -78,6 +86,29 @@ class DraftDoors(ViewDoors):
         if self._most_drafts and self.dynamic_sd_lookup is None:
             scheduler_output.num_spec_tokens_to_schedule = self._most_drafts
         super()._update_after_schedule(scheduler_output)
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> SpecDecodingStats | None:
+        """As vLLM's; and what of it is of sharded requests, which begin with vLLM's null block here."""
+        held = self.held_blocks.get(request_id)
+        if num_draft_tokens and held and held[0].is_null:
+            invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
+            requests, drafts, accepted = self._sharded
+            self._sharded = requests + 1, drafts + num_draft_tokens - invalid, accepted + num_accepted_tokens
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
+        )
+
+    def take_sharded(self) -> tuple[int, int, int]:
+        """See ``Updated``; since this was last asked."""
+        taken, self._sharded = self._sharded, (0, 0, 0)
+        return taken
 
     def drop_drafts(self, request: Request) -> None:
         """Of a request that was out of its model runner's batch: drafts that lie there, or lay at another rank."""

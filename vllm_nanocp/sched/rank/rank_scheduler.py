@@ -373,7 +373,8 @@ class RankDoors(DraftDoors, ChunkDoors, VictimDoors, TakenDoors, AllowanceDoors)
     def end_update(self) -> Updated:
         part, output = self._update
         del self._update
-        return take_stats(self.update_from_output(part.payload, output))
+        updated = take_stats(self.update_from_output(part.payload, output))
+        return updated._replace(sharded=self.take_sharded()) if self.speculates else updated
 
     def begin_bitmask(self, part: Part) -> None:
         self._bitmask_of = part.payload

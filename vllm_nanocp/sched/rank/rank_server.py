@@ -257,6 +257,8 @@ class RankServer:
         assert at == serial
         answer: ModelRunnerOutput = pickle.loads(output)
         updated = take_stats(self.scheduler.update_from_output(part, answer))
+        if self.scheduler.speculates:
+            updated = updated._replace(sharded=self.scheduler.take_sharded())
         if self.outlets is None or not self.outlets.connected:
             return tuple(updated)
         self._outputs = updated.outputs

@@ -23,11 +23,13 @@ class Updated(NamedTuple):
         outputs: of vLLM's scheduler, by client, without statistics.
         client: the front-end that is to have the statistics.
         stats: the rank's, if it makes any.
+        sharded: of sharded requests, how many had drafts, how many drafts, and how many of them were accepted.
     """
 
     outputs: dict[int, EngineCoreOutputs]
     client: int = 0
     stats: SchedulerStats | PlainStats | None = None
+    sharded: tuple[int, int, int] = (0, 0, 0)
 
 
 def take_stats(outputs: dict[int, EngineCoreOutputs]) -> Updated:

@@ -107,9 +107,7 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     check_partings(found, ROUNDED)
 
 
-def test_structured_output(
-    engines: tuple[str, Engine, Engine], model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_structured_output(engines: tuple[str, Engine, Engine], model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grammars judge drafts that only the model runners have, also those of ranks without tokens in a step. By tokens,
     not by text: after a prompt that ends with bytes that are no character, vLLM's text begins with the prompt."""
     from transformers import AutoTokenizer

@@ -299,7 +299,8 @@ def test_drafts_are_not_learnt_as_prompts(vllm_config: Any) -> None:  # noqa: F8
 
 def test_a_prefix_is_followed_no_less_in_bounded_steps(vllm_config: Any) -> None:  # noqa: F811
     """Who computes it for others waits behind a long prompt. That steps compute little of prompts is no sign of want of
-    room, and takes none of the patience: no more is computed than where steps are full."""
+    room, and takes none of the patience: little more is computed than where steps are full, in which the leader has a
+    part sooner, as one of the shortest: half of the prefix for one of two followers. All of it for both were 3,200."""
     init_none_hash(sha256)
     hasher = get_request_block_hasher(16, sha256)
 
@@ -324,4 +325,4 @@ def test_a_prefix_is_followed_no_less_in_bounded_steps(vllm_config: Any) -> None
         assert queue.scheduler.prefixes.num_set_aside
         return queue.scheduler.num_tokens
 
-    assert computed(True) <= computed(False) + 100
+    assert computed(True) <= computed(False) + 800

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # One part in so many of a step's tokens is for the shortest: a prompt that is passed by shorter ones all the time takes
-# a third longer. Their first tokens come sooner with a larger part (``benchmarks/prompt_waits.py``); with a half those
-# of the longest came later in four loads of 24.
+# a third longer. With a half the median wait is shorter, and the longest ones come nearer to those of ranks with a
+# queue each (``benchmarks/prompt_waits.py``).
 PARTS = 4
 
 

@@ -329,7 +329,8 @@ def test_the_v1_runner_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("asked")
 
     monkeypatch.setattr(module, "coordinate_batch_across_dp", ask)
-    model_runner = runner_of(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE))
+    graphs = SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE)
+    model_runner = runner_of(compilation_config=graphs, speculative_config=None)
     model_runner.parallel_config = SimpleNamespace(data_parallel_rank=0)
     runner = V1Runner(model_runner)
     world = [Batch(2, 9, 0), IDLE]

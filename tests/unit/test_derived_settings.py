@@ -214,7 +214,10 @@ def test_a_speculators_checkpoint(tiny_model: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="Speculators verifier must name a remote model"):
             create(model)
         pytest.skip("vLLM looks for the model to serve in its hub only")
-    for config in (create(model), create(model, *NANOCP)):
+    stock, ours = create(model), create(model, *NANOCP)
+    # Placement counts on whole cached prefixes.
+    assert not stock.speculative_config.disable_eagle_block_drop and ours.speculative_config.disable_eagle_block_drop
+    for config in (stock, ours):
         assert config.speculative_config.method == "eagle3" and config.model_config.model == tiny_model
 
 

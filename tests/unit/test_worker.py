@@ -38,6 +38,7 @@ class _Rank(OneRank, _Stock):  # type: ignore[misc]
         self.runner = SimpleNamespace(
             batch_row=None,
             plan=None,
+            drafts=None,
             generator_states=lambda ids: dict.fromkeys(ids, b"state"),
             run_idle=lambda attention: None,
         )
@@ -51,7 +52,7 @@ def step(departing: list[str]) -> StepMessage:
 
 @pytest.fixture
 def rank(monkeypatch: pytest.MonkeyPatch) -> _Rank:
-    monkeypatch.setattr("vllm_nanocp.worker.worker.make_step", lambda *_: None)
+    monkeypatch.setattr("vllm_nanocp.worker.worker.make_step", lambda *_, **__: None)
     return _Rank()
 
 
@@ -66,6 +67,20 @@ def test_generators_are_reported_once(rank: _Rank) -> None:
     rank.execute_model(step(["gone"]))
     rank.execute_model(step([]))
     assert generators_in(rank.sample_tokens(None)) == {}  # type: ignore[arg-type]
+
+
+def test_a_draft_model_runs_when_others_sample(rank: _Rank) -> None:
+    """On a rank without tokens: not before all ranks have answered, and with the plan."""
+    ran: list[int] = []
+    rank.runner.drafts = SimpleNamespace(run_idle=lambda: ran.append(len(rank.runner.plan.batches)))  # type: ignore[union-attr, assignment]
+    rank.execute_model(step([]))
+    assert ran == [] and rank.runner.plan is not None
+    rank.sample_tokens(None)
+    assert ran == [2] and rank.runner.plan is None
+    rank.execute_model(StepMessage([pickle.dumps(SchedulerOutput.make_empty())] * 2, StepPlan()))  # nobody has tokens
+    assert rank.runner.plan is None
+    rank.sample_tokens(None)
+    assert ran == [2]
 
 
 def test_kernels_are_warmed_up_before_vllm_watches_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,7 @@ class Engine:
 
     async def until(self, happened: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The first status of which this is true."""
-        end = time.monotonic() + LIMIT_S
+        end = time.monotonic() + LIMIT_S / 2
         while not happened(found := await status.of_async_llm(self.llm)):
             assert time.monotonic() < end, found
             await asyncio.sleep(0.01)

@@ -58,10 +58,10 @@ def mixed(first: int) -> list[Ask]:
 
 async def disturb(running: Engine) -> None:
     """Twice while several run, who are preempted the second time."""
-    found = await running.until(lambda now: sum(now["running"]) >= 3)
+    found = await running.until(lambda now: sum(now["running"]) > 1)
     await running.llm.reset_prefix_cache()
-    later = found["steps"] + 20
-    await running.until(lambda now: sum(now["running"]) >= 3 and now["steps"] >= later)
+    later = found["steps"] + 10  # a request takes more, were all its drafts right
+    await running.until(lambda now: any(now["running"]) and now["steps"] >= later)
     await running.llm.reset_prefix_cache(reset_running_requests=True)
 
 

@@ -150,6 +150,8 @@ def test_prompts_do_not_go_where_a_sharded_one_is_still_to_come(vllm_config: Any
     (sharded,) = queue.scheduler.sharded.values()
     held = {run.rank for run in sharded.shard_map.runs}
     assert len(held) == 2
+    busy = [load.backlog > 0 for load in queue.scheduler.mover.loads()]
+    assert busy == [rank in held for rank in range(3)]
     for number in range(2):
         queue.add(f"later {number}", 500, 3)
         queue.step()

@@ -172,14 +172,6 @@ class Engine:
         found: dict[str, Any] = self.call(status.of_async_llm(self.llm))
         return found
 
-    async def until(self, happened: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The first status of which this is true."""
-        end = time.monotonic() + LIMIT_S / 2
-        while not happened(found := await status.of_async_llm(self.llm)):
-            assert time.monotonic() < end, found
-            await asyncio.sleep(0.01)
-        return found
-
     def free_blocks(self) -> list[int]:
         return list(self.status()["free_blocks"])
 

@@ -330,6 +330,7 @@ def test_the_v1_runner_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "coordinate_batch_across_dp", ask)
     model_runner = runner_of(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE))
+    model_runner.speculative_config = None
     model_runner.parallel_config = SimpleNamespace(data_parallel_rank=0)
     runner = V1Runner(model_runner)
     world = [Batch(2, 9, 0), IDLE]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 _KNOWN: set[str] = {"e7a5eafed74a2bc1", "ff08e86052b966c9"}  # 0.32.0, 0.33.0
-_KNOWN_EXPAND: set[str] = {"634dfed323317a2a"}  # 0.32.0
+_KNOWN_EXPAND: set[str] = {"634dfed323317a2a", "814456e82e1f2c5f"}  # 0.32.0, 0.33.0
 _MENDED = "ff08e86052b966c9"
 
 

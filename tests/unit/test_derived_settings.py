@@ -24,7 +24,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import vllm_nanocp.plugin
 from vllm_nanocp.entry import engine_config, refusals
-from vllm_nanocp.entry.refusals import FLAGS, GPU_WORKER, PACED_SETTINGS, SETTINGS, SHARDED_SETTINGS, check_settings
+from vllm_nanocp.entry.drafters import GPU_WORKER
+from vllm_nanocp.entry.refusals import FLAGS, PACED_SETTINGS, SETTINGS, SHARDED_SETTINGS, check_settings
 from vllm_nanocp.errors import NanoCPConfigError
 
 RANKS = 3
@@ -240,6 +241,9 @@ def _drafts(method: str, path: str = "instance_id", value: Any = "", **others: A
             disable_padded_drafter_batch=False,
             parallel_drafting=False,
             use_multi_module_mtp=lambda: False,
+            attention_backend=None,
+            kv_cache_dtype=None,
+            rejection_sample_method="standard",
             draft_model_config=SimpleNamespace(max_model_len=config.model_config.max_model_len),
         )
         _set("speculative_config", SimpleNamespace(method=method, **(of_model | others)))(config)
@@ -272,7 +276,10 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "drafts that a model samples": _drafts("eagle3", draft_sample_method="probabilistic"),
     "a draft model with other batches": _drafts("eagle", disable_padded_drafter_batch=True),
     "a draft model for shorter requests": _drafts("eagle3", draft_model_config=SimpleNamespace(max_model_len=8)),
+    "a draft model with attention of its own": _drafts("eagle3", kv_cache_dtype="fp8"),
     "a draft model beside latent attention": _latent_drafts("mtp"),
+    "a draft model with --enable-prompt-embeds": _drafts("eagle", "model_config.enable_prompt_embeds", True),
+    "another way to verify drafts on CPU": _drafts("ngram", rejection_sample_method="synthetic"),
     "speculative decoding on GPUs by this method": _drafts("ngram", "parallel_config.worker_cls", GPU_WORKER),
     "speculative decoding on GPUs with the V1": _drafts("ngram_gpu", "parallel_config.worker_cls", GPU_WORKER),
     "speculative decoding with async scheduling": _drafts("ngram", "scheduler_config.async_scheduling", True),
@@ -319,30 +326,6 @@ def test_each_setting(tiny_model: str, setting: refusals.Setting) -> None:
         check_settings(config, 1)
     else:
         refusal(lambda: check_settings(config, 1))
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        dict(parallel_drafting=True),
-        dict(use_multi_module_mtp=lambda: True),
-        dict(disable_padded_drafter_batch=True),
-    ],
-    ids=lambda kind: next(iter(kind)),
-)
-def test_draft_models_with_batches_of_their_own(tiny_model: str, kind: dict[str, Any]) -> None:
-    config = create(tiny_model, *NANOCP)
-    _drafts("mtp")(config)
-    check_settings(config, RANKS)
-    _drafts("mtp", **kind)(config)
-    assert "a draft model with other batches" in refusal(lambda: check_settings(config, RANKS))
-
-
-@pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp"])
-def test_draft_models_on_gpus(tiny_model: str, method: str) -> None:
-    config = create(tiny_model, *NANOCP)
-    _drafts(method, "parallel_config.worker_cls", GPU_WORKER)(config)
-    assert "only ngram_gpu has been run on GPUs" in refusal(lambda: check_settings(config, RANKS))
 
 
 def test_drafts_on_gpus(tiny_model: str) -> None:

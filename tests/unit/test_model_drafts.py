@@ -331,6 +331,20 @@ def test_what_has_no_block_is_not_kept(alone: tuple[BusyRank, list[StepPlan], li
     assert third == ([-1, at + 7], [64, 72])
 
 
+def test_what_is_behind_the_longest_request_is_kept_nowhere(
+    alone: tuple[BusyRank, list[StepPlan], list[Any]],
+) -> None:
+    """However many drafts are left there: vLLM's kernel goes on at the first token, whose block others may share."""
+    busy, _, seen = alone
+    busy.propose([busy.proposer.max_model_len - 1, 70], [1, 1], [40, 40], [[5, -1, -1, -1]] * 2)
+    assert [slots[0] == -1 for slots, _ in seen[1:]] == [False, True]
+    seen.clear()
+    busy.propose([busy.proposer.max_model_len, 70], [1, 1], [40, 40], [[5, -1, -1, -1]] * 2)
+    at = (40 + 1 + 2) * BLOCK
+    assert [slots for slots, _ in seen[1:]] == [[-1, at + 6], [-1, at + 7]]
+    assert busy.proposer.positions[0] < busy.proposer.max_model_len
+
+
 def test_what_follows_is_the_known_token(alone: tuple[BusyRank, list[StepPlan], list[Any]]) -> None:
     """Of a prompt's chunk it is no sample, nor the prompt's last token; of a member it is what the plan says."""
     busy, plans, _ = alone

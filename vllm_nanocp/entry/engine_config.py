@@ -12,16 +12,8 @@ from .. import patches
 from ..attention.cache_dtypes import CACHE_DTYPES
 from ..config import MAX_PLACES, NanoCPConfig, largest_capacity
 from ..errors import UNSHARDED, refuse
-from .refusals import (
-    CPU_WORKER,
-    EXECUTORS,
-    GPU_WORKER,
-    SCHEDULER,
-    check_environment,
-    check_flags,
-    check_settings,
-    drafts_by_model,
-)
+from .drafters import CPU_WORKER, GPU_WORKER, drafts_by_model
+from .refusals import EXECUTORS, SCHEDULER, check_environment, check_flags, check_settings
 
 # From so many requests on, over all ranks, schedulers in processes of their own are worth their messages.
 MANY_REQUESTS = 1024

@@ -14,7 +14,7 @@ from typing import Any
 from .. import config as nanocp_config
 from ..sched.sharded_request import can_shard
 from ..wrapping import to_wrap, wraps
-from .refusals import GPU_DRAFTERS, draft_method
+from .drafters import GPU_DRAFTERS, draft_method
 
 
 def check(request: Any, max_model_len: int, rank_tokens: int, degree_limit: int) -> None:

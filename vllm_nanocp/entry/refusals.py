@@ -14,16 +14,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..attention.families import flashinfer_chosen
 from ..errors import UNSHARDED, refuse
+from .drafters import (
+    CPU_WORKER,
+    DRAFTERS,
+    GPU_DRAFTERS,
+    GPU_WORKER,
+    MODEL_DRAFTERS,
+    draft_method,
+    drafts_by_model,
+    drafts_on_a_gpu,
+    drafts_with_flashinfer,
+    other_attention,
+    other_drafter,
+    other_verification,
+    shorter_draft,
+    unequal_drafts,
+    unrun_target,
+)
 
 SCHEDULER = "vllm_nanocp.sched.scheduler.NanoCPScheduler"
 EXECUTORS = {
     "mp": "vllm_nanocp.executor.multiproc.NanoCPMultiprocExecutor",
     "ray": "vllm_nanocp.executor.ray.executor.NanoCPRayExecutor",
 }
-CPU_WORKER = "vllm_nanocp.worker.cpu_worker.NanoCPCPUWorker"
-GPU_WORKER = "vllm_nanocp.worker.gpu_worker.NanoCPGPUWorker"
 _LEAVE_OUT = "leave it out"
 _SYNC_DEFAULT = 16  # vLLM's
 # For ranks that are engines of their own, which each process is told of by its environment. vLLM looks at them only
@@ -43,25 +57,6 @@ def _above_one(value: Any) -> bool:
 
 def _given(value: Any) -> bool:
     return value is not None
-
-
-def _named(drafts: Any) -> Any:
-    """The method that a flag names: of ``--spec-method`` its value, of a configuration a part."""
-    return drafts.get("method") if isinstance(drafts, dict) else drafts
-
-
-def _other_drafter(drafts: Any) -> bool:
-    """Whether a method is one that is served nowhere; of a configuration, if it says so."""
-    method = _named(drafts)
-    return isinstance(method, str) and method not in (*DRAFTERS, *MODEL_DRAFTERS, *GPU_DRAFTERS, "[ngram]")
-
-
-def _drafts_on_a_gpu(drafts: Any) -> bool:
-    """Whether a method, or a configuration that names one, drafts by what has not been run there."""
-    from vllm.platforms import current_platform
-
-    method = _named(drafts)
-    return isinstance(method, str) and method not in GPU_DRAFTERS and not current_platform.is_cpu()
 
 
 def _returns_experts(aux_output: Any) -> bool:
@@ -94,11 +89,6 @@ class Flag:
             refuse("--" + self.field.replace("_", "-") + (f" {value}" if self.shown else ""), self.why, self.instead)
 
 
-# Ways to draft without a model: they keep no KV, and take no part in the ranks' collectives. Those with one, that reads
-# the target's hidden states. And those for GPUs only.
-DRAFTERS = ("ngram", "suffix", "custom_class")
-MODEL_DRAFTERS = ("eagle", "eagle3", "mtp")
-GPU_DRAFTERS = ("ngram_gpu",)
 _DRAFT_MODEL = "of the ways to draft with a model only EAGLE, EAGLE3 and MTP have been run, on CPU"
 _OTHER_DRAFTER = "use ngram, suffix, custom_class, eagle, eagle3 or mtp on CPU, ngram_gpu on GPUs, or leave it out"
 _DRAFTS_ON_GPUS = "of the ways to draft only ngram_gpu has been run on GPUs"
@@ -120,10 +110,10 @@ FLAGS = (
     Flag("decode_context_parallel_size", _above_one, "it splits every request's KV, which nanocp does per request",
          shown=True),
     Flag("prefill_context_parallel_size", _above_one, "chunks are placed by shard map", shown=True),
-    Flag("speculative_config", _other_drafter, _DRAFT_MODEL, _OTHER_DRAFTER),
-    Flag("spec_method", _other_drafter, _DRAFT_MODEL, _OTHER_DRAFTER, shown=True),
-    Flag("speculative_config", _drafts_on_a_gpu, _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS),
-    Flag("spec_method", _drafts_on_a_gpu, _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS, shown=True),
+    Flag("speculative_config", other_drafter, _DRAFT_MODEL, _OTHER_DRAFTER),
+    Flag("spec_method", other_drafter, _DRAFT_MODEL, _OTHER_DRAFTER, shown=True),
+    Flag("speculative_config", drafts_on_a_gpu, _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS),
+    Flag("spec_method", drafts_on_a_gpu, _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS, shown=True),
     *(Flag(field, bool, _ONE_ADDRESS) for field in
       ("data_parallel_external_lb", "data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb")),
     *(Flag(field, _given, _ONE_ENGINE) for field in
@@ -241,38 +231,6 @@ def _multimodal(vllm_config: Any, field: str) -> Any:
     return getattr(getattr(vllm_config.model_config, "multimodal_config", None), field, None)
 
 
-def draft_method(vllm_config: Any) -> Any:
-    """The method by which requests are decoded with drafts; None if they are not."""
-    return None if vllm_config.speculative_config is None else vllm_config.speculative_config.method
-
-
-def _drafts_with_flashinfer(vllm_config: Any) -> bool:
-    """Whether the ranks decode with drafts by FlashInfer, which vLLM was told to take, or takes by itself."""
-    if draft_method(vllm_config) is None or vllm_config.model_config.use_mla:
-        return False
-    return vllm_config.parallel_config.worker_cls == GPU_WORKER and flashinfer_chosen(vllm_config)
-
-
-def drafts_by_model(vllm_config: Any) -> bool:
-    """Whether requests are decoded with drafts that a model makes from the target's hidden states."""
-    return draft_method(vllm_config) in MODEL_DRAFTERS
-
-
-def _unequal_drafts(vllm_config: Any) -> bool:
-    """Whether a draft model's forwards have other tokens than the target's, which the other ranks cannot know."""
-    drafts = vllm_config.speculative_config
-    return drafts_by_model(vllm_config) and bool(
-        drafts.disable_padded_drafter_batch or drafts.parallel_drafting or drafts.use_multi_module_mtp()
-    )
-
-
-def _shorter_draft(vllm_config: Any) -> bool:
-    drafts = vllm_config.speculative_config
-    return drafts_by_model(vllm_config) and (
-        drafts.draft_model_config.max_model_len < vllm_config.model_config.max_model_len
-    )
-
-
 def _without_kv(vllm_config: Any) -> bool:
     """Whether no layer keeps KV: nothing to place requests by, and to place them otherwise is not built."""
     model = vllm_config.model_config
@@ -296,16 +254,25 @@ SETTINGS = (
             "drafts that a model samples (draft_sample_method in --speculative-config)",
             "their probabilities do not go along when a request moves to another rank",
             "leave draft_sample_method out"),
-    Setting(_unequal_drafts, "a draft model with other batches than the target's (disable_padded_drafter_batch, "
+    Setting(unequal_drafts, "a draft model with other batches than the target's (disable_padded_drafter_batch, "
             "parallel_drafting, or several MTP layers, one for each draft)",
             "how many tokens it runs is not known to the other ranks",
             "leave these out of --speculative-config, or use another draft model"),
-    Setting(_shorter_draft, "a draft model for shorter requests than its target (max_model_len)",
+    Setting(shorter_draft, "a draft model for shorter requests than its target (max_model_len)",
             "a rank would draft nothing while others wait for its forwards",
             "leave max_model_len out of --speculative-config, or use --max-model-len no larger than the draft's"),
-    Setting(lambda c: drafts_by_model(c) and (c.model_config.use_mla or c.model_config.is_multimodal_model),
-            "a draft model beside latent attention (MLA) or a multi-modal model", "it has not been run",
-            "use the method ngram, or leave it out"),
+    Setting(other_attention, "a draft model with attention of its own (attention_backend or kv_cache_dtype in "
+            "--speculative-config)", "its KV lies in the shards of its target's, and is read as theirs",
+            "leave these out of --speculative-config"),
+    Setting(unrun_target, "a draft model beside latent attention (MLA), recurrent states, a multi-modal model or LoRA "
+            "adapters", "it has not been run", "use the method ngram, or leave it out"),
+    Setting(lambda c: drafts_by_model(c) and c.model_config.enable_prompt_embeds,
+            "a draft model with --enable-prompt-embeds",
+            "it takes in each prompt's tokens, and the first request without would end the engine",
+            "leave one of them out, or use the method ngram"),
+    Setting(other_verification, "another way to verify drafts on CPU (rejection_sample_method in --speculative-config)",
+            "vLLM's sampler there has none: with synthetic it ends the engine, of block it takes no notice",
+            "leave rejection_sample_method out"),
     Setting(lambda c: draft_method(c) not in (None, *GPU_DRAFTERS) and c.parallel_config.worker_cls == GPU_WORKER,
             "speculative decoding on GPUs by this method (--speculative-config, --spec-method)",
             _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS),
@@ -355,7 +322,7 @@ SETTINGS = (
 )  # fmt: skip
 
 SHARDED_SETTINGS = (
-    Setting(_drafts_with_flashinfer, "speculative decoding with FLASHINFER and max_degree above 1",
+    Setting(drafts_with_flashinfer, "speculative decoding with FLASHINFER and max_degree above 1",
             "rows of several queries have not been run on its kernels",
             f"leave it out, use --attention-backend FLASH_ATTN on Hopper, or {UNSHARDED}"),
     Setting(lambda c: c.speculative_config is not None and c.model_config.use_mla,

@@ -127,8 +127,13 @@ class ModelDrafts:
         self, positions: torch.Tensor, common: Any, batch_size: int, input_batch_size: int, block_size: int
     ) -> torch.Tensor:
         """Go on to the next draft. Nobody takes blocks for drafts that are not verified yet, and a member has none
-        behind its run: what has no block there is not kept, and later drafts of this step do not see it."""
+        behind its run: what has no block there is not kept, and later drafts of this step do not see it. Behind the
+        longest request vLLM's kernel goes back to the first position, and would go on from there, in a block that
+        others may share: it is told of the last position again."""
+        last = self.drafter.max_model_len - 1
+        ended = positions >= last
         positions = self._advance(positions, common, batch_size, input_batch_size, block_size)
+        positions.masked_fill_(ended, last)
         table = self.model_runner.input_batch.block_table[self.drafter.kv_cache_gid]
         held = torch.from_numpy(table.num_blocks_per_row[:batch_size] * table.block_size)
         lengths, most = common.seq_lens[:batch_size], common.seq_lens_cpu_upper_bound

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of draft models is refused at start, beyond one case of each setting (``test_derived_settings.py``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from tests.unit.test_derived_settings import NANOCP, RANKS, _drafts, _plugin, create, refusal  # noqa: F401
+from vllm_nanocp.entry.drafters import GPU_WORKER
+from vllm_nanocp.entry.refusals import check_settings
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        dict(parallel_drafting=True),
+        dict(use_multi_module_mtp=lambda: True),
+        dict(disable_padded_drafter_batch=True),
+    ],
+    ids=lambda kind: next(iter(kind)),
+)
+def test_draft_models_with_batches_of_their_own(tiny_model: str, kind: dict[str, Any]) -> None:
+    config = create(tiny_model, *NANOCP)
+    _drafts("mtp")(config)
+    check_settings(config, RANKS)
+    _drafts("mtp", **kind)(config)
+    assert "a draft model with other batches" in refusal(lambda: check_settings(config, RANKS))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("lora_config", object()), ("model_config.multimodal_config", object())],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_draft_models_beside_what_none_was_run_with(tiny_model: str, path: str, value: Any) -> None:
+    config = create(tiny_model, *NANOCP)
+    _drafts("ngram", path, value)(config)
+    if path == "lora_config":
+        check_settings(config, RANKS)
+    _drafts("mtp")(config)
+    assert "a draft model beside" in refusal(lambda: check_settings(config, RANKS))
+
+
+def test_draft_models_that_attend_otherwise(tiny_model: str) -> None:
+    """What says the same as the target's flags is no other attention."""
+    config = create(tiny_model, "--kv-cache-dtype", "fp8", "--attention-backend", "CPU_ATTN", *NANOCP)
+    same = dict(kv_cache_dtype="fp8", attention_backend=AttentionBackendEnum.CPU_ATTN)
+    _drafts("eagle3", **same)(config)
+    check_settings(config, RANKS)
+    for other in (dict(kv_cache_dtype="auto"), dict(attention_backend=AttentionBackendEnum.TORCH_SDPA)):
+        _drafts("eagle3", **(same | other))(config)
+        assert "attention of its own" in refusal(lambda: check_settings(config, RANKS))
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp"])
+def test_draft_models_on_gpus(tiny_model: str, method: str) -> None:
+    config = create(tiny_model, *NANOCP)
+    _drafts(method, "parallel_config.worker_cls", GPU_WORKER)(config)
+    assert "only ngram_gpu has been run on GPUs" in refusal(lambda: check_settings(config, RANKS))

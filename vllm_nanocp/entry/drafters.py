@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to draft, and what of them cannot work: the conditions of ``refusals.py`` on speculative decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..attention.families import flashinfer_chosen
+
+CPU_WORKER = "vllm_nanocp.worker.cpu_worker.NanoCPCPUWorker"
+GPU_WORKER = "vllm_nanocp.worker.gpu_worker.NanoCPGPUWorker"
+
+# Ways to draft without a model: they keep no KV, and take no part in the ranks' collectives. Those with one, that reads
+# the target's hidden states. And those for GPUs only.
+DRAFTERS = ("ngram", "suffix", "custom_class")
+MODEL_DRAFTERS = ("eagle", "eagle3", "mtp")
+GPU_DRAFTERS = ("ngram_gpu",)
+
+
+def _named(drafts: Any) -> Any:
+    """The method that a flag names: of ``--spec-method`` its value, of a configuration a part."""
+    return drafts.get("method") if isinstance(drafts, dict) else drafts
+
+
+def other_drafter(drafts: Any) -> bool:
+    """Whether a method is one that is served nowhere; of a configuration, if it says so."""
+    method = _named(drafts)
+    return isinstance(method, str) and method not in (*DRAFTERS, *MODEL_DRAFTERS, *GPU_DRAFTERS, "[ngram]")
+
+
+def drafts_on_a_gpu(drafts: Any) -> bool:
+    """Whether a method, or a configuration that names one, drafts by what has not been run there."""
+    from vllm.platforms import current_platform
+
+    method = _named(drafts)
+    return isinstance(method, str) and method not in GPU_DRAFTERS and not current_platform.is_cpu()
+
+
+def draft_method(vllm_config: Any) -> Any:
+    """The method by which requests are decoded with drafts; None if they are not."""
+    return None if vllm_config.speculative_config is None else vllm_config.speculative_config.method
+
+
+def drafts_with_flashinfer(vllm_config: Any) -> bool:
+    """Whether the ranks decode with drafts by FlashInfer, which vLLM was told to take, or takes by itself."""
+    if draft_method(vllm_config) is None or vllm_config.model_config.use_mla:
+        return False
+    return vllm_config.parallel_config.worker_cls == GPU_WORKER and flashinfer_chosen(vllm_config)
+
+
+def drafts_by_model(vllm_config: Any) -> bool:
+    """Whether requests are decoded with drafts that a model makes from the target's hidden states."""
+    return draft_method(vllm_config) in MODEL_DRAFTERS
+
+
+def unequal_drafts(vllm_config: Any) -> bool:
+    """Whether a draft model's forwards have other tokens than the target's, which the other ranks cannot know."""
+    drafts = vllm_config.speculative_config
+    return drafts_by_model(vllm_config) and bool(
+        drafts.disable_padded_drafter_batch or drafts.parallel_drafting or drafts.use_multi_module_mtp()
+    )
+
+
+def shorter_draft(vllm_config: Any) -> bool:
+    drafts = vllm_config.speculative_config
+    return drafts_by_model(vllm_config) and (
+        drafts.draft_model_config.max_model_len < vllm_config.model_config.max_model_len
+    )
+
+
+def other_attention(vllm_config: Any) -> bool:
+    """Whether a draft model's layers attend, or keep KV, in another way than the target's."""
+    drafts = vllm_config.speculative_config
+    return drafts_by_model(vllm_config) and (
+        drafts.attention_backend not in (None, vllm_config.attention_config.backend)
+        or drafts.kv_cache_dtype not in (None, vllm_config.cache_config.cache_dtype)
+    )
+
+
+def unrun_target(vllm_config: Any) -> bool:
+    """Whether a draft model is beside what no draft model has been run with."""
+    model = vllm_config.model_config
+    return drafts_by_model(vllm_config) and bool(
+        model.use_mla or model.is_hybrid or model.is_multimodal_model or vllm_config.lora_config is not None
+    )
+
+
+def other_verification(vllm_config: Any) -> bool:
+    """Whether drafts are to be verified in a way that vLLM's sampler on CPU does not have."""
+    return (
+        draft_method(vllm_config) is not None
+        and vllm_config.speculative_config.rejection_sample_method != "standard"
+        and vllm_config.parallel_config.worker_cls == CPU_WORKER
+    )

@@ -52,8 +52,8 @@ class Turns:
         self.rank.enter(request)
         return request
 
-    def step(self) -> dict[str, int]:
-        output: SchedulerOutput = self.rank.schedule()
+    def step(self, throttle_prefills: bool = False) -> dict[str, int]:
+        output: SchedulerOutput = self.rank.schedule(throttle_prefills)
         return dict(output.num_scheduled_tokens)
 
 
@@ -91,6 +91,18 @@ def test_what_is_lost_for_whatever_reason_is_lost_once(vllm_config: Any) -> None
         turns.step()
     turns.add("first", 900, computed=64, at=0.0).num_stale_output_tokens = 1
     assert [sum(turns.step().values()) for _ in range(4)] == [0, BUDGET, 0, BUDGET]
+
+
+def test_steps_without_prompts_lose_nothing(vllm_config: Any) -> None:  # noqa: F811
+    """With ``--prefill-schedule-interval``: the next step is shared as any other."""
+    turns = Turns(vllm_config)
+    turns.add("decodes", 1)
+    turns.add("long", 3000)
+    turns.step()
+    turns.rank.prefill_capacity_bound = False
+    turns.rank.requests["decodes"].append_output_token_ids(5)
+    turns.add("short", 60)
+    assert turns.step(True) == {"decodes": 1} and turns.step()["short"] == 60
 
 
 def test_prompts_that_get_nothing_keep_the_slot_of_their_adapter(vllm_config: Any) -> None:  # noqa: F811

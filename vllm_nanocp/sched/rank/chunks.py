@@ -195,10 +195,11 @@ class ChunkDoors(AllowanceDoors):
             share = most
         return super().cut_chunk(request, computed, min(most, share))
 
-    def end_step(self, output: SchedulerOutput) -> None:
+    def end_step(self, output: SchedulerOutput, throttle_prefills: bool = False) -> None:
         """After the step: elsewhere kept blocks are counted as taken (``RankView.to_take``)."""
         self.kv_cache_manager.watermark_blocks = self._watermark
-        self._lost = bool(self.shares) and output.num_scheduled_tokens.keys().isdisjoint(self._sharing)
+        nothing = output.num_scheduled_tokens.keys().isdisjoint(self._sharing)
+        self._lost = nothing and bool(self.shares) and not throttle_prefills
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """Also asked of each that waits: one that gets nothing is passed over in this step."""

@@ -3,12 +3,31 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 _T = TypeVar("_T")
+
+_KEEPER = re.compile(r"#\d+\.(\d+|m)$")
+
+
+def keeper_id(request_id: str, serial: int, name: int | str) -> str:
+    """Id of what keeps a part of a request at a rank, and may compute it there.
+
+    Args:
+        request_id: the request's.
+        serial: unique among all that a request ever had.
+        name: the number of its run, or "m" for what stays behind when the home moves.
+    """
+    return f"{request_id}#{serial}.{name}"
+
+
+def is_keeper(request_id: str) -> bool:
+    """Whether an id is one of these. A client's may have the same sign anywhere, but vLLM adds to its end."""
+    return "#" in request_id and _KEEPER.search(request_id) is not None
 
 
 def packs_flat(cls: type[_T]) -> type[_T]:

@@ -11,7 +11,7 @@ from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.request import Request
 
 from ..placement import Run, ShardMap
-from ..plan import StepPlan
+from ..plan import StepPlan, keeper_id
 from .sharded_request import ShardedRequest
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class Members:
             sharded = ShardedRequest(request, ShardMap(self.block_size, (run,)), [request], started=True)
             self.sharded[request_id] = sharded
             self._owner[request_id] = request_id
-        keeper = sharded.move_home(target, f"{request_id}#{self._serial}.m")
+        keeper = sharded.move_home(target, keeper_id(request_id, self._serial, "m"))
         self._owner[keeper.request_id] = request_id
         self.ranks[source].hand_over(request_id, keeper.request_id, sharded.shard_map.runs[-2].first_block)
         self._publish(sharded)

@@ -11,7 +11,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
 from ..placement import Run, ShardMap
-from ..plan import Holder, PlanRow
+from ..plan import Holder, PlanRow, keeper_id
 
 
 def can_shard(request: Request | EngineCoreRequest) -> bool:
@@ -113,7 +113,7 @@ class ShardedRequest:
     @classmethod
     def create(cls, request: Request, shard_map: ShardMap, serial: int) -> ShardedRequest:
         """Members for each run. ``serial`` makes their ids unique among all a request ever had."""
-        keepers = [Keeper(f"{request.request_id}#{serial}.{i}") for i in range(len(shard_map.runs) - 1)]
+        keepers = [Keeper(keeper_id(request.request_id, serial, i)) for i in range(len(shard_map.runs) - 1)]
         return cls(request, shard_map, [*keepers, request])
 
     def wake(self, num_computed_tokens: int) -> None:

@@ -353,7 +353,7 @@ class Plugin:
         if len(prompts) == 1:
             return [(prompts[0], budget)]
         first = sorted(prompts, key=lambda prompt: self.world.requests.at[prompt.request])
-        size, part = self.world.setup.block_size, self.world.setup.budget // PARTS
+        size, part = self.world.setup.block_size, min(self.world.setup.budget // PARTS, budget // 2)
         last = [prompt.index == len(prompt.runs) - 1 for prompt in first]
         if self.stripe is not None and any(len(prompt.runs) > 1 for prompt in first):
             part = max(0, min(part, budget - self.stripe * size))

@@ -3,7 +3,9 @@
 
 vLLM's scheduler lets waiting requests start as long as those that run leave a slot for their adapter, and takes for
 granted that those that run never have too many. Here requests also come to run from other ranks, and those that are
-about to leave may stay. Their adapters keep their slots. Touches vLLM 0.32's ``Scheduler.lora_config``.
+about to leave may stay. Their adapters keep their slots. So do those of prompts that run and get nothing of the step at
+hand, which vLLM's scheduler does not count. Touches vLLM 0.32's ``Scheduler.lora_config`` and
+``Scheduler._handle_blocked_waiting_request``.
 """
 
 from __future__ import annotations
@@ -55,12 +57,27 @@ class AdapterDoors(_Base):
         # Requests that do not run here and may in the next step: those about to leave; adapters of those to arrive.
         self._leaving: dict[str, Request] = {}
         self._coming: dict[str, int | None] = {}
+        # Adapters that have a slot in the step at hand, and how many of those that run were looked at for it.
+        self._active: set[int] = set()
+        self._seen = 0
 
     def reserve_adapters(self) -> None:
         """Before a step: those of requests that do not run now and may in the next step keep their slots."""
         if self.max_adapters is not None:
-            reserved = _adapters(self._leaving.values()) | self._coming_adapters()
-            self.lora_config.max_loras = self.max_adapters - len(reserved - _adapters(self.running))
+            reserved, running = _adapters(self._leaving.values()) | self._coming_adapters(), _adapters(self.running)
+            self.lora_config.max_loras = self.max_adapters - len(reserved - running)
+            self._active, self._seen = reserved | running, len(self.running)
+
+    def has_adapter_slot(self, request: Request) -> bool:
+        """In a step: whether a request that waits may have its adapter beside those that have a slot now."""
+        if self.max_adapters is None or request.lora_request is None:
+            return True
+        self._active |= _adapters(self.running[self._seen :])  # that have started in this step
+        self._seen = len(self.running)
+        return len(self._active) < self.max_adapters or adapter_of(request) in self._active
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        return self.has_adapter_slot(request) and super()._handle_blocked_waiting_request(request)
 
     def adapters(self) -> frozenset[int]:
         """Those that run here or are about to. Sessions that wait for their client need none."""

@@ -22,12 +22,14 @@ from typing import Any
 
 from vllm.config import SchedulerConfig
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from ...placement import cdiv
 from ...placement.chunk_shares import PARTS, Prompt, chunk_shares
 from ...placement.place import stripe_blocks as stripe_blocks_of
+from ...plan import is_keeper
 from .allowance import AllowanceDoors
 
 # Waiting requests that are looked at in a step.
@@ -67,7 +69,11 @@ class ChunkDoors(AllowanceDoors):
         self.scheduler_config = copy(self.scheduler_config)
         self._share = self.max_num_scheduled_tokens // PARTS
         self._shares_steps = not self.scheduler_config.long_prefill_token_threshold and self._share > 0
-        self._shares_steps &= not self.need_mamba_block_aligned_split
+        # Whoever lets no prompt be computed in parts means that, too.
+        self._shares_steps &= not self.need_mamba_block_aligned_split and self.scheduler_config.enable_chunked_prefill
+        # Prompts that the step at hand is shared among; and whether none of them got anything of the last one.
+        self._sharing: list[str] = []
+        self._lost = False
         self._watermark = self.kv_cache_manager.watermark_blocks
         # Whoever lets prompts start of which only a part fits wants no block kept. By priority, a prompt that runs may
         # be the less important one: then it is preempted, as in vLLM.
@@ -78,22 +84,39 @@ class ChunkDoors(AllowanceDoors):
         """Free blocks that nobody who runs needs for the tokens it has; ``ViewDoors`` knows."""
         raise NotImplementedError
 
+    @property
+    def num_free_blocks(self) -> int:
+        """``ViewDoors`` knows."""
+        raise NotImplementedError
+
+    @property
+    def held_blocks(self) -> Any:
+        """The blocks of each request, by id; ``ViewDoors`` knows."""
+        raise NotImplementedError
+
+    def has_adapter_slot(self, request: Request) -> bool:
+        """``AdapterDoors`` knows."""
+        raise NotImplementedError
+
     def share_step(self) -> None:
         """Before a step: what each prompt gets of it."""
         if not self._shares_steps:
             return
-        self.short_part, self.shares = 0.0, {}
+        self.short_part, self.shares, self._sharing = 0.0, {}, []
         self.scheduler_config.long_prefill_token_threshold = 0
         if self._allowance is not None:
             self._leave_a_part()
             return
-        begun = [*self._inflight_prefills, *filter(_is_ready, islice(self.kv_holding_waiting, _LOOKED_AT))]
+        if self._lost:  # what they were to have went to one that cannot go on, for a reason not known here
+            self._lost = False
+            return
+        going_on = self._going_on()
+        begun = sorted([*self._inflight_prefills, *going_on], key=self._turn)
         if not begun:
             return
-        waiting = self._startable()
+        waiting = self._startable(self._slots - len(going_on))
         if len(begun) + len(waiting) == 1:
             return
-        begun.sort(key=self._turn)
         budget, part = self._budget(begun)
         prompts = [self._prompt(request, begun=True) for request in begun]
         prompts += [self._prompt(request, begun=False) for request in waiting]
@@ -102,7 +125,8 @@ class ChunkDoors(AllowanceDoors):
             if share < min(prompt.left, budget):
                 self.shares[request.request_id] = share
         self._bring_forward(self.waiting, [one for one, n in zip(waiting, shares[len(begun) :], strict=True) if n])
-        self._bring_forward(self.kv_holding_waiting, [one for one in begun if one.status != RequestStatus.RUNNING])
+        self._bring_forward(self.kv_holding_waiting, going_on)
+        self._sharing = [request.request_id for request in begun]
 
     def _leave_a_part(self) -> None:
         """In steps of which only so much is for prompts, long ones leave a part to those that need no more than a part
@@ -115,7 +139,7 @@ class ChunkDoors(AllowanceDoors):
         if not long or (self.whole_chunk and any(map(self._is_part, long))):
             return
         short = sum(_left(request) for request in prompts if _left(request) <= share)
-        waiting = self._fitting(share - short)
+        waiting = self._fitting(share - short, self._slots)
         self._bring_forward(self.waiting, waiting)
         kept = min(share, short + sum(map(_left, waiting)))
         rest = self.max_num_scheduled_tokens - self._decode_tokens() - kept
@@ -130,17 +154,23 @@ class ChunkDoors(AllowanceDoors):
 
     def _budget(self, begun: Sequence[Request]) -> tuple[int, int]:
         """Tokens of the step for prompts, and of these for the shortest."""
-        budget, part = self.max_num_scheduled_tokens - self._decode_tokens(), self._share
-        if self.whole_chunk and any(map(self._is_part, begun)):
-            part = max(0, min(part, budget - self.whole_chunk))
+        budget = self.max_num_scheduled_tokens - self._decode_tokens()
+        part = min(self._share, max(0, budget) // 2)  # where decodes leave little, the first has half of that
+        if self.whole_chunk:
+            rest = budget
+            for request in begun:
+                if rest >= self.whole_chunk and self._is_part(request):
+                    part = min(part, rest - self.whole_chunk)
+                rest -= _left(request)
         return budget, part
 
-    def _turn(self, request: Request) -> tuple[int, float]:
+    def _turn(self, request: Request) -> tuple[int, float, str]:
         """Whoever has less comes first; members have what their request has."""
-        return (request.priority if self.policy == SchedulingPolicy.PRIORITY else 0), request.arrival_time
+        priority = request.priority if self.policy == SchedulingPolicy.PRIORITY else 0
+        return priority, request.arrival_time, request.request_id
 
     def _prompt(self, request: Request, begun: bool) -> Prompt:
-        return Prompt(_left(request), begun, "#" in request.request_id, self._turn(request)[0])
+        return Prompt(_left(request), begun, is_keeper(request.request_id), self._turn(request)[0])
 
     def is_long(self, request: Request) -> bool:
         """Whether a prompt leaves a part of a step to short ones."""
@@ -160,24 +190,44 @@ class ChunkDoors(AllowanceDoors):
         starts = request.status != RequestStatus.RUNNING and not self._holds_kv_blocks(request)
         if starts and self._keeps_blocks and self._inflight_prefills:
             self.kv_cache_manager.watermark_blocks = self._watermark + self._inflight_prefill_reserved_blocks()
-        return super().cut_chunk(request, computed, min(most, self.shares.get(request.request_id, most)))
+        share = self.shares.get(request.request_id, most)
+        if share and request.has_encoder_inputs:  # chosen for this chunk, which may not end within one of them
+            share = most
+        return super().cut_chunk(request, computed, min(most, share))
 
-    def keep_no_more(self) -> None:
-        """After the step: elsewhere these blocks are counted as taken (``RankView.to_take``)."""
+    def end_step(self, output: SchedulerOutput, throttle_prefills: bool = False) -> None:
+        """After the step: elsewhere kept blocks are counted as taken (``RankView.to_take``)."""
         self.kv_cache_manager.watermark_blocks = self._watermark
+        nothing = output.num_scheduled_tokens.keys().isdisjoint(self._sharing)
+        self._lost = nothing and bool(self.shares) and not throttle_prefills
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """Also asked of each that waits: one that gets nothing is passed over in this step."""
         return self.shares.get(request.request_id) != 0 and super()._handle_blocked_waiting_request(request)
 
-    def _startable(self) -> list[Request]:
+    @property
+    def _slots(self) -> int:
+        """How many more may run."""
+        return self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
+
+    def _going_on(self) -> list[Request]:
+        """Requests that wait with blocks and can go on: what one gets that cannot is lost to those that run."""
+        free = self.num_free_blocks - (self._watermark if self.running else 0)
+        found = []
+        for request in islice(self.kv_holding_waiting, _LOOKED_AT):
+            needed = cdiv(request.num_tokens, self.block_size) - len(self.held_blocks.get(request.request_id, ()))
+            if _is_ready(request) and self.has_adapter_slot(request) and needed <= free:
+                found.append(request)
+        return sorted(found, key=self._turn)[: max(0, self._slots)]
+
+    def _startable(self, slots: int) -> list[Request]:
         """Waiting requests that have a slot and room, the shortest first. With priorities the first ones only that are
         short: none overtakes another."""
         if self.policy == SchedulingPolicy.PRIORITY:
-            return self._fitting(self._share)
-        return self._fitting(0, key=_left)
+            return self._fitting(self._share, slots)
+        return self._fitting(0, slots, key=_left)
 
-    def _fitting(self, most: int, key: Callable[[Request], int] | None = None) -> list[Request]:
+    def _fitting(self, most: int, slots: int, key: Callable[[Request], int] | None = None) -> list[Request]:
         """Waiting requests that have a slot and room, up to so many tokens in their order, or
         with ``key`` any number in another. With priorities
         only the first ones count, in the order that they have."""
@@ -185,13 +235,13 @@ class ChunkDoors(AllowanceDoors):
             return []
         found: list[Request] = []
         tokens = 0
-        slots = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
         room = self.spare_blocks * self.block_size  # what long ones have yet to take is theirs
         first = list(islice(self.waiting, _LOOKED_AT))
         for request in first if key is None else sorted(first, key=key):
             left = _left(request)
             fits = key is not None or left <= most - tokens
-            if _is_ready(request) and len(found) < slots and fits and request.num_tokens < room:
+            ready = _is_ready(request) and self.has_adapter_slot(request)
+            if ready and len(found) < slots and fits and request.num_tokens < room:
                 found.append(request)
                 tokens += left
                 room -= cdiv(request.num_tokens + 1, self.block_size) * self.block_size
@@ -211,4 +261,4 @@ class ChunkDoors(AllowanceDoors):
     def _is_part(self, request: Request) -> bool:
         """Whether a request computes only a part of a sharded one."""
         blocks = self.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks.get(request.request_id)
-        return "#" in request.request_id or bool(blocks and blocks[0].is_null)
+        return is_keeper(request.request_id) or bool(blocks and blocks[0].is_null)

@@ -54,7 +54,7 @@ class RankDoors(DraftDoors, ChunkDoors, VictimDoors, TakenDoors, AllowanceDoors)
         self.choose_victims()
         idle = not (self.running or self._coming or self._leaving)
         output = super().schedule(*args, **kwargs)
-        self.keep_no_more()
+        self.end_step(output, *args, **kwargs)
         if idle and not self.running and not self.held_back:
             self.give_way_if_stuck()
         for request_id in self.to_share.keys() & output.num_scheduled_tokens.keys():

@@ -20,6 +20,8 @@ def operations(stock: Any) -> Any:
     from vllm.lora.punica_wrapper import punica_cpu
 
     stock(punica_cpu, "bgmv_shrink")
+    stock(punica_cpu, "bgmv_expand")
+    stock(lora_ops, "bgmv_expand")
     return stock(lora_ops, "bgmv_shrink")
 
 
@@ -48,11 +50,35 @@ def test_they_have_none(operations: Any) -> None:
     assert torch.equal(found[[0, 1, 4, 5]], before[[0, 1, 4, 5]])
 
 
+def expanded(operations: Any) -> torch.Tensor:
+    """What is added for the same requests where nothing is shrunk, as in an embedding layer."""
+    output = torch.ones(6, 8)
+    lengths, starts, slots = torch.full((3,), 2), torch.tensor([0, 2, 4]), torch.tensor([0, -1, 1])
+    weights = torch.arange(2 * 8 * 4.0).view(2, 1, 8, 4) + 1
+    operations.sgmv_expand(torch.ones(6, 4), weights, output, starts, lengths, slots, 3, 2, 6, True)
+    return output - 1
+
+
+def test_upstream_adds_the_last_slots_embeddings(operations: Any) -> None:
+    """The defect. If not, that part can go."""
+    found = expanded(operations)
+    assert torch.equal(found[2:4], found[4:]) and found[2:4].all()
+
+
+def test_embeddings_have_none(operations: Any) -> None:
+    before = expanded(operations)
+    cpu_lora_none.apply()
+    found = expanded(operations)
+    assert not found[2:4].any()
+    assert torch.equal(found[[0, 1, 4, 5]], before[[0, 1, 4, 5]])
+
+
 def test_the_wrapper_has_it_too(operations: Any) -> None:
     from vllm.lora.punica_wrapper import punica_cpu
 
     cpu_lora_none.apply()
     assert is_ours(punica_cpu.bgmv_shrink) and is_ours(operations.bgmv_shrink)
+    assert is_ours(punica_cpu.bgmv_expand) and is_ours(operations.bgmv_expand)
 
 
 def test_another_upstream_is_refused(operations: Any) -> None:

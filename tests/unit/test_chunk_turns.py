@@ -12,6 +12,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
+from vllm_nanocp.placement import RankLoad
 from vllm_nanocp.plan import keeper_id
 from vllm_nanocp.sched.rank.rank_scheduler import RankScheduler
 
@@ -175,3 +176,11 @@ def test_the_first_has_its_turn_where_decodes_leave_little(vllm_config: Any) -> 
     for number in range(2):
         turns.add(f"short {number}", 4)
         assert turns.step()["long"] >= 2
+
+
+def test_adapters_that_wait_have_no_slot_yet() -> None:
+    """A session's next chunk waits for its own: others with it must not come from other ranks to run there."""
+    load = RankLoad(9, 0, 0, 9, adapters=frozenset({1, 2, 3}), max_adapters=2)
+    assert not any(load.takes(adapter) for adapter in (1, 2, 3, 4)) and load.takes(None)
+    full = RankLoad(9, 0, 0, 9, adapters=frozenset({1, 2}), max_adapters=2)
+    assert full.takes(1) and full.takes(2) and not full.takes(3)

@@ -45,10 +45,11 @@ class RankLoad:
     backlog: int = 0
 
     def takes(self, adapter: int | None) -> bool:
-        """Whether a request with this adapter can run there beside the others; None: without one."""
-        if adapter is None or self.max_adapters is None or adapter in self.adapters:
+        """Whether a request with this adapter can run there beside the others; None: without one. Where more adapters
+        are known than may be active, a session waits for its own, and which that is is not known."""
+        if adapter is None or self.max_adapters is None:
             return True
-        return len(self.adapters) < self.max_adapters
+        return len(self.adapters | {adapter}) <= self.max_adapters
 
     def for_adapter(self, adapter: int | None) -> RankLoad:
         """The load as a request with this adapter finds it: no slot where it cannot run."""

@@ -228,7 +228,7 @@ class ChunkDoors(AllowanceDoors):
         return self._fitting(0, slots, key=_left)
 
     def _fitting(self, most: int, slots: int, key: Callable[[Request], int] | None = None) -> list[Request]:
-        """Waiting requests that have a slot and room, up to so many tokens in their order, or with ``key`` any number in
+        """Waiting requests that have a slot and room, up to so many tokens in their order; with ``key`` any number in
         another. With priorities only the first ones count, in the order that they have."""
         if not self.waiting or self._pause_state != PauseState.UNPAUSED:
             return []

@@ -40,9 +40,10 @@ Steps = list[list[dict[str, int]]]
 
 
 def shape(**changes: Any) -> Shape:
+    """With a size of chunks that is set, prompts share no step: it is about when they start."""
     sizes: dict[str, Any] = dict(
         seed=0, ranks=RANKS, block_size=16, blocks=200, max_reqs=16, budget=64, segment=4096, degree=1, moves=False,
-        caching=False, priorities=False, chunk=0, reserve=0,
+        caching=False, priorities=False, chunk=64, reserve=0,
     )  # fmt: skip
     return Shape(**{**sizes, **changes})
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from tests.tiny_adapters import make_adapter
 
 from .harness import Ask, Engine, assert_same_logprobs, prompt
 
-pytestmark = pytest.mark.engine
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif("NANOCP_ADAPTERS" not in os.environ, reason="two more engines: NANOCP_ADAPTERS=1"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ from ...placement.chunk_shares import PARTS, Prompt, chunk_shares
 from ...placement.place import stripe_blocks as stripe_blocks_of
 from ...plan import is_keeper
 from .allowance import AllowanceDoors
+from .view_doors import BlockNumbers
 
 # Waiting requests that are looked at in a step.
 _LOOKED_AT = 16
@@ -58,7 +59,7 @@ def stripe_blocks(config: SchedulerConfig, block_size: int, chunk_tokens: int | 
     return stripe_blocks_of(most, slots * queries, threshold, block_size, chunk_tokens)
 
 
-class ChunkDoors(AllowanceDoors):
+class ChunkDoors(BlockNumbers, AllowanceDoors):
     """Mixed into vLLM's scheduler: the size of chunks."""
 
     # Tokens of a member of a sharded request that it needs in one step, since others go on from there in the same.
@@ -78,21 +79,6 @@ class ChunkDoors(AllowanceDoors):
         # Whoever lets prompts start of which only a part fits wants no block kept. By priority, a prompt that runs may
         # be the less important one: then it is preempted, as in vLLM.
         self._keeps_blocks = self.scheduler_reserve_full_isl and self.policy != SchedulingPolicy.PRIORITY
-
-    @property
-    def spare_blocks(self) -> int:
-        """Free blocks that nobody who runs needs for the tokens it has; ``ViewDoors`` knows."""
-        raise NotImplementedError
-
-    @property
-    def num_free_blocks(self) -> int:
-        """``ViewDoors`` knows."""
-        raise NotImplementedError
-
-    @property
-    def held_blocks(self) -> Any:
-        """The blocks of each request, by id; ``ViewDoors`` knows."""
-        raise NotImplementedError
 
     def has_adapter_slot(self, request: Request) -> bool:
         """``AdapterDoors`` knows."""

@@ -8,13 +8,14 @@ Touches vLLM 0.32's ``Scheduler.running``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from ...placement.victims import Victim, victims
+from .view_doors import BlockNumbers
 
 if TYPE_CHECKING:
     _Base = Scheduler
@@ -22,23 +23,8 @@ else:
     _Base = object
 
 
-class VictimDoors(_Base):
+class VictimDoors(BlockNumbers, _Base):
     """Mixed into vLLM's scheduler: the order in which requests that run are preempted."""
-
-    @property
-    def spare_blocks(self) -> int:
-        """Free blocks that nobody who runs needs for the tokens it has; ``ViewDoors`` knows."""
-        raise NotImplementedError
-
-    @property
-    def num_free_blocks(self) -> int:
-        """``ViewDoors`` knows."""
-        raise NotImplementedError
-
-    @property
-    def held_blocks(self) -> Any:
-        """The blocks of each request, by id; ``ViewDoors`` knows."""
-        raise NotImplementedError
 
     def choose_victims(self) -> None:
         """Before a step: put the cheapest to compute again behind all others."""

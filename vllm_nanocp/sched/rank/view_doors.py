@@ -21,6 +21,24 @@ if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
 
 
+class BlockNumbers:
+    """Of ``ViewDoors``, what doors beside it ask of blocks."""
+
+    @property
+    def spare_blocks(self) -> int:
+        """Free blocks that nobody who runs needs for the tokens it has."""
+        raise NotImplementedError
+
+    @property
+    def num_free_blocks(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def held_blocks(self) -> Any:
+        """The blocks of each request, by id."""
+        raise NotImplementedError
+
+
 class ViewDoors(SessionDoors, AdapterDoors):
     """Mixed into vLLM's scheduler: what is known of it between two steps."""
 

@@ -23,6 +23,14 @@ from .harness import RESTLESS, Engine
 SMALL_BLOCKS = 49
 # Nearly every n-gram is found: there are 512 tokens.
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+# Two ranks that run full, and whose requests move whenever they can.
+FULL_RANKS: dict[str, Any] = dict(
+    ranks=2,
+    nanocp={"segment_size": 512, "moves": RESTLESS | {"reserve_blocks": 0}},
+    num_gpu_blocks_override=SMALL_BLOCKS,
+    max_model_len=3000,
+    enable_prefix_caching=True,
+)
 ADAPTERS = dict(
     enable_lora=True, max_loras=2, max_lora_rank=RANK, lora_target_modules=list(MODULES), enable_prompt_embeds=True
 )
@@ -124,31 +132,19 @@ def engines(tiny_model: str, tiny_deepseek: str, tiny_eagle3: str) -> Iterator[E
         ),
         # The same with drafts: by n-grams, or by what a test has taught the workers.
         "drafting": dict(
-            ranks=2,
-            nanocp={"segment_size": 512, "moves": RESTLESS | {"reserve_blocks": 0}},  # so that ranks run full
-            num_gpu_blocks_override=SMALL_BLOCKS,
-            max_model_len=3000,
-            enable_prefix_caching=True,
+            **FULL_RANKS,
             speculative_config=DRAFTS,
             worker_extension_cls="tests.engine.oracle.Oracle",
         ),
         # The same with drafts of a random EAGLE3 head.
         "drafting-model": dict(
-            ranks=2,
-            nanocp={"segment_size": 512, "moves": RESTLESS | {"reserve_blocks": 0}},
-            num_gpu_blocks_override=SMALL_BLOCKS,
-            max_model_len=3000,
-            enable_prefix_caching=True,
+            **FULL_RANKS,
             speculative_config=drafts(tiny_eagle3, "eagle3"),
             worker_extension_cls="tests.engine.oracle.Oracle",
         ),
         # LoRA adapters of two at once, and prompts given as embeddings; stock with this package's repairs of that.
         "adapters": dict(
-            ranks=2,
-            nanocp={"segment_size": 512, "moves": RESTLESS | {"reserve_blocks": 0}},
-            num_gpu_blocks_override=SMALL_BLOCKS,
-            max_model_len=3000,
-            enable_prefix_caching=True,
+            **FULL_RANKS,
             **ADAPTERS,
         ),
         "adapters-stock": dict(ranks=1, worker_cls="tests.engine.repaired.Worker", **ADAPTERS),

@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from tests.unit.attention_steps import Kernel, run_scenarios
 from tests.unit.flash_latent_steps import bare_family, kernel_of, make_builder, make_layer
 from tests.unit.latent_steps import LatentShape, forward
+from tests.unit.processes import gpu_of
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.mla.latent_tables import most_memory
 from vllm_nanocp.attention.sharded_step import Guest, OwnRow, ShardedStep
@@ -57,7 +58,7 @@ def run_modes(rank: int, size: int, modes: dict[str, tuple[dict[str, Any], Any]]
 
 def fullest_step(rank: int, size: int, shape: LatentShape, tokens: int) -> tuple[int, int]:
     """Every rank's chunk of so many tokens visits all ranks, its own too: bytes that a layer takes, and has."""
-    device = torch.device("cuda", rank)
+    device = gpu_of(rank)
     builder, layer = make_builder(shape, device, 1), make_layer(shape, device)
     blocks = tokens // shape.block_size
     cache = torch.zeros((blocks, shape.block_size, shape.rank + shape.rotated), dtype=shape.dtype, device=device)

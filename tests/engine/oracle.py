@@ -73,18 +73,41 @@ class Oracle:
 
         return propose
 
+    @property
+    def _drafter(self) -> Any:
+        """V1's runner has a drafter, V2's a speculator."""
+        return getattr(self.model_runner, "drafter", None) or self.model_runner.speculator
+
     def note_drafts(self) -> None:
         """Have a model's drafts noted from now on."""
-        self.model_runner.drafter.made = []
-        self.teach([])
+        drafter = self._drafter
+        drafter.made = []
+        if hasattr(self.model_runner, "drafter"):
+            self.teach([])
+            return
+        runner, by_model, made, counts = self.model_runner, drafter.propose, drafter.made, Counter[str]()
+        drafter.counts = counts
+
+        def propose(*args: Any, **kwargs: Any) -> Any:
+            drafts = by_model(*args, **kwargs)
+            if kwargs.get("dummy_run"):
+                return drafts
+            batch, num_sampled, num_rejected = args[0], args[5], args[6]
+            lengths = (batch.seq_lens[: batch.num_reqs] - num_rejected + 1).tolist()
+            stems = runner.req_states.all_token_ids.gpu[batch.idx_mapping, :STEM].tolist()
+            made.extend(zip(map(tuple, stems), lengths, drafts.tolist(), strict=True))
+            counts["accepted"] += int((num_sampled - 1).clamp(min=0).sum())
+            return drafts
+
+        drafter.propose = propose
 
     def noted_drafts(self) -> list[tuple[tuple[int, ...], int, list[int]]]:
         """Of each request in each step: the first tokens of its prompt, how many tokens it has, and its drafts."""
-        return list(self.model_runner.drafter.made)
+        return list(self._drafter.made)
 
     def count_drafts(self) -> dict[str, int]:
-        """Of this rank, since it was taught."""
-        return dict(self.model_runner.drafter.counts)
+        """Of this rank, since it was taught, or its drafts are noted."""
+        return dict(self._drafter.counts)
 
 
 def lies(found: tuple[int, list[int], float], num_tokens: int, most: int) -> list[int]:

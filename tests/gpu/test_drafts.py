@@ -17,7 +17,6 @@ from tests.engine.harness import Ask, Engine, prompt
 from tests.unit.attention_steps import Kernel, run_scenarios
 from tests.unit.flash_steps import flash_kernel
 from tests.unit.processes import run_ranks
-from vllm_nanocp.entry import http_limits
 
 from . import TWO_GPUS
 from .test_attention import MODES, OF_STOCK, RELATIVE, SHAPES, GraphForward, stock_flash
@@ -107,14 +106,13 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     check_partings(found, ROUNDED)
 
 
-def test_structured_output(engines: tuple[str, Engine, Engine], model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_structured_output(engines: tuple[str, Engine, Engine], model: str) -> None:
     """Grammars judge drafts that only the model runners have, also those of ranks without tokens in a step. By tokens,
     not by text: after a prompt that ends with bytes that are no character, vLLM's text begins with the prompt."""
     from transformers import AutoTokenizer
     from vllm.sampling_params import StructuredOutputsParams
 
     mode, _, nanocp = engines
-    monkeypatch.setattr(http_limits, "GPU_DRAFTERS", ())  # refused until this has passed
     tokenizer = AutoTokenizer.from_pretrained(model)
     numbers = dict(type="array", items=dict(type="integer"), minItems=8, maxItems=12)
     wanted = dict(max_tokens=60, structured_outputs=StructuredOutputsParams(json=numbers), ignore_eos=False)

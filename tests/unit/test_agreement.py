@@ -286,9 +286,8 @@ def test_busiest_pair() -> None:
 
 
 def runner_of(**values: Any) -> Any:
-    return SimpleNamespace(
-        prepare_attn=lambda batch: batch, lora_config=None, is_encoder_decoder=False, parallel_config=None, **values
-    )
+    defaults: dict[str, Any] = dict(lora_config=None, is_encoder_decoder=False, parallel_config=None)
+    return SimpleNamespace(prepare_attn=lambda batch: batch, speculative_config=None, **(defaults | values))
 
 
 def test_the_v2_runner_asks_nobody(
@@ -330,7 +329,7 @@ def test_the_v1_runner_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "coordinate_batch_across_dp", ask)
     graphs = SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE)
-    model_runner = runner_of(compilation_config=graphs, speculative_config=None)
+    model_runner = runner_of(compilation_config=graphs)
     model_runner.parallel_config = SimpleNamespace(data_parallel_rank=0)
     runner = V1Runner(model_runner)
     world = [Batch(2, 9, 0), IDLE]

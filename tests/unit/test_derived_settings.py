@@ -241,6 +241,8 @@ def _drafts(method: str, path: str = "instance_id", value: Any = "", **others: A
             disable_padded_drafter_batch=False,
             parallel_drafting=False,
             use_multi_module_mtp=lambda: False,
+            uses_dynamic_speculative_decoding=lambda: False,
+            enable_adaptive_verification=False,
             attention_backend=None,
             kv_cache_dtype=None,
             rejection_sample_method="standard",

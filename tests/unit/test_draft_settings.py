@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from tests.unit.test_derived_settings import NANOCP, RANKS, _drafts, _plugin, create, refusal  # noqa: F401
+from tests.unit.test_derived_settings import NANOCP, RANKS, _drafts, _plugin, _set, create, refusal  # noqa: F401
 from vllm_nanocp.entry.drafters import GPU_WORKER
 from vllm_nanocp.entry.refusals import check_settings
 
@@ -22,6 +22,8 @@ from vllm_nanocp.entry.refusals import check_settings
         dict(parallel_drafting=True),
         dict(use_multi_module_mtp=lambda: True),
         dict(disable_padded_drafter_batch=True),
+        dict(enable_adaptive_verification=True),
+        dict(uses_dynamic_speculative_decoding=lambda: True),
     ],
     ids=lambda kind: next(iter(kind)),
 )
@@ -60,6 +62,10 @@ def test_draft_models_that_attend_otherwise(tiny_model: str) -> None:
 
 @pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp"])
 def test_draft_models_on_gpus(tiny_model: str, method: str) -> None:
+    """With V2's runner, vLLM's default there."""
     config = create(tiny_model, *NANOCP)
     _drafts(method, "parallel_config.worker_cls", GPU_WORKER)(config)
-    assert "only ngram_gpu has been run on GPUs" in refusal(lambda: check_settings(config, RANKS))
+    assert "on GPUs with the V1" in refusal(lambda: check_settings(config, RANKS))
+    _set("scheduler_config.async_scheduling", True)(config)
+    _set("attention_config.hisparse_config", object())(config)  # by which vLLM takes V2's
+    check_settings(config, RANKS)

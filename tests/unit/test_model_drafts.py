@@ -71,12 +71,16 @@ class LaterForward(RankSimulation):
         context.draft_step = make_step(self.plan, shards, scenario.num_ranks, batch.index, queries=1)
         try:
             common = self._common()
-            metadata = builder.build_for_drafting(common, 1)
+            if scenario.seed % 2:
+                metadata = builder.build_for_drafting(common, 1)  # as V1's runner asks
+            else:
+                context.draft_index = 1
+                metadata = builder.build(0, common)  # as V2's does
             for number in range(LAYERS):
                 self._layer(self.kernel.impl(shape), layer, number, common, metadata)
         finally:
             context.step = context.draft_step = context.exchange = None
-            context.queries = 1
+            context.queries, context.draft_index = 1, 0
 
 
 def later_forwards(

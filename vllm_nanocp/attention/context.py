@@ -25,6 +25,7 @@ class AttentionContext:
     step: None in a step without sharded rows, which then is stock vLLM.
     draft_step: of the forwards of a draft model after its first, which has the rows of ``step``; None like it, and
         without such a model.
+    draft_index: of the forward whose metadata is built; 0 for the target's, and for the draft model's first.
     reserve: called by each layer while vLLM measures how much memory a step needs, for its dummy step visits no shard;
         takes up what one would that does.
     """
@@ -36,6 +37,7 @@ class AttentionContext:
     tables: dict[int, Any] = field(default_factory=dict)
     step: ShardedStep | None = None
     draft_step: ShardedStep | None = None
+    draft_index: int = 0
     reserve: Callable[[], None] | None = None
 
 

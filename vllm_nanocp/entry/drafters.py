@@ -10,8 +10,8 @@ from ..attention.families import flashinfer_chosen
 CPU_WORKER = "vllm_nanocp.worker.cpu_worker.NanoCPCPUWorker"
 GPU_WORKER = "vllm_nanocp.worker.gpu_worker.NanoCPGPUWorker"
 
-# Ways to draft without a model: they keep no KV, and take no part in the ranks' collectives. Those with one, that reads
-# the target's hidden states. And those for GPUs only.
+# Ways to draft without a model, on CPU: they keep no KV, and take no part in the ranks' collectives. Those with one,
+# that reads the target's hidden states. And those for GPUs only.
 DRAFTERS = ("ngram", "suffix", "custom_class")
 MODEL_DRAFTERS = ("eagle", "eagle3", "mtp")
 GPU_DRAFTERS = ("ngram_gpu",)
@@ -33,7 +33,8 @@ def drafts_on_a_gpu(drafts: Any) -> bool:
     from vllm.platforms import current_platform
 
     method = _named(drafts)
-    return isinstance(method, str) and method not in GPU_DRAFTERS and not current_platform.is_cpu()
+    served = (*GPU_DRAFTERS, *MODEL_DRAFTERS)
+    return isinstance(method, str) and method not in served and not current_platform.is_cpu()
 
 
 def draft_method(vllm_config: Any) -> Any:
@@ -57,7 +58,11 @@ def unequal_drafts(vllm_config: Any) -> bool:
     """Whether a draft model's forwards have other tokens than the target's, which the other ranks cannot know."""
     drafts = vllm_config.speculative_config
     return drafts_by_model(vllm_config) and bool(
-        drafts.disable_padded_drafter_batch or drafts.parallel_drafting or drafts.use_multi_module_mtp()
+        drafts.disable_padded_drafter_batch
+        or drafts.parallel_drafting
+        or drafts.use_multi_module_mtp()
+        or drafts.enable_adaptive_verification
+        or drafts.uses_dynamic_speculative_decoding()
     )
 
 

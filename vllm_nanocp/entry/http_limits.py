@@ -14,7 +14,7 @@ from typing import Any
 from .. import config as nanocp_config
 from ..sched.sharded_request import can_shard
 from ..wrapping import to_wrap, wraps
-from .drafters import GPU_DRAFTERS, draft_method
+from .drafters import draft_method
 
 
 def check(request: Any, max_model_len: int, rank_tokens: int, degree_limit: int) -> None:
@@ -51,8 +51,7 @@ def check(request: Any, max_model_len: int, rank_tokens: int, degree_limit: int)
 def check_drafts(request: Any, method: str | None) -> None:
     """Refuse what has not been shown to work where drafts are verified.
 
-    Sampling with a seed: that its tokens are vLLM's. Structured output on GPUs: that it keeps to its
-    grammar.
+    Sampling with a seed: that its tokens are vLLM's.
 
     Args:
         request: vLLM's ``EngineCoreRequest``.
@@ -67,11 +66,6 @@ def check_drafts(request: Any, method: str | None) -> None:
     params = request.sampling_params
     if method is None or params is None:
         return
-    if method in GPU_DRAFTERS and params.structured_outputs is not None:
-        raise VLLMValidationError(
-            "Structured output together with speculative decoding is not supported on GPUs: that it keeps to its "
-            "grammar there has not been shown. Leave it out, or serve without --speculative-config."
-        )
     if params.sampling_type == SamplingType.RANDOM_SEED:
         raise VLLMValidationError(
             "A seed together with speculative decoding is not supported: that the tokens are those that vLLM samples "

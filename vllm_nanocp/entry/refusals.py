@@ -89,10 +89,10 @@ class Flag:
             refuse("--" + self.field.replace("_", "-") + (f" {value}" if self.shown else ""), self.why, self.instead)
 
 
-_DRAFT_MODEL = "of the ways to draft with a model only EAGLE, EAGLE3 and MTP have been run, on CPU"
-_OTHER_DRAFTER = "use ngram, suffix, custom_class, eagle, eagle3 or mtp on CPU, ngram_gpu on GPUs, or leave it out"
-_DRAFTS_ON_GPUS = "of the ways to draft only ngram_gpu has been run on GPUs"
-_DRAFT_ON_GPUS = "use the method ngram_gpu, or leave it out"
+_DRAFT_MODEL = "of the ways to draft with a model only EAGLE, EAGLE3 and MTP have been run"
+_OTHER_DRAFTER = "use eagle, eagle3 or mtp, ngram, suffix or custom_class on CPU, ngram_gpu on GPUs, or leave it out"
+_DRAFTS_ON_GPUS = "of the ways to draft only ngram_gpu, eagle, eagle3 and mtp have been run on GPUs"
+_DRAFT_ON_GPUS = "use one of these, or leave it out"
 _ONE_ENGINE = "one engine holds all ranks"
 _ONE_ADDRESS = "one scheduler serves all ranks behind one address"
 _MICRO_BATCHES = "a sharded step cannot be cut into micro-batches"
@@ -255,7 +255,8 @@ SETTINGS = (
             "their probabilities do not go along when a request moves to another rank",
             "leave draft_sample_method out"),
     Setting(unequal_drafts, "a draft model with other batches than the target's (disable_padded_drafter_batch, "
-            "parallel_drafting, or several MTP layers, one for each draft)",
+            "parallel_drafting, enable_adaptive_verification, num_speculative_tokens_per_batch_size, or several MTP "
+            "layers, one for each draft)",
             "how many tokens it runs is not known to the other ranks",
             "leave these out of --speculative-config, or use another draft model"),
     Setting(shorter_draft, "a draft model for shorter requests than its target (max_model_len)",
@@ -273,7 +274,8 @@ SETTINGS = (
     Setting(other_verification, "another way to verify drafts on CPU (rejection_sample_method in --speculative-config)",
             "vLLM's sampler there has none: with synthetic it ends the engine, of block it takes no notice",
             "leave rejection_sample_method out"),
-    Setting(lambda c: draft_method(c) not in (None, *GPU_DRAFTERS) and c.parallel_config.worker_cls == GPU_WORKER,
+    Setting(lambda c: draft_method(c) not in (None, *GPU_DRAFTERS, *MODEL_DRAFTERS)
+            and c.parallel_config.worker_cls == GPU_WORKER,
             "speculative decoding on GPUs by this method (--speculative-config, --spec-method)",
             _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS),
     Setting(lambda c: draft_method(c) and c.parallel_config.worker_cls == GPU_WORKER and not c.use_v2_model_runner,

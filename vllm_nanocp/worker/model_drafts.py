@@ -34,6 +34,9 @@ class ModelDrafts:
     Args:
         model_runner: vLLM's, with such a drafter.
         plan: of the step that runs; None outside of one.
+
+    Attributes:
+        num_sharded: forwards of the draft model with rows that visit, or guests of others.
     """
 
     def __init__(self, model_runner: Any, plan: Callable[[], StepPlan | None]) -> None:
@@ -59,6 +62,10 @@ class ModelDrafts:
         # behind the longest request is written nowhere, and never verified.
         model_runner._input_fits_in_drafter = lambda common: common is not None
         self._dummy_run = self.drafter.dummy_run
+        self.num_sharded = 0
+
+    def note_batch(self, input_batch: Any) -> None:
+        """V1's runner keeps its batch."""
 
     def put_off(self, run: Callable[[], Any]) -> None:
         """Run vLLM's dummy batch without the forwards of the draft model that are part of it: busy ranks draft when
@@ -102,6 +109,8 @@ class ModelDrafts:
         if plan is None:
             return self._ask_ranks(num_tokens_unpadded, *args, **kwargs)
         sizes = [batch.num_reqs if self._agreed else batch.num_tokens for batch in plan.batches]
+        if context.step is not None:
+            self.num_sharded += self.model_runner.num_spec_tokens - 1 if self._agreed else 1
         self._agreed += 1
         rank = self.drafter.dp_rank
         if num_tokens_unpadded != sizes[rank]:

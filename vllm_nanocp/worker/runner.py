@@ -13,6 +13,7 @@ from ..plan import Batch, StepPlan
 
 if TYPE_CHECKING:
     from .model_drafts import ModelDrafts
+    from .speculator_drafts import SpeculatorDrafts
 
 
 class RunnerAdapter(Protocol):
@@ -24,7 +25,7 @@ class RunnerAdapter(Protocol):
     """
 
     plan: StepPlan | None
-    drafts: ModelDrafts | None
+    drafts: ModelDrafts | SpeculatorDrafts | None
 
     def batch_row(self, req_id: str) -> int:
         """Index of a request in the batch being prepared."""
@@ -70,7 +71,7 @@ class V1Runner:
         if mode is None or mode == CUDAGraphMode.NONE:
             self._ask_ranks = module.coordinate_batch_across_dp
             module.coordinate_batch_across_dp = self._coordinate  # type: ignore[assignment]
-        self.drafts: ModelDrafts | None = None
+        self.drafts: ModelDrafts | SpeculatorDrafts | None = None
         speculative = model_runner.speculative_config
         if speculative is not None and speculative.use_eagle():
             from .model_drafts import ModelDrafts
@@ -112,7 +113,7 @@ class V2Runner:
 
         self.model_runner = model_runner
         self.plan: StepPlan | None = None
-        self.drafts: ModelDrafts | None = None  # refused with this runner
+        self.drafts: ModelDrafts | SpeculatorDrafts | None = None
         self._rows: dict[str, int] = {}
         self._prepare_attn = model_runner.prepare_attn
         model_runner.prepare_attn = self._note_rows
@@ -121,9 +122,16 @@ class V2Runner:
         self._ask_ranks = module.dispatch_cg_and_sync_dp
         module.dispatch_cg_and_sync_dp = self._dispatch  # type: ignore[assignment]
         module.ModelCudaGraphManager = NanoCPCudaGraphManager  # type: ignore[misc]
+        speculative = model_runner.speculative_config
+        if speculative is not None and speculative.use_eagle():
+            from .speculator_drafts import SpeculatorDrafts
+
+            self.drafts = SpeculatorDrafts(model_runner, lambda: self.plan)
 
     def _note_rows(self, input_batch: Any) -> Any:
         self._rows = {req_id: row for row, req_id in enumerate(input_batch.req_ids)}
+        if self.drafts is not None:
+            self.drafts.note_batch(input_batch)
         return self._prepare_attn(input_batch)
 
     def _dispatch(
@@ -164,7 +172,10 @@ class V2Runner:
         return {}  # it samples by seed and position
 
     def run_idle(self, attention: bool) -> None:
-        self.model_runner._dummy_run(1, uniform_decode=True)  # always with attention
+        def run() -> None:
+            self.model_runner._dummy_run(1, uniform_decode=True)  # always with attention
+
+        run() if self.drafts is None else self.drafts.put_off(run)
 
 
 def _check(same: Any, seen: Any, plan: StepPlan, rank: int) -> None:

@@ -160,8 +160,11 @@ class OneRank(_Base):
         context.step = context.draft_step = self.runner.plan = None
 
     def nanocp_counters(self) -> dict[str, int]:
-        """Sharded steps of this worker; those that replayed a graph with it, those over the routed exchange."""
+        """Sharded steps of this worker; those that replayed a graph with it, those over the routed exchange. And
+        sharded forwards of a draft model."""
+        drafts = self.runner.drafts
         return {
+            "sharded_drafts": 0 if drafts is None else drafts.num_sharded,
             "sharded_steps": self.num_sharded_steps,
             "captured_steps": self.num_captured_steps,
             "routed_steps": self.num_routed_steps,

@@ -60,6 +60,8 @@ class NanoCPFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     ) -> FlashAttentionMetadata:
         if context.step is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if context.draft_index:  # V2's runner does not say it
+            return self.build_for_drafting(common_attn_metadata, context.draft_index)
         return self._split(context.step, common_attn_metadata, fast_build)
 
     def build_for_drafting(

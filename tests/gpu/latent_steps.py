@@ -12,12 +12,11 @@ import torch
 import torch.distributed as dist
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from tests.unit import flash_latent_steps, fp8_latent_steps
 from tests.unit.attention_steps import Kernel, run_scenarios
-from tests.unit.flash_latent_steps import bare_family, kernel_of, make_builder, make_layer
 from tests.unit.latent_steps import LatentShape, forward
 from tests.unit.processes import gpu_of
 from vllm_nanocp.attention.context import context
-from vllm_nanocp.attention.mla.latent_tables import most_memory
 from vllm_nanocp.attention.sharded_step import Guest, OwnRow, ShardedStep
 from vllm_nanocp.exchange import CollectiveExchange
 
@@ -34,11 +33,13 @@ def cuda_kernel(args: dict[str, Any], staged: bool) -> Kernel:
     """As ``kernel_of``.
 
     Args:
-        args: of that.
+        args: of that; and ``fp8``, with which the cache has 8 bits.
         staged: ranks share a GPU.
     """
+    args = dict(args)
+    steps: Any = fp8_latent_steps if args.pop("fp8", False) else flash_latent_steps
     # What is past a length is finite in a real cache too, and FlashAttention reads whole blocks.
-    kernel = dataclasses.replace(kernel_of("cuda", stock=True, **args), fill=1000.0)
+    kernel = dataclasses.replace(steps.kernel_of("cuda", stock=True, **args), fill=1000.0)
     return dataclasses.replace(kernel, exchange=StagedExchange) if staged else kernel
 
 
@@ -59,9 +60,14 @@ def run_modes(rank: int, size: int, modes: dict[str, tuple[dict[str, Any], Any]]
 def fullest_step(rank: int, size: int, shape: LatentShape, tokens: int) -> tuple[int, int]:
     """Every rank's chunk of so many tokens visits all ranks, its own too: bytes that a layer takes, and has."""
     device = gpu_of(rank)
-    builder, layer = make_builder(shape, device, 1), make_layer(shape, device)
+    steps: Any = fp8_latent_steps if shape.cache_type == torch.uint8 else flash_latent_steps
+    builder, layer, family = (
+        steps.make_builder(shape, device, 1),
+        steps.make_layer(shape, device),
+        steps.bare_family(shape),
+    )
     blocks = tokens // shape.block_size
-    cache = torch.zeros((blocks, shape.block_size, shape.rank + shape.rotated), dtype=shape.dtype, device=device)
+    cache = torch.zeros(shape.cache_size(blocks), dtype=shape.cache_type, device=device)
     query = torch.zeros((tokens, shape.num_heads, shape.head_size), dtype=shape.dtype, device=device)
     keys = torch.zeros((tokens, 1, shape.rank + shape.rotated), dtype=shape.dtype, device=device)
     output = torch.zeros((tokens, shape.num_heads, shape.value_size), dtype=shape.dtype, device=device)
@@ -96,4 +102,4 @@ def fullest_step(rank: int, size: int, shape: LatentShape, tokens: int) -> tuple
         torch.cuda.synchronize()
         peak = max(peak, torch.cuda.max_memory_allocated() - before)
         del metadata
-    return peak, most_memory(size, tokens, bare_family(shape).sizes, shape.dtype)
+    return peak, family.most_memory(size, tokens)

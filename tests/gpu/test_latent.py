@@ -164,7 +164,8 @@ def test_memory(heads: str, ranks: int) -> None:
 
 LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 # Names as in ``test_exact.py``, so that one variable chooses in both.
-ENGINES = ("v2", "v1", "graphs", "moves", "tensor parallel")
+ENGINES = ("v2", "v1", "graphs", "moves", "fp8", "tensor parallel")
+GRAPHS = ("graphs", "moves", "fp8", "tensor parallel")
 chosen = [mode for mode in ENGINES if mode in os.environ.get("NANOCP_RUNNERS", ",".join(ENGINES)).split(",")]
 
 
@@ -184,7 +185,7 @@ def engines(request: pytest.FixtureRequest, deepseek: str) -> Iterator[tuple[str
     mode = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0" if mode == "v1" else "1")
-        graphs = mode in ("graphs", "moves", "tensor parallel")
+        graphs = mode in GRAPHS
         args: dict[str, Any] = dict(
             dtype="bfloat16", block_size=16, num_gpu_blocks_override=8192, gpu_memory_utilization=0.03,
             kv_cache_memory_bytes=1 << 30, attention_config={"backend": "FLASH_ATTN_MLA"}, enforce_eager=not graphs,
@@ -195,6 +196,8 @@ def engines(request: pytest.FixtureRequest, deepseek: str) -> Iterator[tuple[str
             args |= dict(compilation_config={"cudagraph_capture_sizes": sizes, "pass_config": passes})
         if mode == "tensor parallel":
             args |= dict(tensor_parallel_size=2, disable_custom_all_reduce=SHARED)
+        if mode == "fp8":  # which vLLM serves by FLASHMLA, in blocks of 64 tokens
+            args |= dict(kv_cache_dtype="fp8", block_size=64, num_gpu_blocks_override=2048, attention_config={})
         stock = Engine(deepseek, 1, **args)
         if graphs:  # vLLM's own check of its workers' steps
             patch.setenv("VLLM_GPU_SYNC_CHECK", "error")
@@ -227,5 +230,5 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     print(f"{mode}: {counters}")
     for worker in counters:
         captured = worker["captured_steps"] > worker["sharded_steps"] / 4
-        assert captured == (mode in ("graphs", "moves", "tensor parallel")) and not worker["routed_steps"]
+        assert captured == (mode in GRAPHS) and not worker["routed_steps"]
     check_partings(found)

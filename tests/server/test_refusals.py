@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -304,6 +305,8 @@ def latent_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cache_dtype: str = "auto", 
     monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
     config = fake_config(LATENT, cache_dtype, use_mla=True)
     config.compilation_config = SimpleNamespace(pass_config=SimpleNamespace(fuse_attn_quant=False))
+    config.model_config.dtype = torch.bfloat16
+    config.cache_config.__dict__.update(user_specified_block_size=False, block_size=16)
     config.attention_config.__dict__.update(attention)
     return config
 
@@ -354,9 +357,57 @@ def test_a_checkpoint_that_asks_for_a_cache_itself(monkeypatch: pytest.MonkeyPat
     model: Any = SimpleNamespace(hf_config=quantized)
     found = resolve_kv_cache_dtype_string("auto", model)
     assert found.startswith("fp8")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     with pytest.raises(NanoCPConfigError) as caught:
-        check_model(latent_on_a_gpu(monkeypatch, found), NanoCPConfig(ranks=2))
+        check_model(fake_config(LATENT, found, use_mla=True), NanoCPConfig(ranks=2))
     assert_one_line(str(caught.value), f"--kv-cache-dtype {found}", "checkpoint", '"max_degree": 1')
+    check_model(latent_on_a_gpu(monkeypatch, found), NanoCPConfig(ranks=2))
+
+
+def test_an_fp8_cache_of_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Served by FLASHMLA, which vLLM takes then; what that does not take is refused before the model is loaded."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    for cache_dtype in ("fp8", "fp8_e4m3"):
+        for backend in (None, AttentionBackendEnum.FLASHMLA):
+            config = latent_on_a_gpu(monkeypatch, cache_dtype, backend=backend)
+            check_model(config, NanoCPConfig(ranks=2))
+    config.cache_config.user_specified_block_size, config.cache_config.block_size = True, 64
+    check_model(config, NanoCPConfig(ranks=2))
+    refused: list[tuple[str, Callable[[Any], Any], str]] = [
+        (
+            "fp8",
+            lambda c: setattr(c.attention_config, "backend", AttentionBackendEnum.FLASH_ATTN_MLA),
+            "FLASH_ATTN_MLA",
+        ),
+        ("fp8", lambda c: setattr(c.model_config, "dtype", torch.float16), "--dtype float16"),
+        ("fp8", lambda c: setattr(c.model_config.hf_text_config, "kv_lora_rank", 256), "latents of 256"),
+        ("fp8", lambda c: setattr(c.cache_config, "user_specified_block_size", True), "--block-size 16"),
+        ("fp8", lambda c: setattr(c.attention_config, "flash_attn_version", 4), "flash_attn_version 4"),
+        ("fp8_e5m2", lambda c: None, "--kv-cache-dtype fp8_e5m2"),
+        ("fp8_ds_mla", lambda c: None, "--kv-cache-dtype fp8_ds_mla"),
+    ]
+    for cache_dtype, change, part in refused:
+        config = latent_on_a_gpu(monkeypatch, cache_dtype)
+        change(config)
+        with pytest.raises(NanoCPConfigError) as caught:
+            check_model(config, NanoCPConfig(ranks=2))
+        assert_one_line(str(caught.value), part)
+        check_model(config, NanoCPConfig(ranks=2, max_degree=1))
+
+
+def test_the_family_of_an_fp8_cache_of_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    from vllm_nanocp.attention import families
+
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    for module, name in (("flashmla_backend", "LatentOfFloat8OnHopper"), ("flash_backend", "LatentOnHopper")):
+        fake = SimpleNamespace(**{name: lambda _, name=name: name})
+        monkeypatch.setitem(sys.modules, f"vllm_nanocp.attention.mla.{module}", fake)
+    for cache_dtype, name in (("fp8", "LatentOfFloat8OnHopper"), ("auto", "LatentOnHopper")):
+        config = latent_on_a_gpu(monkeypatch, cache_dtype)
+        assert families.family_of(config) == name
 
 
 def test_flashinfer_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ class Shape:
     block_size: int = 32
     isa: str = "vec"
     cache_dtype: str = "auto"
+    nearest = False  # how a cache of float8 rounds
     decodes_first = False  # whether batches have rows of one query before all others
 
     @property
@@ -60,6 +61,10 @@ class Shape:
     def result_width(self) -> int:
         """Numbers of a head of the output."""
         return self.head_size
+
+    def from_cache(self, first: int, queries: int) -> int | None:
+        """How many of a row's keys are read from the cache, where the others are the batch's own; None: all."""
+        return None
 
     def cache_size(self, num_blocks: int) -> tuple[int, ...]:
         return num_blocks, self.num_kv_heads, self.block_size, 2 * self.head_size
@@ -297,16 +302,27 @@ def empty_cache(shape: Shape, num_blocks: int) -> torch.Tensor:
 
 
 def kept(shape: Shape, numbers: torch.Tensor, scale: float) -> torch.Tensor:
-    """What a cache keeps of keys or values: of float8 the next number towards zero, as vLLM's CPU kernel rounds."""
+    """What a cache keeps of keys or values: of float8 the next number towards zero, as vLLM's CPU kernel rounds, or the
+    nearest, as on GPUs."""
     if shape.cache_type != torch.uint8:
         narrower = shape.cache_type.itemsize < shape.dtype.itemsize
         return numbers.to(shape.cache_type).to(shape.dtype) if narrower else numbers
     kind = torch.float8_e5m2 if shape.cache_dtype == "fp8_e5m2" else torch.float8_e4m3fn
+    if shape.nearest:
+        return (numbers.float() / scale).clamp(-448, 448).to(kind).double() * scale
     table = torch.arange(128, dtype=torch.uint8).view(kind).float()
     table = table[table.isfinite()]
     size = (numbers.float() * (1 / torch.tensor(scale, dtype=torch.float32))).abs().clamp(max=table[-1])
     at = torch.searchsorted(table, size.contiguous(), right=True) - 1
     return (table[at].copysign(numbers.float()) * scale).to(torch.float64)
+
+
+def seen(shape: Shape, numbers: torch.Tensor, scale: float, row: Row) -> torch.Tensor:
+    """Keys or values as a row's queries see them."""
+    read = shape.from_cache(row.first, row.num_queries)
+    if read is None:
+        return kept(shape, numbers, scale)
+    return torch.cat([kept(shape, numbers[:read], scale).double(), numbers[read:].double()])
 
 
 def slots(shape: Shape, shard: Shard, first: int, end: int) -> torch.Tensor:
@@ -523,14 +539,17 @@ class RankSimulation:
         at = 0
         for row, (queries, keys, values) in zip(self.rows, whole, strict=True):
             end = row.first + row.num_queries
-            keys, values = (kept(shape, x, s) for x, s in zip((keys, values), shape.cache_scales, strict=True))
+            keys, values = (seen(shape, x, s, row) for x, s in zip((keys, values), shape.cache_scales, strict=True))
             expected = shape.attention(queries[row.first : end], keys[:end], values[:end], row.first)
             error = (output[at : at + row.num_queries].double() - expected).abs()
             if self.kernel.stock is not None and row.shard:
                 stock = self.kernel.stock(queries[row.first : end], keys[:end], values[:end], row.first, shape.scale)
-                self.counts["norm"] += expected.square().sum().item()
-                self.counts["ours"] += error.square().sum().item()
-                self.counts["stock"] += (stock.double() - expected).square().sum().item()
+                wrong = (stock.double() - expected).square().sum().item()
+                part = " decode" if row.num_queries == self.kernel.queries else " prefill"
+                for name in ("", part):
+                    self.counts["norm" + name] += expected.square().sum().item()
+                    self.counts["ours" + name] += error.square().sum().item()
+                    self.counts["stock" + name] += wrong
             self.errors.append(error.max().item() if error.isfinite().all() else float("inf"))
             at += row.num_queries
             kind = "plain" if row.shard == 0 else "sharded"

@@ -111,7 +111,7 @@ from vllm.v1.attention.backends.mla.flashattn_mla import FlashAttnMLAImpl, Flash
 from vllm.v1.attention.backends.mla.prefill.flash_attn import FlashAttnPrefillBackend  # noqa: E402
 
 from vllm_nanocp.attention import gpu_rows  # noqa: E402
-from vllm_nanocp.attention.mla import latent_fixed, latent_tables  # noqa: E402
+from vllm_nanocp.attention.mla import flash_mla, fp8_latents, latent_tables  # noqa: E402
 from vllm_nanocp.attention.mla.flash_backend import (  # noqa: E402
     LatentOnHopper,
     NanoCPFlashAttnMLABackend,
@@ -181,15 +181,26 @@ def make_layer(shape: LatentShape, device: torch.device) -> Any:
 
 
 def stock_attention(
-    device: torch.device, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int, scale: float
+    shapes: set[LatentShape],
+    make: tuple[Callable[..., Any], Callable[..., Any]],
+    device: torch.device,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first: int,
+    scale: float,
 ) -> torch.Tensor:
-    """vLLM's own: ``forward_mqa`` for a decode, ``forward_mha`` for a chunk of a prompt."""
-    sizes = (queries.shape[1], queries.shape[2] - 64)
-    shape = next(s for s in _shapes if (s.num_heads, s.head_size - 64) == sizes and s.scale == scale)
-    return one_request(shape, make_builder(shape, device, 1), make_layer(shape, device), queries, keys, first)
+    """vLLM's own: ``forward_mqa`` for a decode, ``forward_mha`` for a chunk of a prompt.
 
-
-_shapes: set[LatentShape] = set()
+    Args:
+        shapes: among which are the queries'.
+        make: a builder and a layer, see ``make_builder`` and ``make_layer``.
+        device: where they are.
+        Others: see ``Kernel.stock``.
+    """
+    sizes, (builder, layer) = (queries.shape[1], queries.shape[2] - 64), make
+    shape = next(s for s in shapes if (s.num_heads, s.head_size - 64) == sizes and s.scale == scale)
+    return one_request(shape, builder(shape, device, 1), layer(shape, device), queries, keys, first)
 
 
 BLOCKS = 40  # of a row's table in the scenarios
@@ -210,7 +221,8 @@ class GraphForward:
             return
         # One builder, so the same tables, for each shape.
         key = rows.send.data_ptr(), tuple(inputs[0].shape), id(layer)
-        batch = [rows.plain.decode.query_start_loc, rows.plain.decode.block_table]
+        decode = rows.plain.decode
+        batch = [getattr(decode, name) for name in ("block_table", "query_start_loc") if hasattr(decode, name)]
         if key not in self.graphs:
             static = [torch.zeros_like(x) for x in (*inputs, output, *batch)]
             self.graphs[key] = self._capture(layer, static, metadata), static
@@ -227,12 +239,12 @@ class GraphForward:
         tables = [rows.tokens, rows.pick, rows.send]
         tables += [x for work in rows.fixed for x in (work.launch.lengths, work.empty)]
         held = [x.clone() for x in tables]
-        for x, value in zip(tables, (-1, -1, 0, *len(rows.fixed) * (0, True)), strict=True):
+        for x, value in zip(tables, (-1, -1, 0, *len(rows.fixed) * (rows.kernel.fewest, True)), strict=True):
             x.fill_(value)
-        longest = BLOCKS * static[3].shape[1]
-        decode = dataclasses.replace(
-            rows.plain.decode, query_start_loc=static[5], block_table=static[6], max_seq_len=longest
-        )
+        batch: dict[str, Any] = {"block_table": static[5]}
+        if len(static) > 6:
+            batch |= {"query_start_loc": static[6], "max_seq_len": BLOCKS * static[3].shape[1]}
+        decode = dataclasses.replace(rows.plain.decode, **batch)
         fixed = dataclasses.replace(rows, plain=dataclasses.replace(rows.plain, decode=decode))
         captured = dataclasses.replace(metadata, sharded=fixed)
         run = functools.partial(forward, None, layer, *static[:4], captured, static[4])
@@ -264,6 +276,7 @@ def kernel_of(
     stock: bool = False,
     graph: bool = False,
     groups: int = 1,
+    make: tuple[Callable[..., Any], Callable[..., Any]] = (make_builder, make_layer),
 ) -> Kernel:
     """The backend on a device.
 
@@ -276,34 +289,37 @@ def kernel_of(
         stock: next to vLLM's own attention.
         graph: replayed.
         groups: of heads that go together.
+        make: a builder and a layer, see ``make_builder`` and ``make_layer``.
     """
     where = torch.device(device)
     LatentSizes.absorbs = lambda _, rows: rows <= few  # type: ignore[method-assign, misc]
     latent_tables.queries_at_once = lambda *_: 7  # type: ignore[assignment]
     latent_tables.PROJECTED = 1  # a block at a time
-    latent_fixed.MOST_ROWS = 20  # two launches or three of places
+    flash_mla.MOST_ROWS = fp8_latents.MOST_ROWS = 20  # two launches or three of places
     latent_tables.heads_together = lambda _, sizes, __: dataclasses.replace(  # type: ignore[assignment]
         sizes, num_heads=sizes.num_heads // groups
     )
     if where.type != "cuda":
         gpu_rows.merge_rows = flash_steps.reference_merge
 
+    shapes: set[LatentShape] = set()
+
     # One builder for all scenarios of a shape: what one step leaves in its tables must not show in the next.
     @functools.cache
-    def builder(shape: LatentShape) -> NanoCPFlashAttnMLAMetadataBuilder:
-        _shapes.add(shape)
-        return make_builder(shape, where, threshold)
+    def builder(shape: LatentShape) -> Any:
+        shapes.add(shape)
+        return make[0](shape, where, threshold)
 
     return Kernel(
         builder,  # type: ignore[arg-type]
         lambda _: None,
-        lambda shape: make_layer(shape, where),  # type: ignore[arg-type]
+        lambda shape: make[1](shape, where),  # type: ignore[arg-type]
         write,
         where,
         GraphForward() if graph else forward,
         capacity,
         pad if capacity else 0,
-        stock=functools.partial(stock_attention, where) if stock else None,
+        stock=functools.partial(stock_attention, shapes, make, where) if stock else None,
         replays=graph and where.type == "cuda",
         groups=groups,
     )

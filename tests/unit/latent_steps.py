@@ -34,6 +34,15 @@ class LatentShape(Shape):
     rotated: int = 64
     value_size: int = 32
     decodes_first = True
+    nearest = True
+
+    @property
+    def cache_scales(self) -> tuple[float, float]:
+        return (0.05, 1.0) if self.cache_dtype.startswith("fp8") else (1.0, 1.0)
+
+    def from_cache(self, first: int, queries: int) -> int | None:
+        """A prompt's new latents are not read from a cache of float8."""
+        return first if queries > 1 and self.cache_dtype.startswith("fp8") else None
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -71,7 +80,7 @@ class LatentShape(Shape):
 
 
 def latent_shape(num_heads: int, unrotated: int, value_size: int, **more: Any) -> LatentShape:
-    return LatentShape(num_heads, 1, unrotated + 64, block_size=16, value_size=value_size, **more)
+    return LatentShape(num_heads, 1, unrotated + 64, **{"block_size": 16, "value_size": value_size} | more)
 
 
 def make_builder(shape: LatentShape) -> NanoCPCPUMLAMetadataBuilder:
@@ -183,10 +192,13 @@ def make_layer(shape: LatentShape) -> Any:
 
 def write(impl: Any, layer: Any, keys: torch.Tensor, values: torch.Tensor, cache: torch.Tensor, slots: Any) -> None:
     if not cache.is_cuda and not isinstance(layer.impl, CPUMLAImpl):  # an operation of GPUs only
-        cache[slots // cache.shape[1], slots % cache.shape[1]] = keys[:, 0]
+        numbers = keys[:, 0]
+        if cache.dtype == torch.uint8:
+            numbers = (numbers.float() / layer._k_scale).to(torch.float8_e4m3fn).view(torch.uint8)
+        cache[slots // cache.shape[1], slots % cache.shape[1]] = numbers
         return
     latents, rotated = keys[:, 0, :-64], keys[..., -64:]
-    layer.impl.do_kv_cache_update(latents, rotated, cache, slots, "auto", layer._k_scale)
+    layer.impl.do_kv_cache_update(latents, rotated, cache, slots, layer.kv_cache_dtype, layer._k_scale)
 
 
 def forward(
@@ -224,8 +236,8 @@ def one_request(
     """A layer's attention of the last queries of one request, unsharded, where its weights are."""
     count, length, device = len(queries), len(keys), layer.W_UV.device
     blocks = -(-length // shape.block_size)
-    cache = torch.zeros(shape.cache_size(blocks), dtype=shape.dtype, device=device)
-    queries, keys = queries.to(device), keys.to(device)
+    cache = torch.zeros(shape.cache_size(blocks), dtype=shape.cache_type, device=device)
+    queries, keys = queries.to(device), keys.to(device, shape.dtype)
     write(None, layer, keys, keys, cache, torch.arange(length, device=device))
     starts = torch.tensor([0, count], dtype=torch.int32)
     lengths = torch.tensor([length], dtype=torch.int32)

@@ -31,7 +31,7 @@ from tests.unit.processes import run_ranks
 from vllm.v1.attention.backends.mla import flashattn_mla  # isort: skip  # importable once there is a reference
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.flash_launches import ShardLaunch
-from vllm_nanocp.attention.mla import flash_latent, flash_mla, latent_fixed
+from vllm_nanocp.attention.mla import flash_latent, flash_mla
 from vllm_nanocp.attention.mla.flash_latent import Absorbed, Latents, Piece, Projected, attend
 from vllm_nanocp.attention.mla.latent_fixed import FixedLatentTables, empty_block_table, parts_of, pieces_of
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
@@ -206,7 +206,7 @@ def test_pieces_of_a_fixed_launch_fit() -> None:
 @pytest.mark.parametrize("places", [1, 80, 991, 992, 993, 1280, 1984, 1985, 10_000])
 def test_launches_over_places_are_few_and_cut_into_pieces(places: int) -> None:
     """FlashAttention cuts no row of a launch of more than 992."""
-    parts = parts_of(places)
+    parts = parts_of(places, 992)
     assert [place for part in parts for place in range(part.start, part.stop)] == list(range(places))
     assert len(parts) == -(-places // 992) and max(part.stop - part.start for part in parts) <= 992
 
@@ -259,7 +259,7 @@ def a_step(capacity: int, rows: dict[int, int]) -> tuple[ShardedStep, CommonAtte
 def test_fixed_tables_of_a_step_and_of_the_next(most_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is sent, seen and merged where; vLLM's own launch sees nothing of rows that visit. Tables of two capacities
     share the block ids, and nothing is left of the step before. In one launch, and in two or three."""
-    monkeypatch.setattr(latent_fixed, "MOST_ROWS", most_rows)
+    monkeypatch.setattr(flash_mla, "MOST_ROWS", most_rows)
     shared = empty_block_table(3, 2, 80, 16, CPU)
     large, small = (FixedLatentTables(c, 2, 8, shared, sizes_of(SHAPES[0]), 16, torch.bfloat16) for c in (3, 2))
     large.fill(*a_step(3, {0: 30, 2: 16, 4: 1}))

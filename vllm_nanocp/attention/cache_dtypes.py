@@ -8,5 +8,7 @@ CACHE_DTYPES: dict[tuple[bool, bool], tuple[str, ...]] = {
     (False, False): ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
     (False, True): ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
     (True, False): ("auto",),
-    (True, True): ("auto",),
+    (True, True): ("auto", "fp8", "fp8_e4m3"),
 }
+# Those of them that FLASHMLA reads in vLLM.
+FLOAT8_CACHES = ("fp8", "fp8_e4m3")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .cache_dtypes import FLOAT8_CACHES
+
 if TYPE_CHECKING:
     from .family import Family
 
@@ -35,6 +37,10 @@ def family_of(vllm_config: Any) -> Family:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
+        if vllm_config.model_config.use_mla and vllm_config.cache_config.cache_dtype in FLOAT8_CACHES:
+            from .mla.flashmla_backend import LatentOfFloat8OnHopper
+
+            return LatentOfFloat8OnHopper(vllm_config)
         if vllm_config.model_config.use_mla:
             from .mla.flash_backend import LatentOnHopper
 

@@ -64,13 +64,16 @@ class ShardLaunch:
         return self.schedule
 
 
-def lengths_without(visiting: torch.Tensor, common: CommonAttentionMetadata, out: torch.Tensor) -> torch.Tensor:
+def lengths_without(
+    visiting: torch.Tensor, common: CommonAttentionMetadata, out: torch.Tensor, fewest: int = 0
+) -> torch.Tensor:
     """Lengths for a launch over a whole batch that leaves out the rows that visit.
 
     Args:
         visiting: int64, their numbers; others behind the batch, but within ``out``.
         common: vLLM's metadata of the batch.
         out: int32, to write to, at an address that graphs know.
+        fewest: keys that a row must see, those that are left out and padding, too.
 
     Returns:
         int32 [num_reqs], a view of ``out``.
@@ -78,7 +81,7 @@ def lengths_without(visiting: torch.Tensor, common: CommonAttentionMetadata, out
     n = common.num_reqs
     out[:n] = common.seq_lens[:n]
     out.index_fill_(0, visiting, 0)
-    return out[:n]
+    return out[:n].clamp_(min=fewest) if fewest else out[:n]
 
 
 def pieces_that_fit(num_queries: int, num_heads: int, head_size: int, num_kv_heads: int) -> int:

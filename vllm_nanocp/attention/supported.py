@@ -130,6 +130,11 @@ def grouped_query_problem(layer: Any, backend: type[Any]) -> tuple[str, str] | N
         return found
     if layer.head_size_v != layer.head_size:
         return "attention whose values are not as long as its keys", "a partial result has one length"
+    return one_scale_problem(layer)
+
+
+def one_scale_problem(layer: Any) -> tuple[str, str] | None:
+    """Whether a cache of 8 bits has more than one scale a layer."""
     if any(getattr(layer, name).numel() != 1 for name in _SCALES):
         return "KV scales of each head", "the attention path here knows one for a layer"
     return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import config as nanocp_config
 from .. import patches
-from ..attention.cache_dtypes import CACHE_DTYPES
+from ..attention.cache_dtypes import CACHE_DTYPES, FLOAT8_CACHES
 from ..config import MAX_PLACES, NanoCPConfig, largest_capacity
 from ..errors import UNSHARDED, refuse
 from .drafters import CPU_WORKER, GPU_WORKER, drafts_by_model
@@ -118,7 +118,9 @@ def _check_latent_on_gpus(vllm_config: Any, config: NanoCPConfig, instead: str) 
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     attention, why = vllm_config.attention_config, "shards attend by FlashAttention 3"
-    if attention.backend not in (None, AttentionBackendEnum.FLASH_ATTN_MLA):
+    if vllm_config.cache_config.cache_dtype in FLOAT8_CACHES:
+        _check_latent_of_float8(vllm_config, instead)
+    elif attention.backend not in (None, AttentionBackendEnum.FLASH_ATTN_MLA):
         refuse(
             f"latent attention by {attention.backend.name} with max_degree above 1",
             why,
@@ -154,6 +156,40 @@ def _check_latent_on_gpus(vllm_config: Any, config: NanoCPConfig, instead: str) 
             "latent attention whose output is quantised (fuse_attn_quant) with max_degree above 1",
             "partial results are merged before they may be rounded so",
             "add -cc.pass_config.fuse_attn_quant=false",
+        )
+
+
+def _check_latent_of_float8(vllm_config: Any, instead: str) -> None:
+    """Refuse what FLASHMLA does not take, which is the one that reads an fp8 cache of latents on Hopper GPUs."""
+    import torch
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    model, cache, backend = vllm_config.model_config, vllm_config.cache_config, vllm_config.attention_config.backend
+    if backend not in (None, AttentionBackendEnum.FLASHMLA):
+        refuse(
+            f"an fp8 cache of latents by {backend.name} with max_degree above 1",
+            "shards of it attend by FLASHMLA",
+            "leave --attention-backend out on a Hopper GPU, or " + instead,
+        )
+    if model.dtype != torch.bfloat16:
+        refuse(
+            f"an fp8 cache of latents with --dtype {str(model.dtype).removeprefix('torch.')} and max_degree above 1",
+            "FLASHMLA returns bfloat16",
+            "use --dtype bfloat16, or leave --kv-cache-dtype out",
+        )
+    text = model.hf_text_config
+    sizes = getattr(text, "kv_lora_rank", None), getattr(text, "qk_rope_head_dim", None)
+    if sizes != (512, 64):
+        refuse(
+            f"an fp8 cache of latents of {sizes[0]} and rotated keys of {sizes[1]} numbers with max_degree above 1",
+            "FLASHMLA takes 512 and 64",
+            "leave --kv-cache-dtype out, or " + instead,
+        )
+    if cache.user_specified_block_size and cache.block_size != 64:
+        refuse(
+            f"an fp8 cache of latents with --block-size {cache.block_size} and max_degree above 1",
+            "FLASHMLA takes blocks of 64 tokens",
+            "leave --block-size out",
         )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.attention.mla_attention import get_mla_dims
@@ -25,7 +25,6 @@ from vllm.v1.attention.backends.mla.flashattn_mla import (
 from vllm.v1.attention.backends.mla.prefill.flash_attn import FlashAttnPrefillBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from ..cache_dtypes import CACHE_DTYPES
 from ..context import context
 from ..family import attend
 from ..flash_launches import gather_tables
@@ -36,14 +35,85 @@ from ..supported import latent_problem
 from . import flash_mla
 from .flash_latent import Latents, Work
 from .flash_latent import attend as attend_work
+from .flash_mla import FLASH_ATTENTION
 from .latent_fixed import FixedLatentTables, empty_block_table
 from .latent_fixed import warm_up as warm_up_fixed
+from .latent_kernel import LatentKernel
 from .latent_sizes import LatentSizes
 from .latent_tables import LatentRows, exact_tables, most_memory, projected_at_once
 
 
+class LatentTables:
+    """Mixed in before vLLM's metadata builder of a backend: takes the rows laid out in ``context.step`` out of the
+    stock metadata and into tables of their own.
+
+    Attributes:
+        sharded_metadata: the stock metadata's class, with ``sharded``: the tables of a step, or None.
+        kernel: attends to what is held here.
+    """
+
+    sharded_metadata: ClassVar[type[Any]]
+    kernel: ClassVar[LatentKernel]
+    num_heads: int
+    mla_dims: Any
+    model_config: Any
+    vllm_config: Any
+    page_size: int
+    device: torch.device
+    chunked_prefill_workspace_size: int
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        step, stock = context.step, super().build  # type: ignore[misc]
+        if step is None:
+            return stock(common_prefix_len, common_attn_metadata, fast_build)
+        common = copy(common_attn_metadata)
+        if step.capacity:
+            rows, common.seq_lens = self._fixed_tables(step).fill(step, common)
+            rows.plain = metadata = stock(0, common, fast_build)
+        else:
+            rows, plain = exact_tables(step, common, self._sizes, self.page_size, self._dtype, self.kernel)
+            metadata = self._stock_beside_shards(common if plain is None else plain, fast_build)
+            rows.plain = None if plain is None else metadata
+        values = {f.name: getattr(metadata, f.name) for f in fields(metadata)}
+        return self.sharded_metadata(**values, sharded=rows)
+
+    def _stock_beside_shards(self, common: CommonAttentionMetadata, fast_build: bool) -> Any:
+        """vLLM's own metadata, by which it projects less of a prompt's context at a time than usual (up to 65,536
+        tokens): memory is full of what visits."""
+        usual = self.chunked_prefill_workspace_size
+        self.chunked_prefill_workspace_size = min(usual, projected_at_once(self._sizes, self.page_size, self._dtype))
+        try:
+            return super().build(0, common, fast_build)  # type: ignore[misc]
+        finally:
+            self.chunked_prefill_workspace_size = usual
+
+    @property
+    def _sizes(self) -> LatentSizes:
+        return _sizes_of(self.num_heads, self.mla_dims)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the model."""
+        assert isinstance(self.model_config.dtype, torch.dtype)
+        return self.model_config.dtype
+
+    def _fixed_tables(self, step: ShardedStep) -> FixedLatentTables:
+        """The worker's; made here where there is none."""
+        made: dict[int, Any] = self.__dict__.setdefault("nanocp_tables", dict(context.tables))
+        if step.capacity not in made:
+            most = self.vllm_config.scheduler_config.max_num_seqs
+            tokens = self.model_config.max_model_len
+            table = empty_block_table(step.capacity, step.num_ranks, tokens, self.page_size, self.device)
+            made[step.capacity] = FixedLatentTables(
+                step.capacity, step.num_ranks, most, table, self._sizes, self.page_size, self._dtype, self.kernel
+            )
+        return made[step.capacity]
+
+
 @dataclass
-class ShardedFlashMLAMetadata(FlashAttnMLAMetadata):
+class ShardedFlashAttnMLAMetadata(FlashAttnMLAMetadata):
     """Stock metadata, with the tables of a sharded step."""
 
     sharded: LatentRows | None = field(default=None)
@@ -57,57 +127,11 @@ class NanoCPFlashAttnMLABackend(FlashAttnMLABackend):
         return NanoCPFlashAttnMLAMetadataBuilder
 
 
-class NanoCPFlashAttnMLAMetadataBuilder(FlashAttnMLAMetadataBuilder):
-    """Takes the rows laid out in ``context.step`` out of the stock metadata and into tables of their own."""
+class NanoCPFlashAttnMLAMetadataBuilder(LatentTables, FlashAttnMLAMetadataBuilder):
+    """See ``LatentTables``."""
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> Any:
-        step, stock = context.step, super().build
-        if step is None:
-            return stock(common_prefix_len, common_attn_metadata, fast_build)
-        common = copy(common_attn_metadata)
-        if step.capacity:
-            rows, common.seq_lens = self._fixed_tables(step).fill(step, common)
-            rows.plain = metadata = stock(0, common, fast_build)
-        else:
-            rows, plain = exact_tables(step, common, self._sizes, self.page_size, self._dtype)
-            metadata = self._stock_beside_shards(common if plain is None else plain, fast_build)
-            rows.plain = None if plain is None else metadata
-        values = {f.name: getattr(metadata, f.name) for f in fields(FlashAttnMLAMetadata)}
-        return ShardedFlashMLAMetadata(**values, sharded=rows)
-
-    def _stock_beside_shards(self, common: CommonAttentionMetadata, fast_build: bool) -> Any:
-        """vLLM's own metadata, by which it projects less of a prompt's context at a time than usual (up to 65,536
-        tokens): memory is full of what visits."""
-        usual = self.chunked_prefill_workspace_size
-        self.chunked_prefill_workspace_size = min(usual, projected_at_once(self._sizes, self.page_size, self._dtype))
-        try:
-            return super().build(0, common, fast_build)
-        finally:
-            self.chunked_prefill_workspace_size = usual
-
-    @property
-    def _sizes(self) -> LatentSizes:
-        return _sizes_of(self.num_heads, self.mla_dims)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Of the model, and so of its cache."""
-        assert isinstance(self.model_config.dtype, torch.dtype)
-        return self.model_config.dtype
-
-    def _fixed_tables(self, step: ShardedStep) -> FixedLatentTables:
-        """The worker's; made here where there is none."""
-        made: dict[int, Any] = self.__dict__.setdefault("nanocp_tables", dict(context.tables))
-        if step.capacity not in made:
-            most = self.vllm_config.scheduler_config.max_num_seqs
-            tokens = self.model_config.max_model_len
-            table = empty_block_table(step.capacity, step.num_ranks, tokens, self.page_size, self.device)
-            made[step.capacity] = FixedLatentTables(
-                step.capacity, step.num_ranks, most, table, self._sizes, self.page_size, self._dtype
-            )
-        return made[step.capacity]
+    sharded_metadata = ShardedFlashAttnMLAMetadata
+    kernel = FLASH_ATTENTION
 
 
 def _sizes_of(num_heads: int, dims: Any) -> LatentSizes:
@@ -139,15 +163,17 @@ def forward_sharded(
         context.reserve()
     rows: LatentRows | None = getattr(attn_metadata, "sharded", None)
     if rows is None:
-        scales = dict(output_scale=output_scale, output_block_scale=output_block_scale)
-        return stock(q, k_c_normed, k_pe, kv_cache, attn_metadata, output=output, **scales, **kwargs)
+        kwargs |= dict(output_scale=output_scale, output_block_scale=output_block_scale)
+        return stock(q, k_c_normed, k_pe, kv_cache, attn_metadata, output=output, **kwargs)
     assert output_scale is None and output_block_scale is None, "the pass that makes these is refused"
     assert context.exchange is not None
     plain = partial(_plain, rows, partial(stock, **kwargs), (q, k_c_normed, k_pe), kv_cache, output)
     results, together = output.view(-1, layer.num_heads, layer.v_head_dim), rows.sizes.num_heads
+    scales = rows.kernel.scales(layer)
     for first in range(0, layer.num_heads, together):
         heads = slice(first, first + together)
-        held = Latents(kv_cache, layer.W_UK_T[heads], layer.W_UV[heads], layer.scale, rows.sizes)
+        w_uk, w_uv = layer.W_UK_T[heads], layer.W_UV[heads]
+        held = Latents(kv_cache, w_uk, w_uv, layer.scale, rows.sizes, rows.kernel, scales, (k_c_normed, k_pe))
         one = _Layer(rows, held, q[:, heads], results[:, heads], None if first else plain)
         attend(one, context.exchange)
     return output
@@ -220,9 +246,17 @@ class _Layer(GPULayer):
 
 
 class LatentOnHopper:
-    """See ``GPUFamily``."""
+    """See ``GPUFamily``. Over a cache of 16 bits; ``flashmla_backend.py`` has that of 8.
 
-    cache_dtypes = CACHE_DTYPES[True, True]
+    Attributes:
+        stock, backend: vLLM's backend, and what is put in its place.
+        kernel: attends to what is held here.
+    """
+
+    cache_dtypes: tuple[str, ...] = ("auto",)
+    stock = AttentionBackendEnum.FLASH_ATTN_MLA
+    backend: type[Any] = NanoCPFlashAttnMLABackend
+    kernel: LatentKernel = FLASH_ATTENTION
     unrouted = "its kernel attends for grouped queries, not for latents"
     _block_table: torch.Tensor | None = None
 
@@ -235,10 +269,10 @@ class LatentOnHopper:
         self.query_bytes = self.sizes.num_heads * self.sizes.query_size * self.dtype.itemsize
 
     def register(self) -> None:
-        register_backend(AttentionBackendEnum.FLASH_ATTN_MLA, f"{__name__}.{NanoCPFlashAttnMLABackend.__name__}")
+        register_backend(self.stock, f"{self.backend.__module__}.{self.backend.__name__}")
 
     def problem(self, layer: Any) -> tuple[str, str] | None:
-        found = latent_problem(layer, NanoCPFlashAttnMLABackend)
+        found = latent_problem(layer, self.backend)
         if found is not None:
             return found
         prompts = layer.prefill_backend
@@ -261,7 +295,7 @@ class LatentOnHopper:
             layer.forward_impl = partial(forward_sharded, layer, layer.forward_impl)
 
     def prepare(self, device: torch.device) -> None:
-        flash_mla.self_check(self.sizes, self.dtype, device)
+        self.kernel.self_check(self.sizes, self.dtype, device)
         block = torch.zeros(1, dtype=torch.int32, device=device)
         gather_tables([block.data_ptr()], [1], device)  # compiled now
         warm_up_fixed(device)
@@ -271,10 +305,11 @@ class LatentOnHopper:
         if self._block_table is None:
             most, tokens = max(context.capacities, default=capacity), self.config.model_config.max_model_len
             self._block_table = empty_block_table(most, num_ranks, tokens, block_size, device)
-        return FixedLatentTables(capacity, num_ranks, max_reqs, self._block_table, self.sizes, block_size, self.dtype)
+        table, layers = self._block_table, (self.sizes, block_size, self.dtype, self.kernel)
+        return FixedLatentTables(capacity, num_ranks, max_reqs, table, *layers)
 
     def most_memory(self, num_ranks: int, max_tokens: int) -> int:
-        return most_memory(num_ranks, max_tokens, self.sizes, self.dtype)
+        return most_memory(num_ranks, max_tokens, self.sizes, self.dtype, self.kernel)
 
     def warm_up(self, layer: Any) -> None:
         device, layout, many = layer.kv_cache.device, self.layout, 1024

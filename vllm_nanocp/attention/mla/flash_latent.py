@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from ..flash_launches import ShardLaunch
-from .flash_mla import attend_latents, attend_projected
+from .flash_mla import FLASH_ATTENTION, attend_gathered, attend_projected
+from .latent_kernel import Float8Scales, LatentKernel
 from .latent_sizes import LatentSizes
 
 # Queries whose results are taken in at a time: what that takes beside them.
@@ -21,11 +22,14 @@ class Latents:
     """What a layer's queries attend to.
 
     Attributes:
-        cache: [num_blocks, block_size, rank + rotated].
+        cache: [num_blocks, block_size, rank + rotated]; uint8 where it holds float8.
         w_uk: [num_heads, unrotated, rank].
         w_uv: [num_heads, rank, value_size].
         scale: of the scores.
         sizes: of the layer, or of a group of its heads.
+        kernel: attends over the cache.
+        scales: of a cache of float8; None: it has the model's type.
+        new: of the batch's own tokens, not yet rounded for the cache: [tokens, rank] and [tokens, 1, rotated].
     """
 
     cache: torch.Tensor
@@ -33,18 +37,35 @@ class Latents:
     w_uv: torch.Tensor
     scale: float
     sizes: LatentSizes
+    kernel: LatentKernel = FLASH_ATTENTION
+    scales: Float8Scales | None = None
+    new: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """[length, rank + rotated], in the model's type. A prompt's own tokens are the batch's, as vLLM has it."""
+        if piece.causal:
+            assert self.new is not None
+            latents, rotated = self.new
+            here = slice(piece.token, piece.token + piece.length)
+            return torch.cat([latents[here], rotated[here, 0]], dim=-1)
+        found = self.cache.index_select(0, piece.blocks).flatten(0, 1)[piece.skip : piece.skip + piece.length]
+        if self.scales is None:
+            return found
+        numbers = found.view(torch.float8_e4m3fn).to(self.w_uk.dtype)
+        return numbers.mul_(self.scales.latent_on_host)
 
 
 @dataclass
 class Piece:
-    """Some consecutive tokens held here, which are projected together.
+    """Some consecutive tokens held here, which are read together.
 
     Attributes:
         blocks: int32, the ids of the blocks they lie in.
         skip: tokens of these blocks before them.
         length: positive.
         starts: int32 [2]: 0 and ``length``.
-        causal: whether they are the queries' own tokens.
+        causal: whether they are the queries' own tokens: those of the batch from ``token`` on, in no block.
+        token: see ``causal``.
     """
 
     blocks: torch.Tensor
@@ -52,6 +73,7 @@ class Piece:
     length: int
     starts: torch.Tensor
     causal: bool
+    token: int = 0
 
 
 @dataclass
@@ -71,17 +93,20 @@ class Absorbed:
 
 @dataclass
 class Projected:
-    """A row with so many queries that projecting what it sees is less work.
+    """A row whose keys are read piece by piece: its queries are so many that projecting what they see is less work, or
+    the kernel does not take several.
 
     Attributes:
         part: its queries.
         starts: int32 [2]: 0 and how many.
         pieces: what it sees, one after another.
+        absorbed: whether they attend in the latents' space instead, being few.
     """
 
     part: slice
     starts: torch.Tensor
     pieces: list[Piece]
+    absorbed: bool = False
 
 
 Work = Absorbed | Projected
@@ -101,8 +126,9 @@ def attend(queries: torch.Tensor, held: Latents, work: Work, outputs: torch.Tens
     if isinstance(work, Absorbed):
         _over_latents(queries[part], held, work, outputs[part], lses[part])
         return
+    over = _over_gathered if work.absorbed else _over_piece
     for number, piece in enumerate(work.pieces):
-        out, lse = _over_piece(queries[part], held, work.starts, piece)
+        out, lse = over(queries[part], held, work.starts, piece)
         _take_in(out, lse, outputs[part], lses[part], first=not number)
         del out, lse  # before the next piece has its own
 
@@ -110,13 +136,19 @@ def attend(queries: torch.Tensor, held: Latents, work: Work, outputs: torch.Tens
 def _over_latents(
     queries: torch.Tensor, held: Latents, work: Absorbed, outputs: torch.Tensor, lses: torch.Tensor
 ) -> None:
-    unrotated = held.sizes.unrotated
-    absorbed = queries.new_empty((*queries.shape[:2], held.sizes.rank))
-    torch.bmm(queries[..., :unrotated].transpose(0, 1), held.w_uk, out=absorbed.transpose(0, 1))
-    out, lse = attend_latents(absorbed, queries[..., unrotated:], held.cache, work.launch, held.scale)
+    absorbed, rotated = _absorb(queries, held)
+    out, lse = held.kernel.attend(absorbed, rotated, held, work.launch)
     outputs.copy_(_values(out, held.w_uv))
     # Whatever a kernel says of rows without keys, they weigh nothing.
     lses.copy_(lse if work.empty is None else lse.masked_fill(work.empty.unsqueeze(-1), float("-inf")))
+
+
+def _absorb(queries: torch.Tensor, held: Latents) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries in the latents' space, contiguous, and the rotated part of them."""
+    unrotated = held.sizes.unrotated
+    absorbed = queries.new_empty((*queries.shape[:2], held.sizes.rank))
+    torch.bmm(queries[..., :unrotated].transpose(0, 1), held.w_uk, out=absorbed.transpose(0, 1))
+    return absorbed, queries[..., unrotated:]
 
 
 def _values(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
@@ -131,8 +163,7 @@ def _over_piece(
     queries: torch.Tensor, held: Latents, starts: torch.Tensor, piece: Piece
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """16-bit results over projected latents, as vLLM attends to a prompt's context."""
-    sizes = held.sizes
-    latents = held.cache.index_select(0, piece.blocks).flatten(0, 1)[piece.skip : piece.skip + piece.length]
+    sizes, latents = held.sizes, held.read(piece)
     inner = latents[:, : sizes.rank].expand(sizes.num_heads, -1, -1)
     keys = latents.new_empty((sizes.num_heads, piece.length, sizes.query_size))
     keys[..., : sizes.unrotated] = torch.bmm(inner, held.w_uk.transpose(1, 2))
@@ -141,6 +172,16 @@ def _over_piece(
     return attend_projected(
         queries, keys.transpose(0, 1), values.transpose(0, 1), (starts, piece.starts), held.scale, piece.causal
     )
+
+
+def _over_gathered(
+    queries: torch.Tensor, held: Latents, starts: torch.Tensor, piece: Piece
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same over latents, as a launch over the cache has it; float32."""
+    absorbed, rotated = _absorb(queries, held)
+    latents = held.read(piece)
+    out, lse = attend_gathered(absorbed, rotated, latents, (starts, piece.starts), held.scale, piece.causal)
+    return _values(out, held.w_uv), lse
 
 
 def _take_in(out: torch.Tensor, lse: torch.Tensor, outputs: torch.Tensor, lses: torch.Tensor, first: bool) -> None:

@@ -9,13 +9,19 @@ float32. A row without keys has an infinite log-sum-exp of either sign, and any 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from vllm.v1.attention.backends import fa_utils
 
 from ...errors import NanoCPConfigError
-from ..flash_launches import ShardLaunch
+from ..flash_launches import ShardLaunch, pieces_that_fit
 from ..merge import Partial
+from .latent_kernel import Float8Scales
 from .latent_sizes import LatentSizes
+
+if TYPE_CHECKING:
+    from .flash_latent import Latents
 
 VERSION = 3
 # FlashAttention lays out as many rows in one block of threads, and cuts none of a launch of more.
@@ -81,6 +87,45 @@ def attend_latents(
         fa_version=VERSION,
         scheduler_metadata=launch.schedule,
         num_splits=launch.max_pieces,
+    )
+    return out, lse.transpose(0, 1)
+
+
+def attend_gathered(
+    absorbed: torch.Tensor,
+    rotated: torch.Tensor,
+    latents: torch.Tensor,
+    starts: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
+    causal: bool,
+) -> Partial:
+    """Absorbed queries of one row over latents in one piece.
+
+    Args:
+        absorbed: [num_queries, num_heads, rank], contiguous.
+        rotated: [num_queries, num_heads, rotated].
+        latents: [tokens, rank + rotated], contiguous.
+        starts: int32 [2], 0 and how many there are, of queries and of latents.
+        scale: of the scores.
+        causal: whether the queries are the last tokens of the latents.
+
+    Returns:
+        As ``attend_latents``.
+    """
+    rank = absorbed.shape[2]
+    out, lse = fa_utils.flash_attn_varlen_func(
+        q=rotated,
+        k=latents[:, None, rank:],
+        v=latents[:, None, :rank],
+        q_v=absorbed,
+        max_seqlen_q=len(absorbed),
+        cu_seqlens_q=starts[0],
+        max_seqlen_k=len(latents),
+        cu_seqlens_k=starts[1],
+        softmax_scale=scale,
+        causal=causal,
+        return_softmax_lse=True,
+        fa_version=VERSION,
     )
     return out, lse.transpose(0, 1)
 
@@ -169,7 +214,9 @@ def _check_latents(sizes: LatentSizes, dtype: torch.dtype, device: torch.device)
         held = cache[table[row].long()].flatten(0, 1)[:length].double()
         query = torch.cat([absorbed[part], rotated[part]], dim=-1).double()
         scores = torch.einsum("qhd,kd->qhk", query, held) * scale
-        _close(out[part], lse[part], scores, torch.einsum("qhk,kd->qhd", scores.softmax(-1), held[:, : sizes.rank]))
+        check_close(
+            out[part], lse[part], scores, torch.einsum("qhk,kd->qhd", scores.softmax(-1), held[:, : sizes.rank])
+        )
 
 
 def _check_projected(sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> None:
@@ -187,10 +234,45 @@ def _check_projected(sizes: LatentSizes, dtype: torch.dtype, device: torch.devic
         if causal:
             hidden = torch.ones(40, 90, dtype=torch.bool, device=device).triu(90 - 40 + 1)
             scores.masked_fill_(hidden[:, None], float("-inf"))
-        _close(out, lse, scores, torch.einsum("qhk,khd->qhd", scores.softmax(-1), values.double()))
+        check_close(out, lse, scores, torch.einsum("qhk,khd->qhd", scores.softmax(-1), values.double()))
 
 
-def _close(out: torch.Tensor, lse: torch.Tensor, scores: torch.Tensor, expected: torch.Tensor) -> None:
+def check_close(out: torch.Tensor, lse: torch.Tensor, scores: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise unless results are those of such scores: float64, [num_queries, num_heads, keys]."""
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse, scores.logsumexp(-1).float(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(out.float(), expected.float(), rtol=2e-2, atol=1e-2)
+
+
+class FlashAttention:
+    """See ``LatentKernel``."""
+
+    fewest = narrow_bytes = 0
+
+    @property
+    def most_rows(self) -> int:
+        return MOST_ROWS
+
+    def takes(self, queries: int, sizes: LatentSizes) -> bool:
+        return sizes.absorbs(queries)
+
+    def schedule(self, launch: ShardLaunch, sizes: LatentSizes, block_size: int, dtype: torch.dtype) -> None:
+        make_schedule(launch, sizes, block_size, dtype)
+
+    def attend(self, absorbed: torch.Tensor, rotated: torch.Tensor, held: Latents, launch: ShardLaunch) -> Partial:
+        return attend_latents(absorbed, rotated, held.cache, launch, held.scale)
+
+    def scales(self, layer: Any) -> Float8Scales | None:
+        return None
+
+    def memory(self, queries: int, sizes: LatentSizes, dtype: torch.dtype) -> int:
+        pieces = pieces_that_fit(queries, sizes.num_heads, sizes.rank, 1)
+        # Absorbed queries, results in pieces and merged, and their values.
+        each = sizes.rank * (2 * dtype.itemsize + 4 * pieces) + 4 * sizes.value_size
+        return queries * sizes.num_heads * each
+
+    def self_check(self, sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> None:
+        self_check(sizes, dtype, device)
+
+
+FLASH_ATTENTION = FlashAttention()

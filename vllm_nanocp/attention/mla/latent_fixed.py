@@ -19,7 +19,8 @@ from ..flash_launches import BUSY, ShardLaunch, lengths_without, places_of, tabl
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from .flash_latent import Absorbed
-from .flash_mla import MOST_ROWS, make_schedule
+from .flash_mla import FLASH_ATTENTION
+from .latent_kernel import LatentKernel
 from .latent_sizes import LatentSizes
 from .latent_tables import LatentRows
 
@@ -93,9 +94,9 @@ def pieces_of(places: int, sizes: LatentSizes) -> int:
     return max(1, min(BUSY, _ROOM // (4 * places * sizes.num_heads * sizes.rank)))
 
 
-def parts_of(places: int) -> list[slice]:
-    """The places of each launch: as many in each, and so few that FlashAttention cuts long rows into pieces."""
-    size = cdiv(places, cdiv(places, MOST_ROWS))
+def parts_of(places: int, most: int) -> list[slice]:
+    """The places of each launch: as many in each, and no more than the kernel serves well."""
+    size = cdiv(places, cdiv(places, most))
     return [slice(at, min(at + size, places)) for at in range(0, places, size)]
 
 
@@ -111,7 +112,8 @@ class FixedLatentTables:
             capacities may share one, for a step uses one of them.
         sizes: of the layers.
         block_size: tokens a block holds.
-        dtype: of queries and cache.
+        dtype: of queries.
+        kernel: attends to what is held here.
     """
 
     def __init__(
@@ -123,11 +125,12 @@ class FixedLatentTables:
         sizes: LatentSizes,
         block_size: int,
         dtype: torch.dtype,
+        kernel: LatentKernel = FLASH_ATTENTION,
     ) -> None:
         device = block_table.device
         places, layout = places_of(capacity, num_ranks), RowLayout(sizes.num_heads, sizes.value_size)
         self.capacity, self.num_ranks, self.max_reqs = capacity, num_ranks, max_reqs
-        self._layers = (sizes, block_size, dtype)
+        self._layers, self._kernel = (sizes, block_size, dtype), kernel
         self._sizes = _Parts(places, capacity * (num_ranks + 1), capacity, capacity, places, 3 * places)
         # What changes from step to step comes in one copy.
         self._ints = torch.zeros(sum(size + size % 2 for size in self._sizes), dtype=torch.int64, device=device)
@@ -137,7 +140,7 @@ class FixedLatentTables:
         self._empty = torch.ones(places, dtype=torch.bool, device=device)
         self._fixed = [
             Absorbed(part, self._make_launch(part.stop - part.start, part), self._empty[part])
-            for part in parts_of(places)
+            for part in parts_of(places, kernel.most_rows)
         ]
         self._seq_lens = torch.zeros(max_reqs + 1, dtype=torch.int32, device=device)
         self._partials = layout.empty(places, device)
@@ -163,21 +166,24 @@ class FixedLatentTables:
             common: vLLM's metadata of the batch, padded as the graph is.
 
         Returns:
-            The tables, without ``plain``; and the batch's lengths with 0 for rows that visit, int32 [num_reqs]. The
-            same tensors each time.
+            The tables, without ``plain``; and the batch's lengths with 0 for rows that visit, or the fewest keys that
+            the kernel takes, int32 [num_reqs]. The same tensors each time.
         """
         host, table, at = np.zeros(len(self._ints), dtype=np.int64), self._block_table, self._at
         copies = self._lay_out(step, common, _Parts.of(host, self._sizes))
         async_tensor_h2d(host, out=self._ints)
         self._lengths.copy_(at.lengths)
         torch.eq(at.lengths, 0, out=self._empty)
+        if self._kernel.fewest:  # of whichever block was there before
+            self._lengths.clamp_(min=self._kernel.fewest)
         if len(copies):
             grid = (len(copies), triton.cdiv(int(copies[:, 2].max()), _BLOCK))
             _copy_kernel[grid](at.copies, table, table.stride(0), BLOCK=_BLOCK)
         for work in self._fixed:
-            make_schedule(work.launch, *self._layers)
+            self._kernel.schedule(work.launch, *self._layers)
         return LatentRows(
             sizes=self._layers[0],
+            kernel=self._kernel,
             send=at.send,
             exchanged=self.capacity * self.num_ranks,
             send_counts=None,
@@ -188,7 +194,7 @@ class FixedLatentTables:
             tokens=at.tokens,
             pick=at.pick.view(self.capacity, -1),
             fixed=self._fixed,
-        ), lengths_without(at.visiting, common, out=self._seq_lens)
+        ), lengths_without(at.visiting, common, self._seq_lens, self._kernel.fewest)
 
     def _lay_out(self, step: ShardedStep, common: CommonAttentionMetadata, at: _Parts) -> np.ndarray:
         """Which places a step uses, and what is attended to at them.

@@ -19,7 +19,6 @@ from ..flash_launches import (
     groups_of,
     make_launch,
     picks_of,
-    pieces_that_fit,
     queries_at_once,
     table_address,
 )
@@ -27,7 +26,8 @@ from ..gpu_rows import GPURows
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from .flash_latent import Absorbed, Piece, Projected, Work
-from .flash_mla import make_schedule
+from .flash_mla import FLASH_ATTENTION
+from .latent_kernel import LatentKernel
 from .latent_sizes import LatentSizes
 
 # Bytes of projected keys and values at a time.
@@ -42,6 +42,7 @@ class LatentRows(GPURows):
 
     Attributes:
         sizes: of the heads that go together. Where these are not all, the same is done for each group of them.
+        kernel: attends to what is held here.
         fixed: at fixed places, all that is received and all of this rank's own over what is held here.
         plain: vLLM's metadata of the rows that visit nobody, or of the batch with length 0 for those that do; None when
             all visit.
@@ -49,6 +50,7 @@ class LatentRows(GPURows):
     """
 
     sizes: LatentSizes
+    kernel: LatentKernel = FLASH_ATTENTION
     fixed: Sequence[Work] | None = None
     plain: Any = field(default=None)
     plain_tokens: torch.Tensor | None = field(default=None)
@@ -56,9 +58,11 @@ class LatentRows(GPURows):
 
 @dataclass
 class _Seen(TableRow):
-    """A row that may be projected: ``blocks``, int32, are the ids at the address, and more."""
+    """A row that may be projected: ``blocks``, int32, are the ids at the address, and more; ``token`` is the index of
+    its first query in the batch, where that is this rank's."""
 
     blocks: torch.Tensor
+    token: int = 0
 
 
 class _Tables:
@@ -67,12 +71,16 @@ class _Tables:
     Args:
         sizes: of the layers.
         block_size: tokens a block holds.
-        dtype: of queries and cache.
+        dtype: of queries.
         device: of the tables.
+        kernel: attends.
     """
 
-    def __init__(self, sizes: LatentSizes, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, sizes: LatentSizes, block_size: int, dtype: torch.dtype, device: torch.device, kernel: LatentKernel
+    ) -> None:
         self.sizes, self.block_size, self.dtype, self.device = sizes, block_size, dtype, device
+        self.kernel = kernel
         self._latents = RowLayout(sizes.num_heads, sizes.rank)
 
     def works(self, rows: list[_Seen], causal: bool) -> list[Work]:
@@ -86,7 +94,7 @@ class _Tables:
         few: list[TableRow] = []
         at = 0
         for row in rows:
-            if self.sizes.absorbs(row.queries):
+            if self.kernel.takes(row.queries, self.sizes):
                 few.append(row)
                 continue
             at = self._launch(few, at, causal, works)
@@ -101,14 +109,15 @@ class _Tables:
         most = queries_at_once(self.sizes.num_heads, self.sizes.rank)
         for group in groups_of(rows, most, causal):
             launch = make_launch(group, causal, self._latents, 1, self.block_size, self.device)
-            make_schedule(launch, self.sizes, self.block_size, self.dtype)
+            self.kernel.schedule(launch, self.sizes, self.block_size, self.dtype)
             works.append(Absorbed(slice(at, at + launch.num_queries), launch))
             at += launch.num_queries
         return at
 
     def _project(self, row: _Seen, at: int, causal: bool) -> Projected:
-        past = row.length - row.queries * causal
-        step = projected_at_once(self.sizes, self.block_size, self.dtype)
+        past, absorbed = row.length - row.queries * causal, self.sizes.absorbs(row.queries)
+        at_once = read_at_once if absorbed else projected_at_once
+        step = at_once(self.sizes, self.block_size, self.dtype)
         spans = [(first, min(step, past - first), False) for first in range(0, past, step)]
         if causal:
             spans.append((past, row.queries, True))
@@ -116,10 +125,10 @@ class _Tables:
         starts = async_tensor_h2d(np.stack([np.zeros_like(counts), counts], axis=1), self.device)
         pieces = []
         for number, (first, length, new) in enumerate(spans, 1):
-            skip = first % self.block_size
             blocks = row.blocks[first // self.block_size : -(-(first + length) // self.block_size)]
-            pieces.append(Piece(blocks, skip, length, starts[number], new))
-        return Projected(slice(at, at + row.queries), starts[0], pieces)
+            skip = first % self.block_size
+            pieces.append(Piece(blocks, skip, length, starts[number], new, row.token))
+        return Projected(slice(at, at + row.queries), starts[0], pieces, absorbed)
 
 
 def _row_bytes(sizes: LatentSizes, dtype: torch.dtype) -> int:
@@ -151,7 +160,19 @@ def projected_at_once(sizes: LatentSizes, block_size: int, dtype: torch.dtype) -
     return max(1, room // block_size) * block_size
 
 
-def most_memory(num_ranks: int, max_tokens: int, sizes: LatentSizes, dtype: torch.dtype) -> int:
+def read_at_once(sizes: LatentSizes, block_size: int, dtype: torch.dtype) -> int:
+    """How many latents of 8 bits are read at a time where they are not projected: whole blocks."""
+    room = PROJECTED // 2 // ((sizes.rank + sizes.rotated) * (dtype.itemsize + 1))
+    return max(1, room // block_size) * block_size
+
+
+def most_memory(
+    num_ranks: int,
+    max_tokens: int,
+    sizes: LatentSizes,
+    dtype: torch.dtype,
+    kernel: LatentKernel = FLASH_ATTENTION,
+) -> int:
     """Bytes that a layer takes in the fullest step: all tokens of every rank visit all ranks, for a home may hold
     earlier runs too. Rows that do not visit take less, and vLLM projects no more of their context at a time than is
     projected here.
@@ -160,7 +181,8 @@ def most_memory(num_ranks: int, max_tokens: int, sizes: LatentSizes, dtype: torc
         num_ranks: N.
         max_tokens: most tokens of a rank's batch.
         sizes: of the layers.
-        dtype: of queries and cache.
+        dtype: of queries.
+        kernel: attends.
     """
     heads, bytes_ = sizes.num_heads, dtype.itemsize
     # A copy of each query that is sent, also to its own rank, and its partial result; each that comes, and its answer;
@@ -170,18 +192,21 @@ def most_memory(num_ranks: int, max_tokens: int, sizes: LatentSizes, dtype: torc
     # A step with fewer may have all heads at once.
     rows = max(rows, min(_ROWS, count * _row_bytes(sizes, dtype)))
     few = min(max_tokens, queries_at_once(heads, sizes.rank))
-    pieces = pieces_that_fit(few, heads, sizes.rank, 1)
-    # Absorbed queries, results in pieces and merged, and their values.
-    absorbed = few * heads * (sizes.rank * (2 * bytes_ + 4 * pieces) + 4 * sizes.value_size)
+    absorbed = kernel.memory(few, sizes, dtype)
     # The queries' own keys are projected at once; and their results, a part of which is float32 for a moment.
     tokens = max(max_tokens, PROJECTED // (heads * sizes.projected_size * bytes_))
     projected = heads * bytes_ * (tokens * sizes.projected_size + max_tokens * sizes.value_size)
-    projected += tokens * (sizes.rank + sizes.rotated) * bytes_ + 16 * max_tokens * heads
+    projected += tokens * (sizes.rank + sizes.rotated) * (bytes_ + kernel.narrow_bytes) + 16 * max_tokens * heads
     return rows + max(absorbed, projected)
 
 
 def exact_tables(
-    step: ShardedStep, common: CommonAttentionMetadata, sizes: LatentSizes, block_size: int, dtype: torch.dtype
+    step: ShardedStep,
+    common: CommonAttentionMetadata,
+    sizes: LatentSizes,
+    block_size: int,
+    dtype: torch.dtype,
+    kernel: LatentKernel = FLASH_ATTENTION,
 ) -> tuple[LatentRows, CommonAttentionMetadata | None]:
     """Tables of the step's own size.
 
@@ -190,14 +215,15 @@ def exact_tables(
         common: vLLM's metadata of the batch.
         sizes: of the layers.
         block_size: tokens a block holds.
-        dtype: of queries and cache.
+        dtype: of queries.
+        kernel: attends to what is held here.
 
     Returns:
         The tables, without ``plain``; and the metadata of which to build that, None when all rows visit.
     """
     device = common.seq_lens.device
     sizes = heads_together(step.most_rows, sizes, dtype)
-    tables = _Tables(sizes, block_size, dtype, device)
+    tables = _Tables(sizes, block_size, dtype, device, kernel)
     starts = common.query_start_loc_cpu.tolist()
     rows = [own.batch_row() for own in step.own]
     firsts = [starts[row] for row in rows]
@@ -214,13 +240,15 @@ def exact_tables(
             own.local_tokens + own.num_queries,
             table_address(common, row, own.first_block),
             common.block_table_tensor[row, own.first_block :],
+            first,
         )
-        for own, row in zip(step.own, rows, strict=True)
+        for own, row, first in zip(step.own, rows, firsts, strict=True)
     ]
     guests = [_Seen(g.num_queries, g.length, g.blocks.data_ptr(), g.blocks) for g in step.guests]
     layout = RowLayout(sizes.num_heads, sizes.value_size)
     made = LatentRows(
         sizes=sizes,
+        kernel=kernel,
         send=async_tensor_h2d(send, device),
         exchanged=step.num_sent,
         send_counts=step.send_counts,

@@ -44,7 +44,7 @@ MEASURED, WINDOW, SETTLE, FRONTENDS = 3, 18.0, 4.0, 4
 # Rows of the trace from one seed's first request to the next one's.
 APART = 400
 SETTINGS: dict[str, Any] = {"moves": False, "parallel_prefill": True, "scheduler_processes": False}
-FIGURES = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "all_s")
+FIGURES = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "tpot_p99", "all_s")
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,9 @@ def measure(case: Case, args: argparse.Namespace, ranks: int) -> dict[int, tuple
     for length, prompts in case.prompts.items():
         began = time.monotonic()
         asks: list[Any] = [dict(prompt_token_ids=tokens) for tokens in prompts]
-        first = llm.generate(asks[:1], params, use_tqdm=False) if case.shared else []
-        made = [*first, *llm.generate(asks[len(first) :], params, use_tqdm=False)]
+        if case.shared:
+            llm.generate(asks[:1], SamplingParams(max_tokens=1), use_tqdm=False)
+        made = llm.generate(asks, params, use_tqdm=False)
         took = round(time.monotonic() - began, 1)
         found[length] = counts.since() | {"seconds": took}, [one.outputs[0].token_ids for one in made]
         print(ranks, length, found[length][0], file=sys.stderr, flush=True)

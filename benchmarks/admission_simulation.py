@@ -17,7 +17,6 @@ trace, in another order. Scenarios: ``loop`` (so many clients, each with one req
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import random
@@ -29,6 +28,8 @@ from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from kept_result import about, write
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -268,11 +269,7 @@ def main() -> None:
     args = parser.parse_args()
     from tests.tiny_models import make_qwen3_moe
 
-    result: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "scenarios": {},
-    }
+    result: dict[str, Any] = {**about(), "scenarios": {}}
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_qwen3_moe(folder))
         for name in args.scenarios:
@@ -285,11 +282,7 @@ def main() -> None:
                     figures[system].append(Service(scenario, schedulers, asks).run())
                     print(name, seed, system, figures[system][-1], file=sys.stderr, flush=True)
             result["scenarios"][name] = {"parameters": asdict(scenario), "by_seed": figures}
-    text = json.dumps(result, indent=2)
-    if args.out:
-        args.out.write_text(text + "\n")
-    else:
-        print(text)
+    write(result, args.out)
 
 
 if __name__ == "__main__":

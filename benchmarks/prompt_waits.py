@@ -16,12 +16,10 @@ finds its prefix in a cache. A step's length is that of the simulator's machine 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import multiprocessing
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -33,6 +31,7 @@ from typing import Any
 
 import numpy as np
 from admission_simulation import Scenario, Service, make_schedulers
+from kept_result import about, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -45,7 +44,7 @@ MEASURED, WINDOW, SETTLE, FRONTENDS = 3, 18.0, 4.0, 4
 # Rows of the trace from one seed's first request to the next one's.
 APART = 400
 SETTINGS: dict[str, Any] = {"moves": False, "parallel_prefill": True, "scheduler_processes": False}
-FIGURES = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "all_s")
+FIGURES = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "tpot_p99", "all_s")
 
 
 @dataclass(frozen=True)
@@ -215,11 +214,8 @@ def main() -> None:
     args = parser.parse_args()
     from tests.tiny_models import make_qwen3_moe
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
+        **about(np),
         "what": "real schedulers, simulated steps; ratios are the plugin's over the median of stock's draws",
         "machine": asdict(PRESETS["h200-qwen3-30b-a3b"]),
         "scenario": asdict(scenario(args.rates[0])),
@@ -241,11 +237,7 @@ def main() -> None:
                 print(rate, point["seed"], point["ratios"], file=sys.stderr, flush=True)
             result["rates"][f"{rate:g}"] = {"summary": summary(points), "by_seed": points}
             print(rate, json.dumps(result["rates"][f"{rate:g}"]["summary"], indent=1), file=sys.stderr, flush=True)
-    text = json.dumps(result, indent=1)
-    if args.out:
-        args.out.write_text(text + "\n")
-    else:
-        print(text)
+    write(result, args.out)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,8 @@ for four, and for all.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +34,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.kept_result import about, write
 from benchmarks.simulated_curves import load as trace_load
 from benchmarks.simulated_curves import run_of
 from vllm_nanocp.placement.auto import AUTO, PRIOR
@@ -162,15 +160,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="what is in it already is not simulated again")
     args = parser.parse_args()
     trace = read_trace(args.trace)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     before = json.loads(args.out.read_text()) if args.out.exists() else {}
     result: dict[str, Any] = {
         "what": "simulated: nothing here was timed on GPUs",
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
+        **about(np),
     }
     for part, of in (("wrong", wrong), ("visits", visits), ("full", full)):
         result[part] = before.get(part) or of(trace, args.seeds)
@@ -181,7 +174,7 @@ def main() -> None:
         for row in pool.map(partial(compared, seeds=args.seeds), left):
             result["loads"].append(row)
             print(row["ranks"], row["load"], row["best"], row["tpot_p99_over_best"], file=sys.stderr, flush=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+            write(result, args.out)
 
 
 if __name__ == "__main__":

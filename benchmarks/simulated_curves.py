@@ -21,12 +21,9 @@ How a prompt token's time is divided between its rank and all ranks was fitted t
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +35,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.kept_result import about, write
 from vllm_nanocp.placement.prefill_steps import PrefillGap
 from vllm_nanocp.sim.figures import Run, simulate
 from vllm_nanocp.sim.machine import PRESETS
@@ -179,13 +177,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     trace = read_trace(args.trace)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
+        **about(np),
         "machine": asdict(run_of("stock")[0].machine),
         **{part: [] for part in args.parts},
     }
@@ -206,11 +199,7 @@ def main() -> None:
             for system in ("nanocp 65536", "nanocp 65536 moves", "stock", "round-robin"):
                 result["larger"].append(larger(trace, ranks, rate, system))
                 print(result["larger"][-1], file=sys.stderr, flush=True)
-    text = json.dumps(result, indent=1)
-    if args.out:
-        args.out.write_text(text + "\n")
-    else:
-        print(text)
+    write(result, args.out)
 
 
 if __name__ == "__main__":

@@ -61,9 +61,9 @@ def make_eagle3(path: str | Path, *, seed: int = 7, dtype: str = "float32", **sh
     return _write(Path(path), config, weights, dtype)
 
 
-def make_first_order(path: str | Path, *, seed: int = 0, dtype: str = "float32") -> Path:
+def make_first_order(path: str | Path, *, seed: int = 0, dtype: str = "float32", **shape: int) -> Path:
     """Write a Qwen3-MoE whose layers count little beside the last token; returns the folder `path`."""
-    path = make_qwen3_moe(path, seed=seed, dtype=dtype)
+    path = make_qwen3_moe(path, seed=seed, dtype=dtype, **shape)
     weights = load_file(path / "model.safetensors")
     for name in weights:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -72,10 +72,11 @@ def make_first_order(path: str | Path, *, seed: int = 0, dtype: str = "float32")
     return path
 
 
-def make_eagle(path: str | Path, *, seed: int = 7, dtype: str = "float32") -> Path:
-    """Write an EAGLE head for `make_first_order` into the folder `path`: it takes the last token's embedding, with a
-    random layer that counts little; embeddings and the projection to logits are the target's. Returns `path`."""
-    sizes, generator = TinyShape(num_layers=1), torch.Generator().manual_seed(seed)
+def make_eagle(path: str | Path, *, seed: int = 7, dtype: str = "float32", **shape: int) -> Path:
+    """Write an EAGLE head for `make_first_order` of the same shape into the folder `path`: it takes the last token's
+    embedding, with a random layer that counts little; embeddings and the projection to logits are the target's. Returns
+    `path`."""
+    sizes, generator = TinyShape(**({"num_layers": 1} | shape)), torch.Generator().manual_seed(seed)
     hidden = sizes.hidden_size
     layer = {
         name.removeprefix("model."): value

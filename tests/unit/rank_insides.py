@@ -45,7 +45,10 @@ def leftovers(rank: Any) -> list[Any]:
 def views(rank: Any) -> tuple[Any, Any]:
     """The numbers that its scheduler keeps, and those taken now from all that it has."""
     scheduler = scheduler_of(rank)
-    return scheduler.view, scheduler.take_view()
+    fresh = scheduler.take_view()
+    if scheduler.spare_blocks != fresh.spare_blocks:  # counted by itself
+        raise AssertionError(f"{scheduler.spare_blocks} spare blocks instead of {fresh.spare_blocks}")
+    return scheduler.view, fresh
 
 
 @inside

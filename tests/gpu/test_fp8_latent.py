@@ -17,7 +17,8 @@ from tests.unit.fp8_latent_steps import Q_SCALE, fp8_shape, make_layer
 from tests.unit.latent_steps import write
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.flash_launches import ShardLaunch
-from vllm_nanocp.attention.mla.flash_latent import Latents, Piece
+from vllm_nanocp.attention.mla.fp8_latents import FLASH_MLA
+from vllm_nanocp.attention.mla.latent_kernel import Float8Scales, Latents, Piece
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
 
 from . import ONE_GPU, TWO_GPUS
@@ -47,8 +48,6 @@ RELATIVE = {"decode": 8e-2, "prefill": 1e-2}
 
 @pytest.mark.parametrize("heads", [2, 16, 64, 128])
 def test_the_kernels_keep_their_promises(heads: int) -> None:
-    from vllm_nanocp.attention.mla.fp8_latents import FLASH_MLA
-
     FLASH_MLA.self_check(LatentSizes(heads, 128, 64, 512, 128), torch.bfloat16, torch.device("cuda"))
 
 
@@ -61,10 +60,8 @@ def test_what_the_cache_keeps() -> None:
     cache = torch.full(shape.cache_size(5), 0x7F, dtype=torch.uint8, device=device)
     slots = torch.cat([torch.arange(64) + 3 * 64, torch.arange(36) + 64])
     write(None, layer, keys.to(device), keys.to(device), cache, slots.to(device))
-    held = Latents(cache, layer.W_UK_T, layer.W_UV, 1.0, LatentSizes(16, 128, 64, 512, 128))
-    from vllm_nanocp.attention.mla.fp8_latents import FLASH_MLA
-
-    held.kernel, held.scales = FLASH_MLA, FLASH_MLA.scales(layer)
+    sizes = LatentSizes(16, 128, 64, 512, 128)
+    held = Latents(cache, layer.W_UK_T, layer.W_UV, 1.0, sizes, FLASH_MLA, FLASH_MLA.scales(layer))
     blocks = torch.tensor([3, 1], dtype=torch.int32, device=device)
     found = held.read(Piece(blocks, 0, 100, torch.tensor([0, 100], dtype=torch.int32, device=device), False))
     expected = (keys[:, 0].float() / scale).clamp(-448, 448).to(FLOAT8).float() * scale
@@ -75,8 +72,6 @@ def test_what_the_cache_keeps() -> None:
 def test_a_launch_over_places(places: int, device: str = "cuda") -> None:
     """As graphs have it: most places are unused and see one key of a block that may be NaN, or all do, as while a graph
     is captured; the plan is made anew in the same memory, and serves several layers; the launch is replayed."""
-    from vllm_nanocp.attention.mla.fp8_latents import FLASH_MLA, Float8Scales
-
     sizes, random = LatentSizes(128, 128, 64, 512, 128), torch.Generator(device).manual_seed(places)
 
     def normal(*size: int) -> torch.Tensor:

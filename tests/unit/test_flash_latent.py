@@ -32,8 +32,9 @@ from vllm.v1.attention.backends.mla import flashattn_mla  # isort: skip  # impor
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.flash_launches import ShardLaunch
 from vllm_nanocp.attention.mla import flash_latent, flash_mla
-from vllm_nanocp.attention.mla.flash_latent import Absorbed, Latents, Piece, Projected, attend
+from vllm_nanocp.attention.mla.flash_latent import Absorbed, Projected, attend
 from vllm_nanocp.attention.mla.latent_fixed import FixedLatentTables, empty_block_table, parts_of, pieces_of
+from vllm_nanocp.attention.mla.latent_kernel import Latents, Piece
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
 from vllm_nanocp.attention.mla.latent_tables import PROJECTED, heads_together, most_memory, projected_at_once
 from vllm_nanocp.attention.partial_rows import RowLayout
@@ -117,7 +118,7 @@ def held_here(shape: LatentShape, tokens: int) -> tuple[Latents, torch.Tensor]:
     cache = torch.full(shape.cache_size(blocks + 3), float("nan"), dtype=shape.dtype)
     for at in range(tokens):
         cache[blocks + 2 - at // 16, at % 16] = latents[at]
-    return Latents(cache, layer.W_UK_T, layer.W_UV, shape.scale, sizes_of(shape)), latents
+    return Latents(cache, layer.W_UK_T, layer.W_UV, shape.scale, sizes_of(shape), flash_mla.FLASH_ATTENTION), latents
 
 
 def queries_of(shape: LatentShape, count: int) -> torch.Tensor:

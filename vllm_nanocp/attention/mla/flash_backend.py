@@ -33,12 +33,12 @@ from ..partial_rows import RowLayout, merge_rows
 from ..sharded_step import ShardedStep
 from ..supported import latent_problem
 from . import flash_mla
-from .flash_latent import Latents, Work
+from .flash_latent import Work
 from .flash_latent import attend as attend_work
 from .flash_mla import FLASH_ATTENTION
 from .latent_fixed import FixedLatentTables, empty_block_table
 from .latent_fixed import warm_up as warm_up_fixed
-from .latent_kernel import LatentKernel
+from .latent_kernel import LatentKernel, Latents
 from .latent_sizes import LatentSizes
 from .latent_tables import LatentRows, exact_tables, most_memory, projected_at_once
 

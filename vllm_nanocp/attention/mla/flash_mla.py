@@ -9,7 +9,7 @@ float32. A row without keys has an infinite log-sum-exp of either sign, and any 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.v1.attention.backends import fa_utils
@@ -17,11 +17,8 @@ from vllm.v1.attention.backends import fa_utils
 from ...errors import NanoCPConfigError
 from ..flash_launches import ShardLaunch, pieces_that_fit
 from ..merge import Partial
-from .latent_kernel import Float8Scales
+from .latent_kernel import Float8Scales, Latents
 from .latent_sizes import LatentSizes
-
-if TYPE_CHECKING:
-    from .flash_latent import Latents
 
 VERSION = 3
 # FlashAttention lays out as many rows in one block of threads, and cuts none of a launch of more.

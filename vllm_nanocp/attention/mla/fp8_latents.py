@@ -13,7 +13,7 @@ bfloat16, log-sum-exps natural and float32. What the kernel does not do well is 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
@@ -23,11 +23,8 @@ from ...errors import NanoCPConfigError
 from ..flash_launches import ShardLaunch
 from ..merge import Partial
 from . import flash_mla
-from .latent_kernel import Float8Scales
+from .latent_kernel import Float8Scales, Latents
 from .latent_sizes import LatentSizes
-
-if TYPE_CHECKING:
-    from .flash_latent import Latents
 
 FLOAT8 = torch.float8_e4m3fn
 # What the kernel is made for: numbers of a latent and of the rotated key, tokens of a block.
@@ -107,8 +104,6 @@ FLASH_MLA = FlashMLA()
 
 def _check(sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> None:
     """Rows that are cut and whole, that end within a block, that see one key; beside blocks of NaN."""
-    from .flash_latent import Latents
-
     lengths, random = [3000, 1, 128, 37, 700, 1], torch.Generator(device).manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:

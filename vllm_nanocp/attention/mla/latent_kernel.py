@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attends in the space of latents, as tables and layers ask it: ``flash_mla.py`` over a cache of 16 bits,
-``fp8_latents.py`` over one of 8."""
+"""What attends in the space of latents, as tables and layers ask it, and to what: ``flash_mla.py`` attends over a cache
+of 16 bits, ``fp8_latents.py`` over one of 8."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ..flash_launches import ShardLaunch
 from ..merge import Partial
 from .latent_sizes import LatentSizes
-
-if TYPE_CHECKING:
-    from .flash_latent import Latents
 
 
 @dataclass(frozen=True)
@@ -95,3 +92,62 @@ class LatentKernel(Protocol):
             NanoCPConfigError: the kernels do not return what is expected of them.
         """
         ...
+
+
+@dataclass
+class Latents:
+    """What a layer's queries attend to.
+
+    Attributes:
+        cache: [num_blocks, block_size, rank + rotated]; uint8 where it holds float8.
+        w_uk: [num_heads, unrotated, rank].
+        w_uv: [num_heads, rank, value_size].
+        scale: of the scores.
+        sizes: of the layer, or of a group of its heads.
+        kernel: attends over the cache.
+        scales: of a cache of float8; None: it has the model's type.
+        new: of the batch's own tokens, not yet rounded for the cache: [tokens, rank] and [tokens, 1, rotated].
+    """
+
+    cache: torch.Tensor
+    w_uk: torch.Tensor
+    w_uv: torch.Tensor
+    scale: float
+    sizes: LatentSizes
+    kernel: LatentKernel
+    scales: Float8Scales | None = None
+    new: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """[length, rank + rotated], in the model's type. A prompt's own tokens are the batch's, as vLLM has it."""
+        if piece.causal:
+            assert self.new is not None
+            latents, rotated = self.new
+            here = slice(piece.token, piece.token + piece.length)
+            return torch.cat([latents[here], rotated[here, 0]], dim=-1)
+        found = self.cache.index_select(0, piece.blocks).flatten(0, 1)[piece.skip : piece.skip + piece.length]
+        if self.scales is None:
+            return found
+        numbers = found.view(torch.float8_e4m3fn).to(self.w_uk.dtype)
+        return numbers.mul_(self.scales.latent_on_host)
+
+
+@dataclass
+class Piece:
+    """Some consecutive tokens held here, which are read together.
+
+    Attributes:
+        blocks: int32, the ids of the blocks they lie in.
+        skip: tokens of these blocks before them.
+        length: positive.
+        starts: int32 [2]: 0 and ``length``.
+        causal: whether they are the queries' own tokens: those of the batch from ``token`` on, in no block.
+        token: see ``causal``.
+    """
+
+    blocks: torch.Tensor
+    skip: int
+    length: int
+    starts: torch.Tensor
+    causal: bool
+    token: int = 0

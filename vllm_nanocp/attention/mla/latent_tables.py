@@ -25,9 +25,9 @@ from ..flash_launches import (
 from ..gpu_rows import GPURows
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
-from .flash_latent import Absorbed, Piece, Projected, Work
+from .flash_latent import Absorbed, Projected, Work
 from .flash_mla import FLASH_ATTENTION
-from .latent_kernel import LatentKernel
+from .latent_kernel import LatentKernel, Piece
 from .latent_sizes import LatentSizes
 
 # Bytes of projected keys and values at a time.

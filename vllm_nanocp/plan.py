@@ -156,7 +156,8 @@ class StepPlan:
 
         Args:
             num_ranks: N.
-            queries: that each row has in such tables; None: of a draft model's later forwards, one whatever the row has.
+            queries: that each row has in such tables; None: one, whatever it has here, as in the
+                later forwards of a draft model.
 
         Returns:
             None when a row has more or fewer queries, or visits more shards than such tables have places for.

@@ -149,14 +149,15 @@ class StepPlan:
     next_tokens: dict[str, int] = field(default_factory=dict)
     serial: int = 0
 
-    def most_visits(self, num_ranks: int, queries: int = 1) -> int | None:
+    def most_visits(self, num_ranks: int, queries: int | None = 1) -> int | None:
         """Visits of the busiest pair of ranks, or rows that visit of the busiest home, if they are more.
 
         Tables of fixed size have room for so many of both.
 
         Args:
             num_ranks: N.
-            queries: that each row has in such tables.
+            queries: that each row has in such tables; None: one, whatever it has here, as in the
+                later forwards of a draft model.
 
         Returns:
             None when a row has more or fewer queries, or visits more shards than such tables have places for.
@@ -164,7 +165,7 @@ class StepPlan:
         pairs: Counter[tuple[int, int]] = Counter()
         homes: Counter[int] = Counter()
         for row in self.rows:
-            if row.num_queries != queries or len(row.holders) > num_ranks:
+            if queries not in (None, row.num_queries) or len(row.holders) > num_ranks:
                 return None
             homes[row.home] += 1
             for holder in row.holders:

@@ -210,7 +210,7 @@ def reference_attend(query: torch.Tensor, kv: KV, visits: Visits, _: torch.dtype
     group, queries = query.shape[1] // kv.keys.shape[2], visits.queries
     for piece, (row, begin, end) in enumerate(visits.pieces[: visits.starts[-1]].tolist()):
         place = row - visits.num_rows
-        seen = int(visits.seen[place]) if queries > 1 else 0
+        seen = int(visits.seen[place]) if visits.ends else 0
         end = min(end, seen) if seen else end
         blocks = read_table(visits.tables[place].item(), -(-end // kv.keys.shape[1]))
         keys, values = (x[blocks].flatten(0, 1)[begin:end].double() for x in (kv.keys, kv.values))

@@ -88,7 +88,9 @@ def compare(shape: Shape, queries: int) -> None:
             expected[place] = full_attention(asking, keys, values, first, shape.scale)
             if spare := -length % size:
                 cache[mine[-1], :, -spare:] = float("nan")
-    visits = Visits(queries, NUM_ROWS, *(x.to(DEVICE) for x in vars(visits).values() if isinstance(x, torch.Tensor)))
+    visits = Visits(
+        queries, NUM_ROWS, visits.ends, *(x.to(DEVICE) for x in vars(visits).values() if isinstance(x, torch.Tensor))
+    )
     table = table.to(DEVICE)
     visits.tables.copy_(torch.tensor([row.data_ptr() for row in table]))
     cache, query = cache.to(DEVICE), query.to(DEVICE)

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode import llm_base_proposer
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from tests.unit.attention_steps import CPU_KERNEL, LAYERS, Kernel, RankSimulation, Row, Scenario, Shape, make_scenario
+from tests.unit.attention_steps import CPU_KERNEL, Kernel, RankSimulation, Row, Scenario, Shape, make_scenario
 from tests.unit.flash_steps import flash_kernel
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.context import context
@@ -42,6 +44,7 @@ OFF = (
     "_share_mtp_indices",
 )
 FLASH = [Shape(4, 2, 64, block_size=16), Shape(8, 2, 128, block_size=16)]
+ROUTED = [Shape(4, 2, 64, torch.bfloat16, 16), Shape(3, 3, 80, torch.bfloat16, 16)]
 SHAPES = [Shape(4, 2, 32), Shape(4, 4, 64), Shape(6, 2, 80, isa="vec16")]
 
 
@@ -69,18 +72,25 @@ class LaterForward(RankSimulation):
         context.exchange, context.queries = self.exchange, 1 + MOST
         context.step = make_step(self.plan, shards, scenario.num_ranks, batch.index)
         context.draft_step = make_step(self.plan, shards, scenario.num_ranks, batch.index, queries=1)
+        if context.draft_step is not None and self.kernel.routes is not None:
+            capacity = self.kernel.capacity
+            context.draft_routes = {capacity: self.kernel.routes(shape, scenario.num_ranks, self.rank)}
+            visits = self.plan.most_visits(scenario.num_ranks, None)
+            context.draft_step.serial = scenario.seed
+            context.draft_step.capacity = capacity if visits is not None and visits <= capacity else 0
+            self.counts["routed"] += bool(context.draft_step.capacity)
         try:
-            common = self._common()
-            if scenario.seed % 2:
-                metadata = builder.build_for_drafting(common, 1)  # as V1's runner asks
-            else:
-                context.draft_index = 1
-                metadata = builder.build(0, common)  # as V2's does
-            for number in range(LAYERS):
-                self._layer(self.kernel.impl(shape), layer, number, common, metadata)
+            common, impl = self._common(), self.kernel.impl(shape)
+            for forward in range(1, MOST):  # of the same layer, with other keys
+                if scenario.seed % 2:
+                    metadata = builder.build_for_drafting(common, forward)  # as V1's runner asks
+                else:
+                    context.draft_index = forward
+                    metadata = builder.build(0, common)  # as V2's does
+                self._layer(impl, layer, forward, common, metadata)
         finally:
             context.step = context.draft_step = context.exchange = None
-            context.queries, context.draft_index = 1, 0
+            context.queries, context.draft_index, context.draft_routes = 1, 0, {}
 
 
 def later_forwards(
@@ -104,6 +114,15 @@ def on_cpu() -> Kernel:
 
 def flash() -> Kernel:
     return replace(flash_kernel("cpu", 0, 0, False, None, 1), queries=1)
+
+
+def test_later_forwards_over_routes(tmp_path: Path) -> None:
+    """The same over memory that three processes share. Forwards repeat a layer, and none takes another's answers."""
+    kernel = partial(flash_kernel, "cpu", 8, 0, True, str(tmp_path), 1)
+    results = run_ranks(RANKS, later_forwards, range(6), ROUTED, kernel, seconds=150)
+    for worst, counts in results:
+        assert worst < 4e-2 and counts["routed"] >= 3, (worst, counts)
+    assert sum(counts["visiting"] for _, counts in results) > 6
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ class AttentionContext:
     queries: that each row has in tables of fixed size: what a request is decoded with, drafts included.
     routes: of the routed exchange, by capacity; empty without it.
     tables: of fixed size, by capacity; which ones, the family says.
+    draft_routes, draft_tables: the same for the forwards of a draft model after its first, of one query a row; empty
+        without the routed exchange, where these forwards have tables of their own size.
     step: None in a step without sharded rows, which then is stock vLLM.
     draft_step: of the forwards of a draft model after its first, which has the rows of ``step``; None like it, and
         without such a model.
@@ -35,6 +37,8 @@ class AttentionContext:
     queries: int = 1
     routes: dict[int, Routes] = field(default_factory=dict)
     tables: dict[int, Any] = field(default_factory=dict)
+    draft_routes: dict[int, Routes] = field(default_factory=dict)
+    draft_tables: dict[int, Any] = field(default_factory=dict)
     step: ShardedStep | None = None
     draft_step: ShardedStep | None = None
     draft_index: int = 0

@@ -132,7 +132,7 @@ class GPUFamily(Family, Protocol):
         """
         ...
 
-    def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device) -> Any:
+    def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device, queries: int) -> Any:
         """Tables of fixed size, for sharded steps of decodes. The family's builder of metadata fills them.
 
         Args:
@@ -140,6 +140,7 @@ class GPUFamily(Family, Protocol):
             num_ranks: N.
             max_reqs: most rows of a batch.
             device: where they are.
+            queries: of a row: as requests are decoded with, or 1 for the later forwards of a draft model.
         """
         ...
 

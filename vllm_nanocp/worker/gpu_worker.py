@@ -48,20 +48,24 @@ class NanoCPGPUWorker(OneRank, Worker):
     def _make_routes(self) -> str:
         """Memory of the routed exchange, for each capacity. Returns why there is none, the same on all ranks."""
         assert self.device is not None
-        group, ranks, queries, routes = get_dp_group(), self.nanocp.ranks, context.queries, {}
-        shape = (self.family.layout, self.family.query_bytes)
+        group, ranks, shape = get_dp_group(), self.nanocp.ranks, (self.family.layout, self.family.query_bytes)
+        made = [(context.routes, context.queries)]
+        if self.runner.drafts is not None and context.queries > 2:
+            made.append((context.draft_routes, 1))
         problem = reachable(self.device, group.cpu_group)
         if problem:
             return problem
         try:
-            for capacity in capacities(self.vllm_config, routed=True):
-                memory = allocate(Routes.size(capacity, ranks, *shape, queries), group.device_group, self.device)
-                routes[capacity] = Routes(capacity, ranks, group.rank_in_group, *shape, *memory, queries)
+            for routes, queries in made:
+                for capacity in capacities(self.vllm_config, routed=True):
+                    memory = allocate(Routes.size(capacity, ranks, *shape, queries), group.device_group, self.device)
+                    routes[capacity] = Routes(capacity, ranks, group.rank_in_group, *shape, *memory, queries)
         except RuntimeError as error:  # a container may forbid what this takes
             problem = f"GPUs cannot share memory here ({error!r:.200})"
         problem = first_problem(problem, group.cpu_group)
-        if not problem:
-            context.routes.update(routes)
+        if problem:
+            context.routes.clear()
+            context.draft_routes.clear()
         return problem
 
     def determine_available_memory(self) -> int:
@@ -77,9 +81,11 @@ class NanoCPGPUWorker(OneRank, Worker):
         assert self.device is not None
         ranks, most = self.nanocp.ranks, self.vllm_config.scheduler_config
         used = context.capacities if context.routes or replays(self.vllm_config) else ()
-        for capacity in used:
-            if capacity not in context.tables:
-                context.tables[capacity] = self.family.tables(capacity, ranks, most.max_num_seqs, self.device)
+        later = context.draft_routes
+        for tables, capacities_, queries in ((context.tables, used, context.queries), (context.draft_tables, later, 1)):
+            for capacity in capacities_:
+                if capacity not in tables:
+                    tables[capacity] = self.family.tables(capacity, ranks, most.max_num_seqs, self.device, queries)
         bytes_ = self.family.most_memory(ranks, most.max_num_batched_tokens)
         torch.empty(bytes_, dtype=torch.uint8, device=self.device)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
@@ -134,10 +135,10 @@ class OneRank(_Base):
         context.step = make_step(plan, self.shards, self.nanocp.ranks, self.runner.batch_row)
         if self.runner.drafts is not None:
             context.draft_step = make_step(plan, self.shards, self.nanocp.ranks, self.runner.batch_row, queries=1)
+            if context.draft_step is not None:
+                context.draft_step.capacity = _smallest(context.draft_routes, plan.most_visits(self.nanocp.ranks, None))
         if context.step is not None and context.routes:  # else the runner sets it, once it has chosen a graph
-            visits = plan.most_visits(self.nanocp.ranks, context.queries)
-            if visits is not None:
-                context.step.capacity = min((c for c in context.routes if c >= visits), default=0)
+            context.step.capacity = _smallest(context.routes, plan.most_visits(self.nanocp.ranks, context.queries))
         self.runner.plan = plan
         self._generators = self.runner.generator_states(plan.departing) if plan.departing else {}
         try:
@@ -206,6 +207,11 @@ class OneRank(_Base):
             output.get_output = lambda: _dressed(wait(), generators, packs)  # type: ignore[method-assign, assignment, return-value]
             return output
         return _dressed(output, generators, packs)  # type: ignore[return-value]
+
+
+def _smallest(capacities: Iterable[int], visits: int | None) -> int:
+    """The smallest that is enough for a step; 0 if none is."""
+    return 0 if visits is None else min((c for c in capacities if c >= visits), default=0)
 
 
 def _dressed(output: ModelRunnerOutput, generators: dict[str, bytes], packs: bool) -> ModelRunnerOutput | PackedOutput:

@@ -76,6 +76,7 @@ class CapturedTables:
         device: of all tables.
         routes: of the routed exchange, for as many; None without it.
         queries: of a row that visits.
+        ends: whether what a row sees here ends with the batch's own length, not with the plan's.
     """
 
     def __init__(
@@ -88,13 +89,14 @@ class CapturedTables:
         device: torch.device,
         routes: Routes | None,
         queries: int = 1,
+        ends: bool = False,
     ) -> None:
-        self.queries = queries
+        self.queries, self.ends = queries, ends or queries > 1
         places = places_of(capacity, num_ranks)
         self.capacity, self.num_ranks, self.places, self.max_tokens = capacity, num_ranks, places, max_tokens
         self.routes = routes
         heads = layout.num_heads, num_kv_heads, layout.head_size
-        self._visits = Visits.empty(max_tokens, places, *heads, device, queries)
+        self._visits = Visits.empty(max_tokens, places, *heads, device, queries, self.ends)
         self._programs = len(self._visits.starts) - 1
         # What changes from step to step comes in one copy.
         rows, width = max_tokens + places, num_ranks + 1
@@ -140,7 +142,7 @@ class CapturedTables:
             at.pieces[: pieces.size] = pieces.reshape(-1)
             at.first[:] = np.cumsum(at.count) - at.count
         async_tensor_h2d(host, out=self._ints)
-        if self.queries > 1:
+        if self.ends:
             # The batch's own lengths: with async scheduling the plan's count drafts that have turned out to be wrong.
             own = self._visits.seen[self.capacity * self.num_ranks :]
             self._seq_lens[: common.num_reqs] = common.seq_lens
@@ -194,7 +196,7 @@ class CapturedTables:
         at_places = lengths[self.max_tokens :]
         at_places[guests] = [guest.length for guest in step.guests]
         at_places[here], lengths[rows] = [own.local_tokens + queries for own in step.own], 0
-        if queries > 1:
+        if self.ends:
             at.hidden[:mine] = hidden_tokens(step, rows.tolist(), common)
         at.tables[guests] = [guest.blocks.data_ptr() for guest in step.guests]
         at.tables[here] = [

@@ -67,21 +67,27 @@ class NanoCPFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
     ) -> FlashAttentionMetadata:
-        """Of a draft model's forwards, over the collective exchange: the routed one has a place for one forward a step.
-        The first has the target's rows."""
+        """Of a draft model's forwards. The first has the target's rows, with V1's runner over the collective exchange.
+        The later ones repeat its layers, over routes of their own, with a number of the exchange for each."""
         step, later = context.step, context.draft_step
         if step is None or later is None:
             return self.build(0, common_attn_metadata, fast_build=True)
-        if draft_index:
-            step = later_draft(later, common_attn_metadata, self.block_size)
-        return self._split(replace(step, capacity=0), common_attn_metadata, True)
+        if not draft_index:
+            return self._split(replace(step, capacity=0), common_attn_metadata, True)
+        step = later_draft(later, common_attn_metadata, self.block_size)
+        serial = step.serial * context.queries + draft_index
+        return self._split(replace(step, serial=serial), common_attn_metadata, True, 1)
 
     def _split(
-        self, step: ShardedStep, common_attn_metadata: CommonAttentionMetadata, fast_build: bool
+        self,
+        step: ShardedStep,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool,
+        queries: int | None = None,
     ) -> FlashAttentionMetadata:
         common = copy(common_attn_metadata)
         if step.capacity:
-            tables = captured_tables(self, step, self._layout, self.num_heads_kv)
+            tables = captured_tables(self, step, self._layout, self.num_heads_kv, queries)
             rows, common.seq_lens = tables.fill(step, common)
         else:
             rows, common.seq_lens = exact_tables(step, common, self._layout, self._launch)

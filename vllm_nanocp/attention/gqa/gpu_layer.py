@@ -37,7 +37,9 @@ from .split_kv import attend as attend_visits
 _layers = itertools.count()
 
 
-def captured_tables(builder: Any, step: ShardedStep, layout: RowLayout, num_kv_heads: int) -> CapturedTables:
+def captured_tables(
+    builder: Any, step: ShardedStep, layout: RowLayout, num_kv_heads: int, queries: int | None = None
+) -> CapturedTables:
     """The worker's tables for the step's capacity; made here where there are none.
 
     Args:
@@ -45,20 +47,27 @@ def captured_tables(builder: Any, step: ShardedStep, layout: RowLayout, num_kv_h
         step: this rank's part, with a capacity.
         layout: of partial results.
         num_kv_heads: of this worker.
+        queries: of a row; None: as many as requests are decoded with.
     """
-    made: dict[int, CapturedTables] = builder.__dict__.setdefault("nanocp_tables", dict(context.tables))
+    queries = queries or context.queries
+    kept = context.tables if queries == context.queries else context.draft_tables
+    made: dict[int, CapturedTables] = builder.__dict__.setdefault(f"nanocp_tables_{queries}", dict(kept))
     if step.capacity not in made:
         rows = builder.vllm_config.scheduler_config.max_num_seqs
-        made[step.capacity] = _make_tables(step.capacity, step.num_ranks, rows, layout, num_kv_heads, builder.device)
+        made[step.capacity] = _make_tables(
+            step.capacity, step.num_ranks, rows, layout, num_kv_heads, builder.device, queries
+        )
     return made[step.capacity]
 
 
 def _make_tables(
-    capacity: int, num_ranks: int, rows: int, layout: RowLayout, num_kv_heads: int, device: torch.device
+    capacity: int, num_ranks: int, rows: int, layout: RowLayout, num_kv_heads: int, device: torch.device, queries: int
 ) -> CapturedTables:
-    """For as many queries a row as the worker's requests are decoded with, and its routes, if it has any."""
-    routes = context.routes.get(capacity)
-    return CapturedTables(capacity, num_ranks, rows, layout, num_kv_heads, device, routes, context.queries)
+    """For so many queries a row, and the routes of as many, if there are any. Where requests are decoded with drafts
+    lengths end on the device."""
+    routes = (context.routes if queries == context.queries else context.draft_routes).get(capacity)
+    ends = context.queries > 1
+    return CapturedTables(capacity, num_ranks, rows, layout, num_kv_heads, device, routes, queries, ends)
 
 
 class ShardedAttention:
@@ -164,20 +173,21 @@ class ShardedAttention:
         output = torch.zeros((1, self.num_heads, self.head_size), dtype=dtype, device=device)
         quantized = is_quantized_kv_cache(self.kv_cache_dtype) and self.supports_quant_query_input
         query = output.to(current_platform.fp8_dtype()) if quantized else output
-        routes = next(iter(context.routes.values()), None)
-        places = 1 if routes is None else routes.places
-        heads, queries = (self.num_heads, self.num_kv_heads, self.head_size), context.queries
-        visits = Visits.empty(1, places, *heads, device, queries)
-        kv = self.kv(layer, query, kv_cache)
-        if routes is None:
+        heads, kv = (self.num_heads, self.num_kv_heads, self.head_size), self.kv(layer, query, kv_cache)
+        if not context.routes:
+            visits = Visits.empty(1, 1, *heads, device, context.queries)
             attend_visits(query, kv, visits, dtype)
-            pack(layout.empty(queries, device), layout, visits)
-            return
-        none = torch.zeros((places, 2), dtype=torch.int64, device=device)
-        nowhere = torch.full((1, routes.num_ranks + 1), -1, dtype=torch.int64, device=device)
-        route = Route(none, none[:, 0], none.new_zeros(4), nowhere, nowhere[0, :1])
-        batch = LocalBatch(query, output, visits.done, visits.done[0])
-        routes.attend(batch, kv, visits, route, 0)
+            pack(layout.empty(context.queries, device), layout, visits)
+        for all_routes in (context.routes, context.draft_routes):
+            routes = next(iter(all_routes.values()), None)
+            if routes is None:
+                continue
+            visits = Visits.empty(1, routes.places, *heads, device, routes.queries, context.queries > 1)
+            none = torch.zeros((routes.places, 2), dtype=torch.int64, device=device)
+            nowhere = torch.full((1, routes.num_ranks + 1), -1, dtype=torch.int64, device=device)
+            route = Route(none, none[:, 0], none.new_zeros(4), nowhere, nowhere[0, :1])
+            batch = LocalBatch(query, output, visits.done, visits.done[0])
+            routes.attend(batch, kv, visits, route, 0)
 
 
 class ShardLayer(GPULayer):
@@ -260,8 +270,10 @@ class GroupedQueryOnGPU:
     def attach(self, layers: Mapping[str, Any]) -> None:
         pass
 
-    def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device) -> CapturedTables:
-        return _make_tables(capacity, num_ranks, max_reqs, self.layout, self.num_kv_heads, device)
+    def tables(
+        self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device, queries: int
+    ) -> CapturedTables:
+        return _make_tables(capacity, num_ranks, max_reqs, self.layout, self.num_kv_heads, device, queries)
 
     def warm_up(self, layer: Any) -> None:
         block_size, held = self._config.cache_config.block_size, layer.kv_cache.shape[2]

@@ -340,7 +340,7 @@ def _layer_kernel(  # type: ignore[no-untyped-def]
     num_ranks, sending, attending, answering, collecting, row_size, queries_at, rows_at, asked_at, answered_at,
     keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale, block_stride, token_stride, head_stride,
     tables_ptr, pieces_ptr, seen_ptr, starts_ptr, outs_ptr, lses_ptr, num_rows,
-    WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, PARTIALS: tl.constexpr, QUERIES: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, PARTIALS: tl.constexpr, QUERIES: tl.constexpr, ENDS: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
     WIDE: tl.constexpr, TYPE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -374,7 +374,7 @@ def _layer_kernel(  # type: ignore[no-untyped-def]
                 place = row - num_rows
                 _await(asked_ptr + place, epoch)
                 query, table = visiting_ptr + place * (QUERIES * KV_HEADS * GROUP * HEAD), table_at(tables_ptr, place)
-                seen, end = seen_at(seen_ptr, place, end, QUERIES)
+                seen, end = seen_at(seen_ptr, place, end, ENDS)
             acc, lse = attend_piece(
                 query, table, begin, end, seen, kv_head,
                 keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale, block_stride, token_stride,

@@ -39,8 +39,9 @@ class Visits:
         pieces: int64 [most pieces, 3], of each its row, first token and the one behind its last.
         starts: int64 [programs + 1], where the pieces of each program begin.
         first, count: int64 [num_rows + places], which pieces a row has.
-        seen: int32 [places], with several queries: tokens that the last one sees and each before it one less, if there
-            are pieces for more, too; 0 where each sees all, as in a shard that was complete before they were made.
+        ends: whether ``seen`` counts; always with several queries.
+        seen: int32 [places]: tokens that the last query sees and each before it one less, if there are pieces for more,
+            too; 0 where each sees all, as in a shard that was complete before they were made.
         outputs, lses: float32 [most pieces, queries, num_heads, head_size] and [most pieces, queries, num_heads]: the
             results, and their natural log-sum-exps. Those of pieces not in use are not written.
         done: int32 [num_rows + places, num_kv_heads], used within a layer; 0 before and after it.
@@ -48,6 +49,7 @@ class Visits:
 
     queries: int
     num_rows: int
+    ends: bool
     tables: torch.Tensor
     pieces: torch.Tensor
     starts: torch.Tensor
@@ -68,6 +70,7 @@ class Visits:
         head_size: int,
         device: torch.device,
         queries: int = 1,
+        ends: bool = False,
     ) -> Visits:
         """Tables for so many rows and places, with nothing in them."""
         rows, programs = num_rows + places, programs_of(num_kv_heads, device)
@@ -75,6 +78,7 @@ class Visits:
         return cls(
             queries,
             num_rows,
+            ends or queries > 1,
             tables=torch.zeros(places, dtype=torch.int64, device=device),
             pieces=torch.zeros((most, 3), dtype=torch.int64, device=device),
             starts=torch.zeros(programs + 1, dtype=torch.int64, device=device),
@@ -128,7 +132,7 @@ def kernel_arguments(kv: KV, visits: Visits, num_heads: int, dtype: torch.dtype)
         scale=kv.scale, block_stride=kv.keys.stride(0), token_stride=kv.keys.stride(1), head_stride=kv.keys.stride(2),
         tables_ptr=visits.tables, pieces_ptr=visits.pieces, seen_ptr=visits.seen,
         starts_ptr=visits.starts, outs_ptr=visits.outputs, lses_ptr=visits.lses, num_rows=visits.num_rows,
-        QUERIES=visits.queries, KV_HEADS=kv_heads, GROUP=group,
+        QUERIES=visits.queries, ENDS=visits.ends, KV_HEADS=kv_heads, GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group * visits.queries)),
         BLOCK=kv.keys.shape[1], HEAD=head_size, WIDE=wide, TYPE=TYPES[dtype], TILE=TILE_ELEMENTS // max(wide, 128),
         STAGES=STAGES,
@@ -136,10 +140,10 @@ def kernel_arguments(kv: KV, visits: Visits, num_heads: int, dtype: torch.dtype)
 
 
 @triton.jit
-def seen_at(seen_ptr, place, end, QUERIES: tl.constexpr):  # type: ignore[no-untyped-def]
+def seen_at(seen_ptr, place, end, ENDS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of a piece at a place that ends so: what the last query sees (see ``Visits``), and where the piece ends."""
     seen = 0
-    if QUERIES > 1:
+    if ENDS:
         seen = tl.load(seen_ptr + place)
         end = tl.where(seen > 0, tl.minimum(end, seen), end)
     return seen, end
@@ -218,14 +222,15 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     query_ptr,
     keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale, block_stride, token_stride, head_stride,
     tables_ptr, pieces_ptr, seen_ptr, starts_ptr, outs_ptr, lses_ptr, num_rows,
-    QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    HEAD: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    QUERIES: tl.constexpr, ENDS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     program, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     for piece in range(tl.load(starts_ptr + program), tl.load(starts_ptr + program + 1)):
         place = tl.load(pieces_ptr + piece * 3) - num_rows
         begin, end = tl.load(pieces_ptr + piece * 3 + 1).to(tl.int32), tl.load(pieces_ptr + piece * 3 + 2).to(tl.int32)
-        seen, end = seen_at(seen_ptr, place, end, QUERIES)
+        seen, end = seen_at(seen_ptr, place, end, ENDS)
         acc, lse = attend_piece(
             query_ptr + place * (QUERIES * KV_HEADS * GROUP * HEAD), table_at(tables_ptr, place), begin, end, seen,
             kv_head, keys_ptr, values_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, scale, block_stride, token_stride,

@@ -300,7 +300,7 @@ class LatentOnHopper:
         gather_tables([block.data_ptr()], [1], device)  # compiled now
         warm_up_fixed(device)
 
-    def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device) -> Any:
+    def tables(self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device, queries: int) -> Any:
         block_size = self.config.cache_config.block_size
         if self._block_table is None:
             most, tokens = max(context.capacities, default=capacity), self.config.model_config.max_model_len

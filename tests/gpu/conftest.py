@@ -3,9 +3,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.tiny_models import make_qwen3_moe
+
+from . import GPUS, SHARED
+
+MOST_RANKS = 8
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_gpus() -> Iterator[None]:
+    """Where ranks share GPUs: engines are told which, since ``--device-ids`` takes no number twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        if SHARED:
+            from vllm.engine.arg_utils import EngineArgs
+
+            patch.setattr(EngineArgs, "_resolve_device_ids", lambda args: [i % GPUS for i in range(MOST_RANKS)])
+            patch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+        yield
 
 
 @pytest.fixture(scope="session")

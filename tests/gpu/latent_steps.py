@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from tests.unit import flash_latent_steps, fp8_latent_steps
 from tests.unit.attention_steps import Kernel, run_scenarios
 from tests.unit.latent_steps import LatentShape, forward
+from tests.unit.processes import gpu_of
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.sharded_step import Guest, OwnRow, ShardedStep
 from vllm_nanocp.exchange import CollectiveExchange
@@ -58,13 +59,9 @@ def run_modes(rank: int, size: int, modes: dict[str, tuple[dict[str, Any], Any]]
 
 def fullest_step(rank: int, size: int, shape: LatentShape, tokens: int) -> tuple[int, int]:
     """Every rank's chunk of so many tokens visits all ranks, its own too: bytes that a layer takes, and has."""
-    device = torch.device("cuda", rank % torch.cuda.device_count())
+    device = gpu_of(rank)
     steps: Any = fp8_latent_steps if shape.cache_type == torch.uint8 else flash_latent_steps
-    builder, layer, family = (
-        steps.make_builder(shape, device, 1),
-        steps.make_layer(shape, device),
-        steps.bare_family(shape),
-    )
+    builder, layer, family = steps.make_builder(shape, device, 1), steps.make_layer(shape, device), steps.bare_family
     blocks = tokens // shape.block_size
     cache = torch.zeros(shape.cache_size(blocks), dtype=shape.cache_type, device=device)
     query = torch.zeros((tokens, shape.num_heads, shape.head_size), dtype=shape.dtype, device=device)
@@ -101,4 +98,4 @@ def fullest_step(rank: int, size: int, shape: LatentShape, tokens: int) -> tuple
         torch.cuda.synchronize()
         peak = max(peak, torch.cuda.max_memory_allocated() - before)
         del metadata
-    return peak, family.most_memory(size, tokens)
+    return peak, family(shape).most_memory(size, tokens)

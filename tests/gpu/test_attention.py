@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tests.unit.attention_steps import Kernel, Shape, run_scenarios
 from tests.unit.flash_steps import flash_kernel, make_builder, make_impl, make_layer
-from tests.unit.processes import run_ranks
+from tests.unit.processes import gpu_of, run_ranks
 from tests.unit.route_steps import stress
 
 from . import FOUR_GPUS, TWO_GPUS
@@ -175,7 +175,7 @@ def fullest_step(rank: int, size: int, tokens: int) -> tuple[int, int]:
     from vllm_nanocp.attention.sharded_step import Guest, OwnRow, ShardedStep
     from vllm_nanocp.exchange import CollectiveExchange
 
-    shape, device = Shape(32, 4, 128, BF16, 16), torch.device("cuda", rank)
+    shape, device = Shape(32, 4, 128, BF16, 16), gpu_of(rank)
     builder, impl, layer = make_builder(shape, device), make_impl(shape), make_layer(device)
     holders = range(size)
     cache = torch.zeros((tokens // 16, 4, 16, 256), dtype=BF16, device=device)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.engine.harness import Answer, Ask, Engine, prompt
 
-from . import FOUR_GPUS, TWO_GPUS
+from . import FOUR_GPUS, SHARED, TWO_GPUS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +54,7 @@ def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[str, E
             passes = {"fuse_allreduce_rms": False} if request.param == "tensor parallel" else {}
             args |= dict(compilation_config={"cudagraph_capture_sizes": sizes, "pass_config": passes})
         if request.param == "tensor parallel":
-            args |= dict(tensor_parallel_size=2)
+            args |= dict(tensor_parallel_size=2, disable_custom_all_reduce=SHARED)
         if request.param == "fp8":
             args |= dict(kv_cache_dtype="fp8")
         stock = Engine(model, 1, **args)

@@ -27,7 +27,7 @@ SPARE_BYTES = 256 << 20
 
 
 def free_bytes() -> list[int]:
-    return [torch.cuda.mem_get_info(device)[0] for device in range(2)]
+    return [torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count())]
 
 
 @pytest.mark.parametrize("exchange", ["routed", "collective"])

@@ -21,7 +21,7 @@ from tests.unit.latent_steps import latent_shape
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
 
-from . import FOUR_GPUS, ONE_GPU, TWO_GPUS
+from . import FOUR_GPUS, ONE_GPU, SHARED, TWO_GPUS
 from .test_exact import all_partings, check_partings
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -195,7 +195,7 @@ def engines(request: pytest.FixtureRequest, deepseek: str) -> Iterator[tuple[str
             sizes = [1, 2, 4, 8, 16, 24, 32]
             args |= dict(compilation_config={"cudagraph_capture_sizes": sizes, "pass_config": passes})
         if mode == "tensor parallel":
-            args |= dict(tensor_parallel_size=2)
+            args |= dict(tensor_parallel_size=2, disable_custom_all_reduce=SHARED)
         if mode == "fp8":  # which vLLM serves by FLASHMLA, and in blocks of 64 tokens
             del args["attention_config"]
             args |= dict(kv_cache_dtype="fp8", block_size=None, num_gpu_blocks_override=2048)

@@ -21,6 +21,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends import flash_attn
 
 from tests.unit.attention_steps import Kernel, Shape
+from tests.unit.processes import gpu_of
 from vllm_nanocp.attention import gpu_rows
 from vllm_nanocp.attention.flash_launches import ShardLaunch
 from vllm_nanocp.attention.gqa import flash_backend, flash_splits, flash_tables, gpu_layer
@@ -258,7 +259,7 @@ def make_routes(shape: Shape, num_ranks: int, rank: int, capacity: int, shared: 
         from vllm_nanocp.exchange.symmetric import allocate
 
         assert dist.group.WORLD is not None
-        buffer, pointers = allocate(size, dist.group.WORLD, torch.device("cuda", rank))
+        buffer, pointers = allocate(size, dist.group.WORLD, gpu_of(rank))
     else:
         names = [f"{shared}/{shape.num_heads}x{shape.head_size}.{r}" for r in range(num_ranks)]
         buffers = [torch.from_file(name, shared=True, size=size, dtype=torch.uint8) for name in names]

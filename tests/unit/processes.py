@@ -23,6 +23,11 @@ if "tests.forked" not in sys.modules:  # that has more of it imported, for engin
     _CONTEXT.set_forkserver_preload(["vllm.v1.attention.backends.cpu_attn"])
 
 
+def gpu_of(rank: int) -> torch.device:
+    """The GPU of a rank; ranks share GPUs where there are fewer."""
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
 def _main(
     function: Callable[..., Any],
     rank: int,
@@ -37,7 +42,7 @@ def _main(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         torch.set_num_threads(1)
         if backend == "nccl":
-            torch.cuda.set_device(rank)
+            torch.cuda.set_device(gpu_of(rank))
         dist.init_process_group(
             backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
         )
@@ -57,7 +62,7 @@ def run_ranks(
         function: of a module, so that it can be pickled.
         args: picklable.
         seconds: time limit of all together.
-        backend: of the group; with ``nccl`` each process has a GPU of its own.
+        backend: of the group; with ``nccl`` each process has a GPU, see ``gpu_of``.
 
     Raises:
         AssertionError: one failed, or the time ran out.

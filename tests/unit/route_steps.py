@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from tests.unit.attention_steps import Shape, full_attention
 from tests.unit.flash_steps import lay_out, make_routes
+from tests.unit.processes import gpu_of
 from vllm_nanocp.attention.flash_launches import places_of
 from vllm_nanocp.attention.gqa.routed_layer import MAX_LAYERS, LocalBatch, Route
 from vllm_nanocp.attention.gqa.split_kv import KV, Visits
@@ -136,7 +137,7 @@ def stress(rank: int, size: int, steps: int, device: str, shared: str | None, la
     Raises:
         AssertionError: one is wrong.
     """
-    where = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    where = gpu_of(rank) if device == "cuda" else torch.device(device)
     routes = make_routes(SHAPE, size, rank, CAPACITY, shared)
     keys, values = cache(rank).to(where).transpose(1, 2).split(SHAPE.head_size, dim=-1)
     kv = KV(keys, values, SHAPE.scale)

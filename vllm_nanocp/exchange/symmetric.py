@@ -68,7 +68,7 @@ def reachable(device: torch.device, group: dist.ProcessGroup) -> str:
     problem = ""
     if any(host != mine[0] for host, _, _ in everyone):
         problem = "ranks are on several machines"
-    elif not current_platform.is_fully_connected([number for _, number, _ in everyone]):
+    elif not current_platform.is_fully_connected(sorted({number for _, number, _ in everyone})):
         problem = "the ranks' GPUs are not all linked by NVLink"
     else:
         for _, number, index in everyone:

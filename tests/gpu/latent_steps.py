@@ -61,11 +61,7 @@ def fullest_step(rank: int, size: int, shape: LatentShape, tokens: int) -> tuple
     """Every rank's chunk of so many tokens visits all ranks, its own too: bytes that a layer takes, and has."""
     device = gpu_of(rank)
     steps: Any = fp8_latent_steps if shape.cache_type == torch.uint8 else flash_latent_steps
-    builder, layer, family = (
-        steps.make_builder(shape, device, 1),
-        steps.make_layer(shape, device),
-        steps.bare_family(shape),
-    )
+    builder, layer, family = steps.make_builder(shape, device, 1), steps.make_layer(shape, device), steps.bare_family
     blocks = tokens // shape.block_size
     cache = torch.zeros(shape.cache_size(blocks), dtype=shape.cache_type, device=device)
     query = torch.zeros((tokens, shape.num_heads, shape.head_size), dtype=shape.dtype, device=device)
@@ -102,4 +98,4 @@ def fullest_step(rank: int, size: int, shape: LatentShape, tokens: int) -> tuple
         torch.cuda.synchronize()
         peak = max(peak, torch.cuda.max_memory_allocated() - before)
         del metadata
-    return peak, family.most_memory(size, tokens)
+    return peak, family(shape).most_memory(size, tokens)

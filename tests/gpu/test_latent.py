@@ -196,8 +196,9 @@ def engines(request: pytest.FixtureRequest, deepseek: str) -> Iterator[tuple[str
             args |= dict(compilation_config={"cudagraph_capture_sizes": sizes, "pass_config": passes})
         if mode == "tensor parallel":
             args |= dict(tensor_parallel_size=2, disable_custom_all_reduce=SHARED)
-        if mode == "fp8":  # which vLLM serves by FLASHMLA, in blocks of 64 tokens
-            args |= dict(kv_cache_dtype="fp8", block_size=64, num_gpu_blocks_override=2048, attention_config={})
+        if mode == "fp8":  # which vLLM serves by FLASHMLA, and in blocks of 64 tokens
+            del args["attention_config"]
+            args |= dict(kv_cache_dtype="fp8", block_size=None, num_gpu_blocks_override=2048)
         stock = Engine(deepseek, 1, **args)
         if graphs:  # vLLM's own check of its workers' steps
             patch.setenv("VLLM_GPU_SYNC_CHECK", "error")

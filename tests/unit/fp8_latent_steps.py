@@ -120,7 +120,6 @@ def bare_family(shape: LatentShape) -> LatentOfFloat8OnHopper:
     """Without the engine's configuration."""
     family = object.__new__(LatentOfFloat8OnHopper)
     family.sizes, family.dtype = flash.sizes_of(shape), shape.dtype
-    family.config = SimpleNamespace(cache_config=SimpleNamespace(block_size=shape.block_size))
     return family
 
 

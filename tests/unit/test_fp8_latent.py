@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -157,7 +157,7 @@ def test_layers_that_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
         (layer, "attn_backend", flashmla_backend.FlashMLABackend, "the attention backend"),
         (layer, "prefill_backend", None, "prompts attend by NoneType"),
         (family, "dtype", torch.float16, "with a model of torch.float16"),
-        (family, "config", SimpleNamespace(cache_config=SimpleNamespace(block_size=128)), "blocks of 128 tokens"),
+        (family, "sizes", replace(family.sizes, rank=256), "differ in size"),
     ]
     for where, name, value, said in changes:
         with monkeypatch.context() as patch, pytest.raises(NanoCPConfigError, match=said):

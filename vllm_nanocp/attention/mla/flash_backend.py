@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from vllm.model_executor.layers.attention.mla_attention import get_mla_dims
+from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder, get_mla_dims
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mla.flashattn_mla import (
     FlashAttnMLABackend,
@@ -43,9 +43,9 @@ from .latent_sizes import LatentSizes
 from .latent_tables import LatentRows, exact_tables, most_memory, projected_at_once
 
 
-class LatentTables:
-    """Mixed in before vLLM's metadata builder of a backend: takes the rows laid out in ``context.step`` out of the
-    stock metadata and into tables of their own.
+class LatentTables(MLACommonMetadataBuilder[Any]):
+    """Goes before vLLM's metadata builder of a backend: takes the rows laid out in ``context.step`` out of the stock
+    metadata and into tables of their own.
 
     Attributes:
         sharded_metadata: the stock metadata's class, with ``sharded``: the tables of a step, or None.
@@ -54,18 +54,11 @@ class LatentTables:
 
     sharded_metadata: ClassVar[type[Any]]
     kernel: ClassVar[LatentKernel]
-    num_heads: int
-    mla_dims: Any
-    model_config: Any
-    vllm_config: Any
-    page_size: int
-    device: torch.device
-    chunked_prefill_workspace_size: int
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
-        step, stock = context.step, super().build  # type: ignore[misc]
+        step, stock = context.step, super().build
         if step is None:
             return stock(common_prefix_len, common_attn_metadata, fast_build)
         common = copy(common_attn_metadata)
@@ -85,7 +78,7 @@ class LatentTables:
         usual = self.chunked_prefill_workspace_size
         self.chunked_prefill_workspace_size = min(usual, projected_at_once(self._sizes, self.page_size, self._dtype))
         try:
-            return super().build(0, common, fast_build)  # type: ignore[misc]
+            return super().build(0, common, fast_build)
         finally:
             self.chunked_prefill_workspace_size = usual
 

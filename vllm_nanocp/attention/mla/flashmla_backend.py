@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from ..cache_dtypes import FLOAT8_CACHES
 from ..supported import one_scale_problem
 from .flash_backend import LatentOnHopper, LatentTables
-from .fp8_latents import BLOCK_SIZE, FLASH_MLA, RANK, ROTATED
+from .fp8_latents import FLASH_MLA, RANK, ROTATED
 from .latent_tables import LatentRows
 
 
@@ -56,11 +56,11 @@ class LatentOfFloat8OnHopper(LatentOnHopper):
         found = super().problem(layer) or one_scale_problem(layer)
         if found is not None:
             return found
-        rank, rotated, block = self.sizes.rank, self.sizes.rotated, self.config.cache_config.block_size
-        if (rank, rotated, block) != (RANK, ROTATED, BLOCK_SIZE):
+        rank, rotated = self.sizes.rank, self.sizes.rotated
+        if (rank, rotated) != (RANK, ROTATED):
             return (
-                f"an fp8 cache of latents of {rank} and rotated keys of {rotated} numbers in blocks of {block} tokens",
-                f"FLASHMLA takes {RANK}, {ROTATED} and {BLOCK_SIZE}",
+                f"an fp8 cache of latents of {rank} and rotated keys of {rotated} numbers",
+                f"FLASHMLA takes {RANK} and {ROTATED}",
             )
         if self.dtype != torch.bfloat16:
             return f"an fp8 cache of latents with a model of {self.dtype}", "FLASHMLA returns bfloat16"

@@ -58,6 +58,7 @@ class SpeculatorDrafts:
 
     Attributes:
         num_sharded: forwards of the draft model with rows that visit, or guests of others.
+        num_routed: later ones of these that went over the routed exchange.
     """
 
     def __init__(self, model_runner: Any, plan: Callable[[], StepPlan | None]) -> None:
@@ -69,7 +70,7 @@ class SpeculatorDrafts:
                 "only EAGLE, EAGLE3 and MTP that attends as its target have been run",
                 "use the method ngram_gpu, or leave it out",
             )
-        self.num_sharded = 0
+        self.num_sharded = self.num_routed = 0
         # Tokens that fit a request's blocks, by its row in the batch. Graphs know the addresses.
         most = torch.iinfo(torch.int32).max
         self._held = torch.full((speculator.max_num_reqs,), most, dtype=torch.int32, device=speculator.device)
@@ -114,6 +115,8 @@ class SpeculatorDrafts:
         in_place = speculator.supports_decode_metadata_update
         if context.step is not None:
             self.num_sharded += speculator.num_speculative_steps
+            if context.draft_step is not None and context.draft_step.capacity:
+                self.num_routed += speculator.num_speculative_steps - 1
             # vLLM would go on with one forward's metadata, with new lengths; the rows that visit are not in these.
             speculator.supports_decode_metadata_update = False
         try:

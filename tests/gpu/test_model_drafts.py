@@ -57,17 +57,20 @@ MODES = {
 V1_IS_REFUSED = "speculative decoding on GPUs with the V1"
 
 
-def on_gpu() -> Kernel:
-    return dataclasses.replace(flash_kernel("cuda", 0, 0), fill=1000.0, stock=stock_flash)
+def on_gpu(capacity: int) -> Kernel:
+    made = flash_kernel("cuda", capacity, 0, bool(capacity), None, 1)
+    return dataclasses.replace(made, fill=1000.0, stock=stock_flash)
 
 
-def test_error() -> None:
-    shapes = SHAPES[1:4]
-    results = run_ranks(2, later_forwards, range(900, 930), shapes, on_gpu, seconds=240, backend="nccl")
+@pytest.mark.parametrize("capacity", [0, 12], ids=["collective", "routed"])
+def test_error(capacity: int) -> None:
+    kernel = functools.partial(on_gpu, capacity)
+    results = run_ranks(2, later_forwards, range(900, 930), SHAPES[1:4], kernel, seconds=240, backend="nccl")
     totals: Counter[str] = sum((counts for _, counts in results), Counter())
     ours, stock = (math.sqrt(totals[key] / totals["norm"]) for key in ("ours", "stock"))
-    print(json.dumps({"relative_error": ours, "stock": stock, "ratio": ours / stock}))
+    print(json.dumps({"capacity": capacity, "relative_error": ours, "stock": stock, "ratio": ours / stock}))
     assert ours < RELATIVE and ours <= OF_STOCK * stock and totals["visiting"] > 10
+    assert (totals["routed"] > 10) == bool(capacity), totals
 
 
 class Seen(NamedTuple):
@@ -179,6 +182,7 @@ def test_tokens(engines: tuple[str, Seen, Engine]) -> None:
         assert steps > 0 and worker["sharded_drafts"] == MOST * steps
         assert (worker["captured_steps"] > steps / 4) == mode.graphs
         assert (worker["routed_steps"] > steps / 4) == (mode.exchange == "routed")
+        assert (worker["routed_drafts"] > steps) == (mode.exchange == "routed")
     check_partings(found, ROUNDED)
     # bfloat16 rounds otherwise over shards, and a random head's candidates are close.
     assert min(same) > 0.9 if mode.method == "mtp" else same[0] > 0.9 and min(same) > 0.75, same

@@ -305,7 +305,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[Any]]]:
 
         me = Rank(0, 1, forward, False, blocks)
         monkeypatch.setattr(module, "set_forward_context", me.entered)
-        context.step = context.draft_step = SimpleNamespace()  # type: ignore[assignment]
+        context.step = context.draft_step = SimpleNamespace(capacity=0)  # type: ignore[assignment]
         return me
 
     yield make, seen

@@ -13,13 +13,14 @@ Touches vLLM 0.32's ``TargetDependentARSpeculator`` (vllm/v1/worker/gpu/spec_dec
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import speculator as module
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import TargetDependentARSpeculator
 
 from ..attention.context import context
 from ..errors import refuse
@@ -58,18 +59,19 @@ class SpeculatorDrafts:
 
     Attributes:
         num_sharded: forwards of the draft model with rows that visit, or guests of others.
+        num_routed: later ones of these that went over the routed exchange.
     """
 
     def __init__(self, model_runner: Any, plan: Callable[[], StepPlan | None]) -> None:
         self.model_runner, self._plan = model_runner, plan
-        self.speculator = speculator = model_runner.speculator
+        self.speculator = speculator = cast(TargetDependentARSpeculator, model_runner.speculator)
         if type(speculator) not in (EagleSpeculator, MTPSpeculator):
             refuse(
                 f"drafts by {type(speculator).__name__}",
                 "only EAGLE, EAGLE3 and MTP that attends as its target have been run",
                 "use the method ngram_gpu, or leave it out",
             )
-        self.num_sharded = 0
+        self.num_sharded = self.num_routed = 0
         # Tokens that fit a request's blocks, by its row in the batch. Graphs know the addresses.
         most = torch.iinfo(torch.int32).max
         self._held = torch.full((speculator.max_num_reqs,), most, dtype=torch.int32, device=speculator.device)
@@ -78,10 +80,11 @@ class SpeculatorDrafts:
         self._postponed: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._set_attn, self._run = speculator.set_attn, speculator.propose
         self._build = speculator._build_uniform_attn_metadata
-        speculator.set_attn, speculator.propose = self._attend_to_held, self._propose
-        speculator._build_uniform_attn_metadata = self._build_later
+        speculator.set_attn = self._attend_to_held  # type: ignore[method-assign, assignment]
+        speculator.propose = self._propose  # type: ignore[method-assign, assignment]
+        speculator._build_uniform_attn_metadata = self._build_later  # type: ignore[method-assign]
         self._agree = module.dispatch_cg_and_sync_dp
-        module.dispatch_cg_and_sync_dp = self._dispatch
+        module.dispatch_cg_and_sync_dp = self._dispatch  # type: ignore[assignment]
 
     def note_batch(self, input_batch: Any) -> None:
         """How far the blocks of a batch reach, while vLLM's numbers of them are this step's."""
@@ -114,6 +117,8 @@ class SpeculatorDrafts:
         in_place = speculator.supports_decode_metadata_update
         if context.step is not None:
             self.num_sharded += speculator.num_speculative_steps
+            if context.draft_step is not None and context.draft_step.capacity:
+                self.num_routed += speculator.num_speculative_steps - 1
             # vLLM would go on with one forward's metadata, with new lengths; the rows that visit are not in these.
             speculator.supports_decode_metadata_update = False
         try:
@@ -147,7 +152,7 @@ class SpeculatorDrafts:
             context.draft_index = 0
 
     def _attend_to_held(self, model_state: Any, kv_cache_config: Any, block_tables: Any, *args: Any) -> None:
-        self._set_attn(model_state, kv_cache_config, HeldTables(block_tables, self._keep), *args)
+        self._set_attn(model_state, kv_cache_config, HeldTables(block_tables, self._keep), *args)  # type: ignore[arg-type]
 
     def _keep(self, slots: torch.Tensor, positions: torch.Tensor, count: int) -> None:
         """Nobody takes blocks for drafts that are not verified yet, and a member has none behind its run: what has no

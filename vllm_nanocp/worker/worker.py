@@ -162,10 +162,11 @@ class OneRank(_Base):
 
     def nanocp_counters(self) -> dict[str, int]:
         """Sharded steps of this worker; those that replayed a graph with it, those over the routed exchange. And
-        sharded forwards of a draft model."""
+        sharded forwards of a draft model; of those after its first, how many over the routed exchange."""
         drafts = self.runner.drafts
         return {
             "sharded_drafts": 0 if drafts is None else drafts.num_sharded,
+            "routed_drafts": 0 if drafts is None else drafts.num_routed,
             "sharded_steps": self.num_sharded_steps,
             "captured_steps": self.num_captured_steps,
             "routed_steps": self.num_routed_steps,

@@ -163,11 +163,12 @@ class Rank:
         self.drafts = SpeculatorDrafts(self.runner, lambda: self.plan)
         self.speculator.set_attn(None, None, Tables(blocks))
         self.target = Graphs(1 + MOST, captured=captured)
-        self.rank = rank
+        self.rank, self.builds = rank, 0
 
     def build(self, step: int, **kwargs: Any) -> Any:
         """Metadata of a later forward: what a builder sees."""
         assert context.draft_index == step > 0
+        self.builds += 1
         return {"layer": (context.draft_step, self.speculator.input_buffers.seq_lens.tolist())}
 
     @contextmanager
@@ -222,6 +223,7 @@ class Compared:
     def __call__(self, metadata: Any, num_tokens: int, across: torch.Tensor, slots: Any) -> None:
         step = None if metadata in (None, "graph") else metadata["layer"][0]
         counts = None if step is None else (step.send_counts, step.recv_counts)
+        assert counts is not None or context.step is None
         everyone: list[Any] = [None] * self.size
         mine = (num_tokens, across.tolist(), metadata == "graph", counts)
         dist.all_gather_object(everyone, mine)
@@ -259,7 +261,7 @@ def same_forwards(rank: int, size: int, seeds: range, captured: bool) -> list[An
         shards.update(plan)
         context.step = make_step(plan, shards, size, int)
         context.draft_step = make_step(plan, shards, size, int, queries=1)
-        mine, before = plan.batches[rank], len(forward.log)
+        mine, before, me.builds = plan.batches[rank], len(forward.log), 0
         if mine == idle:
             me.drafts.put_off(lambda: me.propose([], [], [], dummy=True))
             assert len(forward.log) == before  # not before the others draft
@@ -272,6 +274,7 @@ def same_forwards(rank: int, size: int, seeds: range, captured: bool) -> list[An
             found = me.propose(lengths, queries, [min(1, n - 1) for n in queries])
             assert found.shape == (mine.num_reqs, MOST)
         assert me.speculator.supports_decode_metadata_update and not context.draft_index
+        assert context.step is None or me.builds == MOST - 1
     return forward.log
 
 

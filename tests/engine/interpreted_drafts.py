@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 from tests.engine.harness import RESTLESS, Ask, Engine, prompt
+from tests.engine.oracle import counted
 from vllm_nanocp.entry import refusals
 
 LENGTHS = [20, 47, 300, 530, 700, 610, 33]
@@ -29,7 +29,7 @@ def main(ranks: int, model: str, speculation: str, out: str) -> None:
         asks = [Ask(prompt(n, 61000 + i), dict(max_tokens=24 + 2 * i), delay=0.5 * i) for i, n in enumerate(LENGTHS)]
         answers = engine.ask([*asks, Ask(prompt(LONGEST - 6, 5), dict(max_tokens=6))])
         noted = engine.call(engine.llm.collective_rpc("noted_drafts"))
-        counts = sum(map(Counter, engine.call(engine.llm.collective_rpc("count_drafts"))), Counter[str]())
+        counts = counted(engine)
         status = {}
         if ranks > 1:
             engine.check_nothing_left()

@@ -118,3 +118,13 @@ def lies(found: tuple[int, list[int], float], num_tokens: int, most: int) -> lis
         token if Random(1000 * length + at + j).random() < share else (token + 1) % KINDS
         for j, token in enumerate(answer[at : at + most])
     ]
+
+
+def teach(engine: Any, answers: list[tuple[list[int], list[int], float]]) -> None:
+    """``Oracle.teach`` in all workers of a test's engine."""
+    engine.call(engine.llm.collective_rpc("teach", args=(answers,)))
+
+
+def counted(engine: Any) -> Counter[str]:
+    """What all ranks of an engine have counted of drafts."""
+    return sum(map(Counter, engine.call(engine.llm.collective_rpc("count_drafts"))), Counter[str]())

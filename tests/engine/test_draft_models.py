@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from tests.tiny_drafts import drafts, make_eagle, make_first_order, make_glm4_mo
 
 from .conftest import SMALL_BLOCKS
 from .harness import RESTLESS, Ask, Engine, prompt
+from .oracle import counted
 
 pytestmark = [
     pytest.mark.engine,
@@ -56,7 +56,7 @@ def noted(running: Engine) -> dict[tuple[tuple[int, ...], int], list[int]]:
 
 
 def accepted(running: Engine) -> int:
-    counts = sum(map(Counter, running.call(running.llm.collective_rpc("count_drafts"))), Counter[str]())
+    counts = counted(running)
     return counts["accepted"]
 
 

@@ -16,7 +16,9 @@ import pytest
 
 from tests.deepseek_reference import Decoded, DeepseekReference
 
+from .conftest import DRAFTS
 from .harness import RESTLESS, Answer, Ask, Engine, prompt
+from .oracle import counted, teach
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -32,6 +34,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         num_gpu_blocks_override=97,
         max_model_len=4096,
         enable_prefix_caching=True,
+    ),
+    # The same with drafts by n-grams, or by what a test has taught the workers. LATENT_ENGINES=all, too.
+    "drafting": dict(
+        ranks=2,
+        nanocp={"segment_size": 512, "moves": RESTLESS},
+        num_gpu_blocks_override=145,
+        max_model_len=4096,
+        enable_prefix_caching=True,
+        speculative_config=DRAFTS,
+        worker_extension_cls="tests.engine.oracle.Oracle",
     ),
 }
 
@@ -101,3 +113,17 @@ def test_clients_that_leave(latent: Engine, expected: Any) -> None:
     for ask in asks[::2]:
         ask.leave_after = 2
     check(latent, expected, asks)
+
+
+def test_drafts_that_are_known(latent: Engine, expected: Any) -> None:
+    """Right ones and wrong ones, beside n-grams; sharded requests take a step for four tokens, too."""
+    if latent.llm.vllm_config.speculative_config is None:
+        pytest.skip("it decodes without drafts")
+    asks = [Ask(prompt(n, 900 + n), dict(max_tokens=41), delay=0.05 * i) for i, n in enumerate((40, 600, 1100, 300))]
+    known = [(ask.prompt, expected(tuple(ask.prompt), 41).tokens) for ask in asks]
+    teach(latent, [(*one, share) for one, share in zip(known, (1.0, 1.0, 0.5, 0.0), strict=True)])
+    before = latent.status()["sharded_steps"]
+    check(latent, expected, asks)
+    drafts = counted(latent)
+    print(drafts)
+    assert latent.status()["sharded_steps"] > before and drafts["accepted"] > 60

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from . import oracle
 from .harness import Answer, Ask, Engine, assert_same_logprobs, prompt
+from .oracle import counted
 
 pytestmark = pytest.mark.engine
 
@@ -30,11 +31,7 @@ def drafting(request: pytest.FixtureRequest, engines: Callable[..., Engine]) -> 
 def teach(engine: Engine, asks: list[Ask], answers: list[Answer], shares: list[float | None]) -> None:
     """Have each request drafted for, and such a share of it right; None: by n-grams, or by a model."""
     known = [(a.prompt, b.tokens[0], s) for a, b, s in zip(asks, answers, shares, strict=True) if s is not None]
-    engine.call(engine.llm.collective_rpc("teach", args=(known,)))
-
-
-def counted(engine: Engine) -> Counter[str]:
-    return sum(map(Counter, engine.call(engine.llm.collective_rpc("count_drafts"))), Counter())
+    oracle.teach(engine, known)
 
 
 def mixed(first: int) -> list[Ask]:

@@ -327,8 +327,9 @@ SHARDED_SETTINGS = (
     Setting(drafts_with_flashinfer, "speculative decoding with FLASHINFER and max_degree above 1",
             "rows of several queries have not been run on its kernels",
             f"leave it out, use --attention-backend FLASH_ATTN on Hopper, or {UNSHARDED}"),
-    Setting(lambda c: c.speculative_config is not None and c.model_config.use_mla,
-            "speculative decoding of latent attention (MLA) with max_degree above 1", "it has not been run",
+    Setting(lambda c: c.speculative_config is not None and c.model_config.use_mla
+            and c.parallel_config.worker_cls == GPU_WORKER,
+            "speculative decoding of latent attention (MLA) on GPUs with max_degree above 1", "it has not been run",
             "leave --speculative-config out, or use --nanocp-config '{\"max_degree\": 1}'"),
     Setting(lambda c: c.cache_config.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill with max_degree above 1",
             "its layers attend with other rows than the step plan's",

@@ -45,7 +45,7 @@ LAST_USED = {
     "test_lifecycle": ["two", "three", "small-stock"],
     "test_moves": ["round-robin"],
     "test_soak": ["small-caching"],
-    "test_speculation": ["drafting-model"],
+    "test_speculation": ["drafting-model", "stock-drafting"],
 }
 
 
@@ -134,6 +134,13 @@ def engines(tiny_model: str, tiny_deepseek: str, tiny_eagle3: str) -> Iterator[E
         "drafting": dict(
             **FULL_RANKS,
             speculative_config=DRAFTS,
+            worker_extension_cls="tests.engine.oracle.Oracle",
+        ),
+        # Stock with the same drafts, and without its faults on CPU.
+        "stock-drafting": dict(
+            ranks=1,
+            speculative_config=DRAFTS,
+            worker_cls="tests.engine.repaired.Worker",
             worker_extension_cls="tests.engine.oracle.Oracle",
         ),
         # The same with drafts of a random EAGLE3 head.

@@ -117,15 +117,16 @@ def interpreted(ranks: int, model: Any, speculation: dict[str, Any], out: Path) 
     path = os.pathsep.join(map(str, (FOLDER / "interpreted", FOLDER.parents[1])))
     program = [sys.executable, "-m", "tests.engine.interpreted_drafts", str(ranks), str(model), json.dumps(speculation)]
     environment = os.environ | {"PYTHONPATH": path, "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    subprocess.run([*program, str(out)], check=True, env=environment, timeout=900)
+    subprocess.run([*program, str(out)], check=True, env=environment, timeout=400)
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("method", ["eagle3", "eagle", "mtp"])
 def test_drafts_of_the_v2_runner_are_stocks(method: str, tiny_model: str, tiny_eagle3: str, tmp_path: Path) -> None:
-    """Async scheduling, as on GPUs; homes move, ranks are idle, a request ends where any must. By a random head, and by
-    what is right most of the time."""
+    """Async scheduling, as on GPUs; homes may move, ranks are idle, a request ends where any must. By a random head,
+    and by what is right most of the time."""
     if method == "mtp":
         target: Any = make_glm4_moe(tmp_path / "target")
         speculation: dict[str, Any] = dict(method="mtp", num_speculative_tokens=MOST)
@@ -144,5 +145,5 @@ def test_drafts_of_the_v2_runner_are_stocks(method: str, tiny_model: str, tiny_e
         f"{method}: {len(both)} places of {len(by_stock)} and {len(found)}; same {same}; accepted {accepted}; {status}"
     )
     assert len(both) > 50 and same[0] > 0.99 and min(same) > 0.9
-    assert status["sharded_steps"] and status["moves"]
+    assert status["sharded_steps"] > 10
     assert accepted[1] >= 0.9 * accepted[0] and (method == "eagle3" or accepted[0] > 100)

@@ -132,3 +132,23 @@ def test_up_to_the_model_length(drafting: Engine, stock: Engine) -> None:
     teach(drafting, asks, theirs, [1.0])
     assert drafting.ask(asks)[0].tokens == theirs[0].tokens
     drafting.check_nothing_left()
+
+
+@pytest.mark.parametrize("drafting", ["drafting"], indirect=True)
+def test_seeds(drafting: Engine, stock: Engine, engines: Callable[..., Engine]) -> None:
+    """Sampled tokens are those that stock vLLM samples with the same drafts, wherever requests are."""
+    repaired = engines("stock-drafting")
+    asks = [
+        Ask(prompt(n, 47000 + i), dict(max_tokens=40, temperature=0.3, top_p=0.9, seed=i), rank=0)
+        for i, n in enumerate([40, 560, 130, 333, 90])
+    ]
+    likely = stock.ask([Ask(ask.prompt, dict(max_tokens=40)) for ask in asks])
+    for engine in (repaired, drafting):
+        teach(engine, asks, likely, [1.0] * len(asks))
+    before = drafting.status()
+    theirs, ours = repaired.ask(asks), drafting.ask(asks)
+    drafting.check_nothing_left()
+    counts, drafts = since(before, drafting), counted(drafting)
+    print(counts, drafts, counted(repaired))
+    assert [a.tokens for a in ours] == [a.tokens for a in theirs]
+    assert counts["sharded_steps"] and counts["moves"] and drafts["accepted"] > 10, (counts, drafts)

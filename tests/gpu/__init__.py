@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests on two GPUs of one machine, and where there are four, on four. Some are content with one.
 
-With NCCL 2.30 or later and ``NCCL_MULTI_RANK_GPU_ENABLE=1`` ranks share the GPUs that there are: results are the same,
-times are not. ``nvidia-cuda-mps-control`` lets them run at once instead of in turns.
+With NCCL 2.30 or later and ``NCCL_MULTI_RANK_GPU_ENABLE=1`` ranks share the GPUs that there are; CONTRIBUTING.md says
+what that is good for.
 """
 
 import os

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draft models on two GPUs: the error of their later forwards against float64, and tokens and drafts next to stock
-vLLM's with the same head. V2's runner, eager over both exchanges. With graphs and with V1's runner, which are refused, where
-``NANOCP_MODEL_DRAFTS`` names them."""
+vLLM's with the same head. V2's runner, eager, over both exchanges. With graphs and with V1's runner, which are refused,
+where ``NANOCP_MODEL_DRAFTS`` names them."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ def test_draft_models_on_gpus(tiny_model: str, method: str) -> None:
     check_settings(config, RANKS)
     _set("model_config.enforce_eager", False)(config)
     for degree in (1, RANKS):
-        assert "add --enforce-eager" in refusal(lambda: check_settings(config, degree))
+        assert "add --enforce-eager" in refusal(partial(check_settings, config, degree))
     _drafts("ngram_gpu")(config)
     check_settings(config, RANKS)
 
@@ -91,7 +92,7 @@ def test_draft_models_with_flashinfer(tiny_model: str) -> None:
     for method in ("eagle", "eagle3", "mtp"):
         _drafts_with_flashinfer(config, method)
         for degree in (1, RANKS):
-            assert "a draft model with FLASHINFER" in refusal(lambda: check_settings(config, degree))
+            assert "a draft model with FLASHINFER" in refusal(partial(check_settings, config, degree))
     _drafts_with_flashinfer(config)
     _set("scheduler_config.async_scheduling", True)(config)
     check_settings(config, 1)

@@ -44,7 +44,7 @@ OFF = (
     "_share_mtp_indices",
 )
 FLASH = [Shape(4, 2, 64, block_size=16), Shape(8, 2, 128, block_size=16)]
-ROUTED = [Shape(4, 2, 64, torch.bfloat16, 16), Shape(3, 3, 80, torch.bfloat16, 16)]
+ROUTED = [Shape(2, 1, 64, torch.bfloat16, 16)]
 SHAPES = [Shape(4, 2, 32), Shape(4, 4, 64), Shape(6, 2, 80, isa="vec16")]
 
 
@@ -117,12 +117,12 @@ def flash() -> Kernel:
 
 
 def test_later_forwards_over_routes(tmp_path: Path) -> None:
-    """The same over memory that three processes share. Forwards repeat a layer, and none takes another's answers."""
-    kernel = partial(flash_kernel, "cpu", 8, 0, True, str(tmp_path), 1)
-    results = run_ranks(RANKS, later_forwards, range(6), ROUTED, kernel, seconds=150)
+    """The same over memory that two processes share. Forwards repeat a layer, and none takes another's answers."""
+    kernel = partial(flash_kernel, "cpu", 4, 0, True, str(tmp_path), 1)
+    results = run_ranks(2, later_forwards, range(4), ROUTED, kernel, seconds=100)
     for worst, counts in results:
-        assert worst < 4e-2 and counts["routed"] >= 3, (worst, counts)
-    assert sum(counts["visiting"] for _, counts in results) > 6
+        assert worst < 4e-2 and counts["routed"] >= 2, (worst, counts)
+    assert sum(counts["visiting"] for _, counts in results) > 3
 
 
 @pytest.mark.parametrize(

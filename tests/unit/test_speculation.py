@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 from vllm.config import SpeculativeConfig
-from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -25,7 +23,6 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_nanocp.entry.http_limits import check_drafts
 from vllm_nanocp.executor.multiproc import OneWorld, RankGather
 from vllm_nanocp.placement.cost import CostModel
 from vllm_nanocp.plan import StepPlan
@@ -275,21 +272,3 @@ def test_grammars_hear_of_drafts_that_were_scheduled_unknown() -> None:
         NanoCPScheduler.update_draft_token_ids_in_output(scheduler, drafts, merge(parts, StepPlan()))  # type: ignore[arg-type]
         assert heard == [(drafts[0], outputs[0])]
         heard.clear()
-
-
-def test_what_is_refused_with_drafts() -> None:
-    def check(method: str | None, **params: Any) -> None:
-        check_drafts(SimpleNamespace(sampling_params=SamplingParams(**params)), method)
-
-    for method in ("ngram", "ngram_gpu"):
-        with pytest.raises(VLLMValidationError, match="A seed together with speculative decoding"):
-            check(method, temperature=0.5, seed=0)
-        check(method, temperature=0.5)
-        check(method, temperature=0.0, seed=0)
-        check_drafts(SimpleNamespace(sampling_params=None), method)
-    check(None, temperature=0.5, seed=0)
-    grammar = StructuredOutputsParams(json={"type": "integer"})
-    with pytest.raises(VLLMValidationError, match="Structured output together with speculative decoding"):
-        check("ngram_gpu", structured_outputs=grammar)
-    check("ngram", structured_outputs=grammar)
-    check(None, structured_outputs=grammar)

@@ -28,7 +28,7 @@ from vllm_nanocp.worker.rank_step import ShardTable, make_step
 from vllm_nanocp.worker.speculator_drafts import SpeculatorDrafts
 
 RANKS = 3
-STEPS = 30
+STEPS = 18
 PADDED = 4  # what graphs pad the number of requests to, as multiples
 MOST_REQS = 16
 

@@ -14,7 +14,6 @@ from typing import Any
 from .. import config as nanocp_config
 from ..sched.sharded_request import can_shard
 from ..wrapping import to_wrap, wraps
-from .drafters import draft_method
 
 
 def check(request: Any, max_model_len: int, rank_tokens: int, degree_limit: int) -> None:
@@ -48,32 +47,6 @@ def check(request: Any, max_model_len: int, rank_tokens: int, degree_limit: int)
     )
 
 
-def check_drafts(request: Any, method: str | None) -> None:
-    """Refuse what has not been shown to work where drafts are verified.
-
-    Sampling with a seed: that its tokens are vLLM's.
-
-    Args:
-        request: vLLM's ``EngineCoreRequest``.
-        method: of speculative decoding; None: there is none.
-
-    Raises:
-        VLLMValidationError: the front-end answers HTTP 400.
-    """
-    from vllm.exceptions import VLLMValidationError
-    from vllm.sampling_params import SamplingType
-
-    params = request.sampling_params
-    if method is None or params is None:
-        return
-    if params.sampling_type == SamplingType.RANDOM_SEED:
-        raise VLLMValidationError(
-            "A seed together with speculative decoding is not supported: that the tokens are those that vLLM samples "
-            "with the same drafts has not been shown. Leave seed out, use temperature 0, or serve without "
-            "--speculative-config."
-        )
-
-
 def install() -> None:
     """Check requests in this process's front-end. Idempotent; engines without nanocp are left alone."""
     from vllm.v1.engine.input_processor import InputProcessor
@@ -88,7 +61,6 @@ def install() -> None:
         vllm_config = self.vllm_config
         if nanocp_config.wanted(vllm_config.additional_config):
             config = nanocp_config.of(vllm_config)
-            check_drafts(request, draft_method(vllm_config))
             cache = vllm_config.cache_config
             blocks = (cache.num_gpu_blocks or 1) - 1  # vLLM keeps one as its null block
             check(request, vllm_config.model_config.max_model_len, blocks * cache.block_size, config.degree_limit)

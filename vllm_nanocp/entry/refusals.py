@@ -92,7 +92,7 @@ class Flag:
 
 _DRAFT_MODEL = "of the ways to draft with a model only EAGLE, EAGLE3 and MTP have been run"
 _OTHER_DRAFTER = "use eagle, eagle3 or mtp, ngram, suffix or custom_class on CPU, ngram_gpu on GPUs, or leave it out"
-_DRAFTS_ON_GPUS = "it has not been run there"
+_DRAFTS_ON_GPUS = "it has not been run on GPUs"
 _DRAFT_ON_GPUS = "use ngram_gpu, eagle, eagle3 or mtp, or leave it out"
 _ONE_ENGINE = "one engine holds all ranks"
 _ONE_ADDRESS = "one scheduler serves all ranks behind one address"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draft models on two GPUs: the error of their later forwards against float64, and tokens and drafts next to stock
-vLLM's with the same head. V2's runner, eager and with graphs, over both exchanges. V1's, which is refused, where
-``NANOCP_MODEL_DRAFTS`` names it."""
+vLLM's with the same head. V2's runner, eager, over both exchanges. With graphs and with V1's runner, which are refused,
+where ``NANOCP_MODEL_DRAFTS`` names them."""
 
 from __future__ import annotations
 
@@ -51,10 +51,17 @@ MODES = {
     "v2-routed": Mode("1", "eagle3", False, "routed"),
     "v2-graphs": Mode("1", "eagle3", True, "routed"),
     "v2-graphs-collective": Mode("1", "eagle3", True, "collective"),
-    "v2-mtp": Mode("1", "mtp", True, "routed"),
+    "v2-mtp": Mode("1", "mtp", False, "routed"),
+    "v2-mtp-graphs": Mode("1", "mtp", True, "routed"),
     "v1": Mode("0", "eagle3", False, "collective"),
 }
 V1_IS_REFUSED = "speculative decoding on GPUs with the V1"
+GRAPHS_ARE_REFUSED = "a draft model on GPUs with CUDA graphs"
+
+
+def refused(mode: Mode) -> tuple[str, ...]:
+    """How those refusals begin that the mode is to be run in spite of."""
+    return (V1_IS_REFUSED,) * (mode.runner == "0") + (GRAPHS_ARE_REFUSED,) * mode.graphs
 
 
 def on_gpu(capacity: int) -> Kernel:
@@ -130,7 +137,7 @@ def stocks(models: dict[str, tuple[str, dict[str, Any]]]) -> Any:
 
 def params() -> list[str]:
     chosen = os.environ.get("NANOCP_MODEL_DRAFTS")
-    return chosen.split(",") if chosen else [name for name in MODES if name != "v1"]
+    return chosen.split(",") if chosen else [name for name, mode in MODES.items() if not refused(mode)]
 
 
 @pytest.fixture(scope="module", params=params())
@@ -142,7 +149,9 @@ def engines(
     path, speculation = models[mode.method]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", mode.runner)
-        patch.setattr(refusals, "SETTINGS", tuple(s for s in refusals.SETTINGS if not s.what.startswith(V1_IS_REFUSED)))
+        kept = tuple(s for s in refusals.SETTINGS if not s.what.startswith(refused(mode)))
+        assert len(refusals.SETTINGS) - len(kept) == len(refused(mode))
+        patch.setattr(refusals, "SETTINGS", kept)
         theirs = stocks(mode._replace(exchange=""))
         config = {"segment_size": 600, "exchange": mode.exchange}
         nanocp = Engine(path, 2, config, **arguments(mode), speculative_config=dict(speculation))

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -263,9 +264,16 @@ def _latent_drafts(method: str) -> Callable[[Any], None]:
     return change
 
 
-def _drafts_with_flashinfer(config: Any) -> None:
-    _drafts("ngram_gpu", "parallel_config.worker_cls", GPU_WORKER)(config)
-    _set("attention_config.hisparse_config", object())(config)  # by which vLLM takes V2's
+def _on_a_gpu(method: str) -> Callable[[Any], None]:
+    def change(config: Any) -> None:
+        _drafts(method, "parallel_config.worker_cls", GPU_WORKER)(config)
+        _set("attention_config.hisparse_config", object())(config)  # by which vLLM takes V2's
+
+    return change
+
+
+def _drafts_with_flashinfer(config: Any, method: str = "ngram_gpu") -> None:
+    _on_a_gpu(method)(config)
     _set("attention_config.backend", AttentionBackendEnum.FLASHINFER)(config)
 
 
@@ -280,6 +288,8 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "a draft model for shorter requests": _drafts("eagle3", draft_model_config=SimpleNamespace(max_model_len=8)),
     "a draft model with attention of its own": _drafts("eagle3", kv_cache_dtype="fp8"),
     "a draft model beside latent attention": _latent_drafts("mtp"),
+    "a draft model with FLASHINFER": partial(_drafts_with_flashinfer, method="mtp"),
+    "a draft model on GPUs with CUDA graphs": _on_a_gpu("eagle3"),
     "a draft model with --enable-prompt-embeds": _drafts("eagle", "model_config.enable_prompt_embeds", True),
     "another way to verify drafts on CPU": _drafts("ngram", rejection_sample_method="synthetic"),
     "speculative decoding on GPUs by this method": _drafts("ngram", "parallel_config.worker_cls", GPU_WORKER),
@@ -333,9 +343,8 @@ def test_each_setting(tiny_model: str, setting: refusals.Setting) -> None:
 def test_drafts_on_gpus(tiny_model: str) -> None:
     """V2's runner with async scheduling, which is vLLM's default with the method ngram_gpu."""
     config = create(tiny_model, *NANOCP)
-    _drafts("ngram_gpu", "parallel_config.worker_cls", GPU_WORKER)(config)
+    _on_a_gpu("ngram_gpu")(config)
     _set("scheduler_config.async_scheduling", True)(config)
-    _set("attention_config.hisparse_config", object())(config)  # by which vLLM takes V2's
     check_settings(config, RANKS)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,16 @@ pytest.importorskip("vllm")
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from tests.unit.test_derived_settings import NANOCP, RANKS, _drafts, _plugin, _set, create, refusal  # noqa: F401
+from tests.unit.test_derived_settings import (  # noqa: F401
+    NANOCP,
+    RANKS,
+    _drafts,
+    _drafts_with_flashinfer,
+    _plugin,
+    _set,
+    create,
+    refusal,
+)
 from vllm_nanocp.entry.drafters import GPU_WORKER
 from vllm_nanocp.entry.refusals import check_settings
 
@@ -62,10 +72,27 @@ def test_draft_models_that_attend_otherwise(tiny_model: str) -> None:
 
 @pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp"])
 def test_draft_models_on_gpus(tiny_model: str, method: str) -> None:
-    """With V2's runner, vLLM's default there."""
-    config = create(tiny_model, *NANOCP)
+    """With V2's runner, vLLM's default there, and without graphs."""
+    config = create(tiny_model, "--enforce-eager", *NANOCP)
     _drafts(method, "parallel_config.worker_cls", GPU_WORKER)(config)
     assert "on GPUs with the V1" in refusal(lambda: check_settings(config, RANKS))
     _set("scheduler_config.async_scheduling", True)(config)
     _set("attention_config.hisparse_config", object())(config)  # by which vLLM takes V2's
     check_settings(config, RANKS)
+    _set("model_config.enforce_eager", False)(config)
+    for degree in (1, RANKS):
+        assert "add --enforce-eager" in refusal(partial(check_settings, config, degree))
+    _drafts("ngram_gpu")(config)
+    check_settings(config, RANKS)
+
+
+def test_draft_models_with_flashinfer(tiny_model: str) -> None:
+    """On one rank, too, where n-grams are as in vLLM."""
+    config = create(tiny_model, "--enforce-eager", *NANOCP)
+    for method in ("eagle", "eagle3", "mtp"):
+        _drafts_with_flashinfer(config, method)
+        for degree in (1, RANKS):
+            assert "a draft model with FLASHINFER" in refusal(partial(check_settings, config, degree))
+    _drafts_with_flashinfer(config)
+    _set("scheduler_config.async_scheduling", True)(config)
+    check_settings(config, 1)

@@ -54,6 +54,12 @@ def drafts_by_model(vllm_config: Any) -> bool:
     return draft_method(vllm_config) in MODEL_DRAFTERS
 
 
+def drafts_in_graphs(vllm_config: Any) -> bool:
+    """Whether a draft model is to run on GPUs other than eagerly."""
+    on_gpus = vllm_config.parallel_config.worker_cls == GPU_WORKER
+    return on_gpus and drafts_by_model(vllm_config) and not vllm_config.model_config.enforce_eager
+
+
 def unequal_drafts(vllm_config: Any) -> bool:
     """Whether a draft model's forwards have other tokens than the target's, which the other ranks cannot know."""
     drafts = vllm_config.speculative_config

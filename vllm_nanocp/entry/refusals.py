@@ -23,6 +23,7 @@ from .drafters import (
     MODEL_DRAFTERS,
     draft_method,
     drafts_by_model,
+    drafts_in_graphs,
     drafts_on_a_gpu,
     drafts_with_flashinfer,
     other_attention,
@@ -91,8 +92,8 @@ class Flag:
 
 _DRAFT_MODEL = "of the ways to draft with a model only EAGLE, EAGLE3 and MTP have been run"
 _OTHER_DRAFTER = "use eagle, eagle3 or mtp, ngram, suffix or custom_class on CPU, ngram_gpu on GPUs, or leave it out"
-_DRAFTS_ON_GPUS = "of the ways to draft only ngram_gpu, eagle, eagle3 and mtp have been run on GPUs"
-_DRAFT_ON_GPUS = "use one of these, or leave it out"
+_DRAFTS_ON_GPUS = "it has not been run on GPUs"
+_DRAFT_ON_GPUS = "use ngram_gpu, eagle, eagle3 or mtp, or leave it out"
 _ONE_ENGINE = "one engine holds all ranks"
 _ONE_ADDRESS = "one scheduler serves all ranks behind one address"
 _MICRO_BATCHES = "a sharded step cannot be cut into micro-batches"
@@ -266,11 +267,14 @@ SETTINGS = (
             "--speculative-config)", "its KV lies in the shards of its target's, and is read as theirs",
             "leave these out of --speculative-config"),
     Setting(unrun_target, "a draft model beside latent attention (MLA), recurrent states, a multi-modal model or LoRA "
-            "adapters", "it has not been run", "use the method ngram, or leave it out"),
+            "adapters", "it has not been run", "use the method ngram, on GPUs ngram_gpu, or leave it out"),
+    Setting(lambda c: drafts_by_model(c) and drafts_with_flashinfer(c), "a draft model with FLASHINFER",
+            "its forwards have not been run on its kernels",
+            "use --attention-backend FLASH_ATTN on Hopper, or leave the draft model out"),
     Setting(lambda c: drafts_by_model(c) and c.model_config.enable_prompt_embeds,
             "a draft model with --enable-prompt-embeds",
             "it takes in each prompt's tokens, and the first request without would end the engine",
-            "leave one of them out, or use the method ngram"),
+            "leave one of them out, or use the method ngram, on GPUs ngram_gpu"),
     Setting(other_verification, "another way to verify drafts on CPU (rejection_sample_method in --speculative-config)",
             "vLLM's sampler there has none: with synthetic it ends the engine, of block it takes no notice",
             "leave rejection_sample_method out"),
@@ -281,6 +285,8 @@ SETTINGS = (
     Setting(lambda c: draft_method(c) and c.parallel_config.worker_cls == GPU_WORKER and not c.use_v2_model_runner,
             "speculative decoding on GPUs with the V1 model runner", "it has been run with V2's only",
             "leave VLLM_USE_V2_MODEL_RUNNER unset, or leave speculative decoding out"),
+    Setting(drafts_in_graphs, "a draft model on GPUs with CUDA graphs", "it has not been run on a GPU with graphs yet",
+            "add --enforce-eager, or use the method ngram_gpu"),
     Setting(lambda c: draft_method(c) in GPU_DRAFTERS and c.parallel_config.worker_cls == CPU_WORKER,
             "the method ngram_gpu on CPU", "it drafts on a GPU", "use the method ngram"),
     Setting(lambda c: draft_method(c) and c.use_v2_model_runner and c.parallel_config.worker_cls == CPU_WORKER,

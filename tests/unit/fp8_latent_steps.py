@@ -49,8 +49,8 @@ def reference_plan(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tenso
 
 def reference_flash_mla(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """FlashMLA's dense kernel for float8: weights of 8 bits, outputs of bfloat16, natural log-sum-exps
-    [rows, num_heads, queries]. vLLM asks it for short prompts too, several queries a row. A row without keys reads a block id in front of its own, and harms the next: vLLM has
-    such rows behind all others only, as padding."""
+    [rows, num_heads, queries]. vLLM asks it for short prompts too, several queries a row. A row without keys reads a
+    block id in front of its own, and harms the next: vLLM has such rows behind all others only, as padding."""
     bound = _SIGNATURES["flash_mla_with_kvcache_fp8"].bind(*args, **kwargs)
     bound.apply_defaults()
     call = bound.arguments

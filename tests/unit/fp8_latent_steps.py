@@ -41,6 +41,7 @@ def reference_plan(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tenso
     call = _SIGNATURES["get_mla_metadata_dense_fp8"].bind(*args, **kwargs).arguments
     lengths = call["cache_seqlens"]
     assert lengths.dtype == torch.int32 and lengths.is_contiguous() and call["num_heads_k"] == 1
+    assert len(lengths) < 4096, "more rows than are planned"
     parts = torch.full((PARTS, 8), -7, dtype=torch.int32)
     parts[0, 0], parts[0, 1], parts[0, 2] = len(lengths), call["num_q_tokens_per_head_k"], int(lengths.sum())
     return parts, torch.arange(len(lengths) + 1, dtype=torch.int32)
@@ -48,14 +49,14 @@ def reference_plan(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tenso
 
 def reference_flash_mla(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """FlashMLA's dense kernel for float8: weights of 8 bits, outputs of bfloat16, natural log-sum-exps
-    [rows, num_heads, queries]. A row without keys reads a block id in front of its own, and harms the next: vLLM has
-    such rows behind all others only, as padding."""
+    [rows, num_heads, queries]. vLLM asks it for short prompts too, several queries a row. A row without keys reads a
+    block id in front of its own, and harms the next: vLLM has such rows behind all others only, as padding."""
     bound = _SIGNATURES["flash_mla_with_kvcache_fp8"].bind(*args, **kwargs)
     bound.apply_defaults()
     call = bound.arguments
     q, cache, table, lengths = (call[name] for name in ("q", "k_cache", "block_table", "cache_seqlens"))
     rows, queries, heads, width = q.shape
-    assert q.dtype == cache.dtype == FLOAT8 and q.is_contiguous() and queries == 1 and width == 576
+    assert q.dtype == cache.dtype == FLOAT8 and q.is_contiguous() and width == 576
     assert cache.shape[1:] == (64, 1, 576) and call["head_dim_v"] == 512
     assert table.dtype == lengths.dtype == torch.int32 and table.stride(1) == 1 and lengths.is_contiguous()
     assert len(table) == len(lengths) == rows
@@ -72,11 +73,15 @@ def reference_flash_mla(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.
     for row, length in enumerate(lengths[:used].tolist()):
         blocks = table[row, : -(-length // 64)].long()
         keys = cache.view(torch.uint8)[blocks].flatten(0, 2)[:length].view(FLOAT8).float()
-        scores = q[row, 0].float() @ keys.T * (call["descale_q"] * call["descale_k"] * call["softmax_scale"])
-        lse[row, :, 0] = scores.logsumexp(-1)
+        scores = q[row].float() @ keys.T * (call["descale_q"] * call["descale_k"] * call["softmax_scale"])
+        if queries > 1:
+            assert call["causal"] and queries <= min(128, length)
+            hidden = torch.ones(queries, length, dtype=torch.bool).triu(length - queries + 1)
+            scores.masked_fill_(hidden[:, None], float("-inf"))
+        lse[row] = scores.logsumexp(-1).T
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         mixed = weights.to(FLOAT8).float() @ keys[:, :512] * call["descale_k"]
-        out[row, 0] = (mixed / weights.sum(-1, keepdim=True)).bfloat16()
+        out[row] = (mixed / weights.sum(-1, keepdim=True)).bfloat16()
     return out, lse
 
 

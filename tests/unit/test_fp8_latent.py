@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from tests.unit.fp8_latent_steps import FlashMLAImpl, bare_family, fp8_shape, ma
 from tests.unit.latent_steps import CPU
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.flash_launches import lengths_without
+from vllm_nanocp.attention.mla import fp8_latents, latent_tables
+from vllm_nanocp.attention.mla.flash_mla import FLASH_ATTENTION
 from vllm_nanocp.attention.mla.fp8_latents import FLASH_MLA
 from vllm_nanocp.attention.mla.latent_fixed import FixedLatentTables, empty_block_table
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
@@ -45,6 +48,8 @@ def test_whole_steps(ranks: int) -> None:
     modes: dict[str, Any] = {
         "projected": (dict(stock=True), specs(300, 303, 304)),
         "absorbed": (dict(stock=True, few=1000), specs(311, 320)),
+        "short prompts": (dict(stock=True, threshold=128), specs(300, 303, 304, 306)),
+        "beside short prompts": (dict(capacity=12, pad=0, stock=True, threshold=128), specs(310, 312, 313)),
         "fixed": (dict(capacity=12, stock=True), specs(310, 311, 314)),
         "graph": (dict(capacity=12, graph=True, stock=True), specs(315, 316, 317)),
         "groups": (dict(groups=2, stock=True), specs(309, 318)),
@@ -57,7 +62,7 @@ def test_whole_steps(ranks: int) -> None:
             for kind, n in result[mode][0].items():
                 counts[kind] = counts.get(kind, 0) + n
         for kind, bound in (("decode", 0.05), ("prefill", 0.01)):
-            if kind == "prefill" and mode in ("fixed", "graph"):
+            if kind == "prefill" and mode in ("fixed", "beside short prompts", "graph"):
                 continue
             ours, stock = (math.sqrt(counts[f"{name} {kind}"] / counts[f"norm {kind}"]) for name in ("ours", "stock"))
             print(f"{ranks} ranks, {mode}, {kind}: error {ours:.2e}, {ours / stock:.3f} of stock's")
@@ -93,6 +98,20 @@ def test_every_row_of_a_launch_sees_a_key() -> None:
 def test_only_single_queries_are_the_kernels() -> None:
     """It masks the last two blocks of keys only, and takes as many queries of every row."""
     assert FLASH_MLA.takes(1, SIZES) and not FLASH_MLA.takes(2, SIZES) and SIZES.absorbs(2)
+
+
+def test_no_launch_has_more_rows_than_the_kernel_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few heads FlashAttention takes more: 4,096 queries with 16 heads."""
+    assert latent_tables.queries_at_once(16, 512) > fp8_latents.MOST_ROWS
+    monkeypatch.setattr(fp8_latents, "MOST_ROWS", 5)
+    monkeypatch.setattr(latent_tables, "make_launch", lambda rows, *_: SimpleNamespace(num_queries=len(rows)))
+    for kernel in (FLASH_MLA, FLASH_ATTENTION):
+        monkeypatch.setattr(type(kernel), "schedule", lambda *_: None)
+    blocks = torch.zeros(1, dtype=torch.int32)
+    rows = [latent_tables._Seen(1, 64, blocks.data_ptr(), blocks) for _ in range(12)]
+    for kernel, parts in ((FLASH_MLA, [(0, 5), (5, 10), (10, 12)]), (FLASH_ATTENTION, [(0, 12)])):
+        works = latent_tables._Tables(SIZES, 64, torch.bfloat16, CPU, kernel).works(rows, causal=False)
+        assert [(work.part.start, work.part.stop) for work in works] == parts
 
 
 @pytest.mark.parametrize("heads", [16, 128])

@@ -245,6 +245,7 @@ class FlashAttention:
     """See ``LatentKernel``."""
 
     fewest = narrow_bytes = 0
+    most_planned = 1 << 31
 
     @property
     def most_rows(self) -> int:

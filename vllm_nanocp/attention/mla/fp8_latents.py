@@ -46,6 +46,10 @@ class FlashMLA:
     def most_rows(self) -> int:
         return MOST_ROWS
 
+    @property
+    def most_planned(self) -> int:
+        return MOST_ROWS
+
     def takes(self, queries: int, sizes: LatentSizes) -> bool:
         return queries == 1
 

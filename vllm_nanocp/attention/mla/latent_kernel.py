@@ -34,12 +34,16 @@ class LatentKernel(Protocol):
 
     Attributes:
         most_rows: of one launch over places.
+        most_planned: of any launch.
         fewest: keys that each row of a launch has to see, also one that nobody uses.
         narrow_bytes: of a number in the cache, where it has to be widened before other kernels read it; else 0.
     """
 
     @property
     def most_rows(self) -> int: ...
+
+    @property
+    def most_planned(self) -> int: ...
 
     @property
     def fewest(self) -> int: ...

@@ -106,7 +106,7 @@ class _Tables:
 
     def _launch(self, rows: list[TableRow], at: int, causal: bool, works: list[Work]) -> int:
         """Launches for rows of few queries, the first at ``at``. Returns where the next row's begin."""
-        most = queries_at_once(self.sizes.num_heads, self.sizes.rank)
+        most = min(queries_at_once(self.sizes.num_heads, self.sizes.rank), self.kernel.most_planned)
         for group in groups_of(rows, most, causal):
             launch = make_launch(group, causal, self._latents, 1, self.block_size, self.device)
             self.kernel.schedule(launch, self.sizes, self.block_size, self.dtype)

@@ -104,7 +104,8 @@ REFUSED_VALUES: dict[str, tuple[list[str], str]] = {
 
 _ONLY_REFUSED = " ".join(
     name for name in REFUSED_VALUES
-    if name not in ("distributed_executor_backend", "mm_processor_cache_type", "headless", "aux_output_config")
+    if name not in ("distributed_executor_backend", "mm_processor_cache_type", "headless", "aux_output_config",
+                    "speculative_config", "spec_method")
 )  # fmt: skip
 
 ENGINE = (
@@ -141,8 +142,8 @@ ENGINE = (
     Group(WORKS, "16 bits and fp8, on CPU fp8_e5m2 too; what the attention of shards cannot read is refused",
           "kv_cache_dtype", "engine/test_cache_dtypes.py::test_sharded_requests_with_another_cache_dtype"),
     Group(WORKS, "by `eagle`, `eagle3`, `mtp` (on GPUs with `--enforce-eager`); on CPU by `ngram`, `suffix`, "
-          "`custom_class`, on GPUs by `ngram_gpu`",
-          "spec_model spec_tokens", "engine/test_speculation.py::test_tokens"),
+          "`custom_class`, on GPUs by `ngram_gpu`; other methods are refused",
+          "speculative_config spec_method spec_model spec_tokens", "engine/test_speculation.py::test_tokens"),
     Group(REFUSED, "the line that is printed says why", _ONLY_REFUSED),
     Group(VLLM, "only `enable_return_routed_experts` in it is refused; the rest has no effect without it",
           "aux_output_config"),
@@ -166,17 +167,22 @@ ENGINE = (
           "seed max_logprobs logprobs_mode use_fp64_gumbel return_sampling_mask enable_trace_replay logits_processors "
           "watermark_config"),
     Group(VLLM, "each rank's scheduler is vLLM's and looks at it itself",
-          "max_num_scheduled_tokens max_num_active_seqs enable_chunked_prefill disable_chunked_mm_input "
+          "max_num_scheduled_tokens max_num_active_seqs disable_chunked_mm_input "
           "scheduler_reserve_full_isl watermark long_prefill_token_threshold_adaptive prefix_caching_hash_algo "
           "ec_manager_config"),
-    Group(VLLM, "each rank's workers load adapters as an engine's do; sharded steps then attend outside of graphs",
-          "enable_lora max_loras max_lora_rank max_cpu_loras lora_dtype lora_target_modules fully_sharded_loras "
+    Group(WORKS, "without it refused with `prefill_gap`", "enable_chunked_prefill",
+          "engine/test_exact.py::test_tokens_and_logprobs"),
+    Group(WORKS, "each rank's workers load adapters as an engine's do; sharded steps then attend outside of graphs",
+          "enable_lora max_loras max_lora_rank lora_target_modules", "engine/test_adapters.py::test_adapters"),
+    Group(WORKS, "such requests stay on one rank", "enable_prompt_embeds",
+          "engine/test_adapters.py::test_prompt_embeddings"),
+    Group(VLLM, "as of the adapters above", "max_cpu_loras lora_dtype fully_sharded_loras "
           "default_mm_loras enable_tower_connector_lora specialize_active_lora enable_mixed_moe_lora_format "
           "enable_moe_shared_loras max_lora_cls_labels"),
     Group(VLLM, "pooling requests stay on one rank; models that keep no KV are refused",
           "runner convert pooler_config"),
-    Group(VLLM, "requests with prompt embeddings or other inputs than text stay on one rank; the inputs are vLLM's",
-          "enable_prompt_embeds language_model_only limit_mm_per_prompt enable_mm_embeds interleave_mm_strings "
+    Group(VLLM, "requests with other inputs than text stay on one rank; the inputs are vLLM's",
+          "language_model_only limit_mm_per_prompt enable_mm_embeds interleave_mm_strings "
           "media_io_kwargs mm_processor_kwargs mm_processor_cache_gb mm_hasher_algorithm "
           "mm_shm_cache_max_object_size_mb mm_encoder_tp_mode mm_encoder_attn_backend mm_encoder_attn_dtype "
           "mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_path mm_encoder_fp8_scale_save_margin "

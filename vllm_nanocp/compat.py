@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 SUPPORTED = ("0.32.0", "0.33.0")
-RUN = "0.32.0"  # the newest of these with which engines have run
+RUN = "0.32.0"  # the newest of these with which engines have run on its own compiled code, and on GPUs
 _FIRST = (0, 32, 0)
 _NEXT = (0, 34, 0)
 

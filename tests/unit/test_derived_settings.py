@@ -272,6 +272,12 @@ def _on_a_gpu(method: str) -> Callable[[Any], None]:
     return change
 
 
+def _latent_on_a_gpu(config: Any) -> None:
+    _latent_drafts("ngram_gpu")(config)
+    _set("parallel_config.worker_cls", GPU_WORKER)(config)
+    _set("attention_config.hisparse_config", object())(config)
+
+
 def _drafts_with_flashinfer(config: Any, method: str = "ngram_gpu") -> None:
     _on_a_gpu(method)(config)
     _set("attention_config.backend", AttentionBackendEnum.FLASHINFER)(config)
@@ -297,7 +303,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "speculative decoding with async scheduling": _drafts("ngram", "scheduler_config.async_scheduling", True),
     "speculative decoding with the V2 model runner": _drafts("ngram", "attention_config.hisparse_config", object()),
     "the method ngram_gpu on CPU": _drafts("ngram_gpu"),
-    "speculative decoding of latent attention": _latent_drafts("ngram"),
+    "speculative decoding of latent attention": _latent_on_a_gpu,
     "speculative decoding with FLASHINFER": _drafts_with_flashinfer,
     "a KV connector": _set("kv_transfer_config", object()),
     "--ec-transfer-config": _set("ec_transfer_config", object()),
@@ -345,6 +351,12 @@ def test_drafts_on_gpus(tiny_model: str) -> None:
     config = create(tiny_model, *NANOCP)
     _on_a_gpu("ngram_gpu")(config)
     _set("scheduler_config.async_scheduling", True)(config)
+    check_settings(config, RANKS)
+
+
+def test_drafts_of_latent_attention_on_cpu(tiny_model: str) -> None:
+    config = create(tiny_model, *NANOCP)
+    _latent_drafts("ngram")(config)
     check_settings(config, RANKS)
 
 

@@ -131,11 +131,11 @@ class SpeculatorDrafts:
         """A draft model takes in the token behind each one. Behind a member's run it is known, and no sample: what the
         member has sampled belongs to nobody."""
         plan, states = self._plan(), self.model_runner.req_states
-        mine = states.req_id_to_index if plan is not None and plan.next_tokens else {}
         for req_id, token in plan.next_tokens.items() if plan is not None else ():
-            if req_id in mine:
-                states.last_sampled_tokens[mine[req_id]].fill_(token)
-                states.next_prefill_tokens[0, mine[req_id]].fill_(token)
+            row = states.req_id_to_index.get(req_id)
+            if row is not None:
+                states.last_sampled_tokens[row].fill_(token)
+                states.next_prefill_tokens[0, row].fill_(token)
 
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
         """In place of ``dispatch_cg_and_sync_dp``: graphs of the draft model know no shards."""

@@ -110,21 +110,8 @@ def attend_gathered(
         As ``attend_latents``.
     """
     rank = absorbed.shape[2]
-    out, lse = fa_utils.flash_attn_varlen_func(
-        q=rotated,
-        k=latents[:, None, rank:],
-        v=latents[:, None, :rank],
-        q_v=absorbed,
-        max_seqlen_q=len(absorbed),
-        cu_seqlens_q=starts[0],
-        max_seqlen_k=len(latents),
-        cu_seqlens_k=starts[1],
-        softmax_scale=scale,
-        causal=causal,
-        return_softmax_lse=True,
-        fa_version=VERSION,
-    )
-    return out, lse.transpose(0, 1)
+    keys, values = latents[:, None, rank:], latents[:, None, :rank]
+    return attend_projected(rotated, keys, values, starts, scale, causal, absorbed)
 
 
 def attend_projected(
@@ -134,6 +121,7 @@ def attend_projected(
     starts: tuple[torch.Tensor, torch.Tensor],
     scale: float,
     causal: bool,
+    of_values: torch.Tensor | None = None,
 ) -> Partial:
     """Queries of one row over projected keys.
 
@@ -143,6 +131,7 @@ def attend_projected(
         starts: int32 [2], 0 and how many there are, of queries and of keys.
         scale: of the scores.
         causal: whether the queries are the last tokens of the keys.
+        of_values: a further part of the queries, whose keys the values are, too: [tokens, num_heads, value_size].
 
     Returns:
         As ``attend_latents``, of ``value_size``.
@@ -151,6 +140,7 @@ def attend_projected(
         q=queries,
         k=keys,
         v=values,
+        q_v=of_values,
         max_seqlen_q=len(queries),
         cu_seqlens_q=starts[0],
         max_seqlen_k=len(keys),

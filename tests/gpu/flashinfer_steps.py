@@ -6,19 +6,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from tests.unit.attention_steps import Kernel, Shape, run_scenarios
+from tests.unit.attention_steps import Kernel, Shape
 from tests.unit.flashinfer_steps import flashinfer_kernel
 from vllm_nanocp.attention.flash_launches import TableRow
 from vllm_nanocp.attention.gqa.flashinfer_launches import LN2, LaunchShape, Planners
 
 from .latent_steps import StagedExchange
+from .modes import Modes, each_mode
 
 PREFILL = "BatchPrefillWithPagedKVCacheWrapper"
 
@@ -150,17 +149,9 @@ def cuda_kernel(args: dict[str, Any], staged: bool) -> Kernel:
     return dataclasses.replace(kernel, exchange=StagedExchange) if staged else kernel
 
 
-def run_modes(rank: int, size: int, modes: dict[str, tuple[dict[str, Any], Any]], staged: bool) -> dict[str, Any]:
+def run_modes(rank: int, size: int, modes: Modes, staged: bool) -> dict[str, Any]:
     """``run_scenarios`` by mode: arguments of ``flashinfer_kernel``, and groups of scenarios."""
-    results: dict[str, Any] = {}
-    for name, (args, groups) in modes.items():
-        try:
-            results[name] = run_scenarios(rank, size, groups, lambda a=args: cuda_kernel(a, staged))  # type: ignore[misc]
-        except Exception:  # the others are to be seen as well
-            results[name] = traceback.format_exc()[-3000:]
-            print(f"rank {rank}, {name}: {results[name]}", file=sys.stderr, flush=True)
-            torch.cuda.synchronize()  # raises where the device is lost
-    return results
+    return each_mode(rank, size, modes, lambda args: cuda_kernel(args, staged))
 
 
 # -- Partial results by type ----------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import traceback
 from typing import Any
 
 import torch
@@ -13,12 +11,14 @@ import torch.distributed as dist
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.unit import flash_latent_steps, fp8_latent_steps
-from tests.unit.attention_steps import Kernel, run_scenarios
+from tests.unit.attention_steps import Kernel
 from tests.unit.latent_steps import LatentShape, forward
 from tests.unit.processes import gpu_of
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.sharded_step import Guest, OwnRow, ShardedStep
 from vllm_nanocp.exchange import CollectiveExchange
+
+from .modes import Modes, each_mode
 
 
 class StagedExchange(CollectiveExchange):
@@ -43,18 +43,9 @@ def cuda_kernel(args: dict[str, Any], staged: bool) -> Kernel:
     return dataclasses.replace(kernel, exchange=StagedExchange) if staged else kernel
 
 
-def run_modes(rank: int, size: int, modes: dict[str, tuple[dict[str, Any], Any]], staged: bool) -> dict[str, Any]:
+def run_modes(rank: int, size: int, modes: Modes, staged: bool) -> dict[str, Any]:
     """``run_scenarios`` by mode: arguments of ``kernel_of``, and groups of scenarios."""
-    results: dict[str, Any] = {}
-    for name, (args, groups) in modes.items():
-        try:
-            results[name] = run_scenarios(rank, size, groups, lambda a=args: cuda_kernel(a, staged))  # type: ignore[misc]
-        except Exception:  # the others are to be seen as well
-            results[name] = traceback.format_exc()[-3000:]
-            # Now, for the other ranks may wait for this one until all are killed, and nobody answers.
-            print(f"rank {rank}, {name}: {results[name]}", file=sys.stderr, flush=True)
-            torch.cuda.synchronize()  # raises where the device is lost
-    return results
+    return each_mode(rank, size, modes, lambda args: cuda_kernel(args, staged))
 
 
 def fullest_step(rank: int, size: int, shape: LatentShape, tokens: int) -> tuple[int, int]:

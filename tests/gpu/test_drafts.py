@@ -106,13 +106,12 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     check_partings(found, ROUNDED)
 
 
-def test_structured_output(engines: tuple[str, Engine, Engine], model: str) -> None:
-    """Grammars judge drafts that only the model runners have, also those of ranks without tokens in a step. By tokens,
-    not by text: after a prompt that ends with bytes that are no character, vLLM's text begins with the prompt."""
+def check_grammar(nanocp: Engine, model: str, mode: str) -> None:
+    """Requests keep to theirs. By tokens, not by text: after a prompt that ends with bytes that are no character,
+    vLLM's text begins with the prompt."""
     from transformers import AutoTokenizer
     from vllm.sampling_params import StructuredOutputsParams
 
-    mode, _, nanocp = engines
     tokenizer = AutoTokenizer.from_pretrained(model)
     numbers = dict(type="array", items=dict(type="integer"), minItems=8, maxItems=12)
     wanted = dict(max_tokens=60, structured_outputs=StructuredOutputsParams(json=numbers), ignore_eos=False)
@@ -122,6 +121,12 @@ def test_structured_output(engines: tuple[str, Engine, Engine], model: str) -> N
         assert answer.finish[0] in ("stop", "length") and set(text) <= set("[]0123456789-, \n\t\r"), (mode, text)
         assert answer.finish[0] == "length" or 8 <= len(json.loads(text)) <= 12, (mode, text)
     nanocp.check_nothing_left()
+
+
+def test_structured_output(engines: tuple[str, Engine, Engine], model: str) -> None:
+    """Grammars judge drafts that only the model runners have, also those of ranks without tokens in a step."""
+    mode, _, nanocp = engines
+    check_grammar(nanocp, model, mode)
 
 
 def test_homes_move(model: str) -> None:

@@ -19,9 +19,9 @@ import torch
 from tests.engine.harness import Ask, Engine, prompt
 from tests.tiny_models import make_qwen3_moe
 from tests.unit.flashinfer_steps import FlashInferShape, ReferenceDecode, ReferencePrefill, missing_parameters
-from tests.unit.processes import run_ranks
 
 from . import FOUR_GPUS, ONE_GPU, TWO_GPUS
+from .modes import OF_STOCK, check_error, on_ranks
 from .test_exact import STEP, partings
 
 pytestmark = [pytest.mark.gpu, ONE_GPU]
@@ -48,8 +48,6 @@ ROUTED: dict[str, dict[str, Any]] = {
     "routed graph": dict(capacity=8, routed=True, graphs=True),
 }
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-RELATIVE = 1e-2
-OF_STOCK = 1.2
 
 
 def random(*size: int, seed: int = 0, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -184,31 +182,13 @@ def test_plans_of_steps_that_follow_each_other() -> None:
 
 @functools.cache
 def steps(ranks: int, staged: bool, modes: tuple[str, ...]) -> list[dict[str, Any]] | str:
-    """All modes in one start of the ranks, each of which imports vLLM. What went wrong, rather than a second try."""
+    """All modes in one start of the ranks."""
     from .flashinfer_steps import run_modes
 
     groups = {name: [(shape, seed, seed % 9 != 8) for seed in range(500, 512)] for name, shape in SHAPES.items()}
     all_modes = MODES | ROUTED
     args = {mode: (all_modes[mode], groups) for mode in modes}
-    try:
-        return run_ranks(ranks, run_modes, args, staged, seconds=290, backend="gloo" if staged else "nccl")
-    except AssertionError as error:
-        return str(error)
-
-
-def check_error(results: list[dict[str, Any]] | str, mode: str, **case: Any) -> None:
-    assert not isinstance(results, str), results
-    for rank, result in enumerate(results):
-        assert not isinstance(result[mode], str), f"rank {rank}: {result[mode]}"
-    for name in SHAPES:
-        kinds = ("norm", "ours", "stock", "sharded decode", "sharded prefill")
-        totals = {kind: sum(result[mode][name][0].get(kind, 0.0) for result in results) for kind in kinds}
-        assert all(error < math.inf for result in results for _, error in result[mode][name][1]), (mode, name)
-        ours, stock = (math.sqrt(totals[kind] / totals["norm"]) for kind in ("ours", "stock"))
-        found = {"mode": mode, **case, "heads": name, "relative_error": ours, "stock": stock, "ratio": ours / stock}
-        print(json.dumps(found))
-        assert ours < RELATIVE and ours <= OF_STOCK * stock, found
-        assert totals["sharded decode"] >= 2, found
+    return on_ranks(ranks, run_modes, args, staged, 290)
 
 
 # Each group is one start of the ranks, so that a kernel that fails takes no other down.
@@ -217,19 +197,19 @@ GROUPS = {mode: ("exact", "fixed") if mode in ("exact", "fixed") else (mode,) fo
 
 @pytest.mark.parametrize("mode", ["exact", "fixed", "xqa"])
 def test_error_of_three_ranks_on_one_gpu(mode: str) -> None:
-    check_error(steps(3, True, GROUPS[mode]), mode, ranks=3, gpus=1)
+    check_error(steps(3, True, GROUPS[mode]), mode, SHAPES, ranks=3, gpus=1)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_error_of_a_rank_that_visits_itself(mode: str) -> None:
     """Over NCCL on one GPU, so also from graphs."""
-    check_error(steps(1, False, GROUPS[mode]), mode, ranks=1, gpus=1)
+    check_error(steps(1, False, GROUPS[mode]), mode, SHAPES, ranks=1, gpus=1)
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=TWO_GPUS), pytest.param(4, marks=FOUR_GPUS)])
 @pytest.mark.parametrize("mode", MODES | ROUTED)
 def test_error_on_several_gpus(mode: str, ranks: int) -> None:
-    check_error(steps(ranks, False, GROUPS[mode]), mode, ranks=ranks, gpus=ranks)
+    check_error(steps(ranks, False, GROUPS[mode]), mode, SHAPES, ranks=ranks, gpus=ranks)
 
 
 # -- Engines --------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from vllm_nanocp.attention.mla.latent_kernel import Float8Scales, Latents, Piece
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
 
 from . import ONE_GPU, TWO_GPUS
+from .modes import OF_STOCK, of_mode, on_ranks
 from .test_latent import HOPPER
 
 pytestmark = [
@@ -41,7 +42,6 @@ MODES: dict[str, dict[str, Any]] = {
     "fixed": dict(capacity=8),
     "graph": dict(capacity=8, graph=True),
 }
-OF_STOCK = 1.2
 # Of the whole: queries and weights of a decode have 8 bits.
 RELATIVE = {"decode": 8e-2, "prefill": 1e-2}
 
@@ -123,25 +123,19 @@ def test_a_launch_over_places(places: int, device: str = "cuda") -> None:
 
 @functools.cache
 def steps(ranks: int, staged: bool) -> list[dict[str, Any]] | str:
-    """All modes in one start of the ranks, each of which imports vLLM. What went wrong, rather than a second try."""
+    """All modes in one start of the ranks."""
     from .latent_steps import run_modes
 
     groups = {name: [(SHAPES[name], seed, True) for seed in range(300, 300 + n)] for name, n in SCENARIOS.items()}
     modes = {mode: (args | {"fp8": True}, groups) for mode, args in MODES.items() if not (staged and "graph" in args)}
-    try:
-        return run_ranks(ranks, run_modes, modes, staged, seconds=280, backend="gloo" if staged else "nccl")
-    except AssertionError as error:
-        return str(error)
+    return on_ranks(ranks, run_modes, modes, staged, 280)
 
 
 def check_error(results: list[dict[str, Any]] | str, mode: str, **case: Any) -> None:
-    assert not isinstance(results, str), results
-    for rank, result in enumerate(results):
-        assert not isinstance(result[mode], str), f"rank {rank}: {result[mode]}"
-    wrong = []
+    ranks, wrong = of_mode(results, mode), []
     for name in SHAPES:
-        assert all(error < math.inf for result in results for _, error in result[mode][name][1]), (mode, name)
-        counts = [result[mode][name][0] for result in results]
+        assert all(error < math.inf for rank in ranks for _, error in rank[name][1]), (mode, name)
+        counts = [rank[name][0] for rank in ranks]
         for kind, bound in RELATIVE.items():
             norm, ours, stock = (sum(c.get(f"{of} {kind}", 0.0) for c in counts) for of in ("norm", "ours", "stock"))
             if not norm:

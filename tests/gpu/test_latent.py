@@ -6,8 +6,6 @@ fixed ones, and replayed from a graph; memory. On two: the same over NCCL, and e
 from __future__ import annotations
 
 import functools
-import json
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +20,7 @@ from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
 
 from . import FOUR_GPUS, ONE_GPU, SHARED, TWO_GPUS
+from .modes import check_error, on_ranks
 from .test_exact import all_partings, check_partings
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -46,8 +45,6 @@ MODES: dict[str, dict[str, Any]] = {
     "fixed": dict(capacity=8),
     "graph": dict(capacity=8, graph=True),
 }
-RELATIVE = 1e-2
-OF_STOCK = 1.2
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
@@ -103,49 +100,31 @@ def test_a_launch_over_places(places: int, device: str = "cuda") -> None:
 
 @functools.cache
 def steps(ranks: int, staged: bool) -> list[dict[str, Any]] | str:
-    """All modes in one start of the ranks, each of which imports vLLM. What went wrong, rather than a second try."""
+    """All modes in one start of the ranks."""
     from .latent_steps import run_modes
 
     # Float64 on the host takes its time with many heads.
     counts = {"16": 12, "64": 4, "128": 4, "8, float16": 6}
     groups = {name: [(SHAPES[name], seed, seed % 9 != 8) for seed in range(500, 500 + n)] for name, n in counts.items()}
     modes = {mode: (args, groups) for mode, args in MODES.items() if not (staged and "graph" in args)}
-    try:
-        return run_ranks(ranks, run_modes, modes, staged, seconds=280, backend="gloo" if staged else "nccl")
-    except AssertionError as error:
-        return str(error)
-
-
-def check_error(results: list[dict[str, Any]] | str, mode: str, **case: Any) -> None:
-    assert not isinstance(results, str), results
-    for rank, result in enumerate(results):
-        assert not isinstance(result[mode], str), f"rank {rank}: {result[mode]}"
-    for name in SHAPES:
-        kinds = ("norm", "ours", "stock", "sharded decode", "sharded prefill")
-        totals = {kind: sum(result[mode][name][0].get(kind, 0.0) for result in results) for kind in kinds}
-        assert all(error < math.inf for result in results for _, error in result[mode][name][1]), (mode, name)
-        ours, stock = (math.sqrt(totals[kind] / totals["norm"]) for kind in ("ours", "stock"))
-        found = {"mode": mode, **case, "heads": name, "relative_error": ours, "stock": stock, "ratio": ours / stock}
-        print(json.dumps(found))
-        assert ours < RELATIVE and ours <= OF_STOCK * stock, found
-        assert totals["sharded decode"] >= 2, found
+    return on_ranks(ranks, run_modes, modes, staged, 280)
 
 
 @pytest.mark.parametrize("mode", [mode for mode, args in MODES.items() if "graph" not in args])
 def test_error_of_three_ranks_on_one_gpu(mode: str) -> None:
-    check_error(steps(3, True), mode, ranks=3, gpus=1)
+    check_error(steps(3, True), mode, SHAPES, ranks=3, gpus=1)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_error_of_a_rank_that_visits_itself(mode: str) -> None:
     """Over NCCL on one GPU, so also from graphs."""
-    check_error(steps(1, False), mode, ranks=1, gpus=1)
+    check_error(steps(1, False), mode, SHAPES, ranks=1, gpus=1)
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=TWO_GPUS), pytest.param(4, marks=FOUR_GPUS)])
 @pytest.mark.parametrize("mode", MODES)
 def test_error_over_nccl(mode: str, ranks: int) -> None:
-    check_error(steps(ranks, False), mode, ranks=ranks, gpus=ranks)
+    check_error(steps(ranks, False), mode, SHAPES, ranks=ranks, gpus=ranks)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=TWO_GPUS)])

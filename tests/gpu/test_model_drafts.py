@@ -26,7 +26,7 @@ from vllm_nanocp.entry import refusals
 
 from . import TWO_GPUS
 from .test_attention import OF_STOCK, RELATIVE, SHAPES, stock_flash
-from .test_drafts import MOST, ROUNDED
+from .test_drafts import MOST, ROUNDED, check_grammar
 from .test_exact import all_partings, check_partings, common
 
 pytestmark = [pytest.mark.gpu, TWO_GPUS]
@@ -200,16 +200,5 @@ def test_tokens(engines: tuple[str, Seen, Engine]) -> None:
 
 def test_structured_output(engines: tuple[str, Seen, Engine], models: dict[str, tuple[str, dict[str, Any]]]) -> None:
     """See ``test_drafts.py``."""
-    from transformers import AutoTokenizer
-    from vllm.sampling_params import StructuredOutputsParams
-
     name, _, nanocp = engines
-    tokenizer = AutoTokenizer.from_pretrained(models[MODES[name].method][0])
-    numbers = dict(type="array", items=dict(type="integer"), minItems=8, maxItems=12)
-    wanted = dict(max_tokens=60, structured_outputs=StructuredOutputsParams(json=numbers), ignore_eos=False)
-    for answer in nanocp.ask([Ask(prompt(n, 80 + n), wanted, delay=n / 1e4) for n in (20, 700, 1500, 3000)]):
-        text = tokenizer.decode(answer.tokens[0], skip_special_tokens=True)
-        print(f"{name}: {answer.finish} {text!r}")
-        assert answer.finish[0] in ("stop", "length") and set(text) <= set("[]0123456789-, \n\t\r"), (name, text)
-        assert answer.finish[0] == "length" or 8 <= len(json.loads(text)) <= 12, (name, text)
-    nanocp.check_nothing_left()
+    check_grammar(nanocp, models[MODES[name].method][0], name)

@@ -37,11 +37,11 @@ def family_of(vllm_config: Any) -> Family:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        if vllm_config.model_config.use_mla and vllm_config.cache_config.cache_dtype in FLOAT8_CACHES:
-            from .mla.flashmla_backend import LatentOfFloat8OnHopper
-
-            return LatentOfFloat8OnHopper(vllm_config)
         if vllm_config.model_config.use_mla:
+            if vllm_config.cache_config.cache_dtype in FLOAT8_CACHES:
+                from .mla.flashmla_backend import LatentOfFloat8OnHopper
+
+                return LatentOfFloat8OnHopper(vllm_config)
             from .mla.flash_backend import LatentOnHopper
 
             return LatentOnHopper(vllm_config)

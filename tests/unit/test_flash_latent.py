@@ -28,6 +28,7 @@ from tests.unit.flash_latent_steps import (
 )
 from tests.unit.latent_steps import CPU, LatentShape, bare_layer, latent_shape
 from tests.unit.processes import run_ranks
+from tests.unit.row_route_steps import stress
 
 from vllm.v1.attention.backends.mla import flashattn_mla  # isort: skip  # importable once there is a reference
 from vllm_nanocp.attention.context import context
@@ -115,6 +116,13 @@ def test_the_routed_exchange(tmp_path: Path) -> None:
         assert all(counts.get(kind, 0) >= 1 for kind in ("sharded decode", "guests")), counts
     counts = check(results, "routed")
     assert all(counts.get(kind, 0) >= 2 for kind in ("plain decode", "idle with guests")), counts
+
+
+def test_random_routes(tmp_path: Path) -> None:
+    """Empty, full and one-sided ones, one after another in the same memory, of two capacities; holders without keys;
+    ranks that come late."""
+    compared = run_ranks(3, stress, 14, "cpu", str(tmp_path), 0.05, seconds=200)
+    assert sum(compared) > 30
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -92,7 +92,7 @@ class RowRoutes:
         num_ranks: N.
         rank: this one.
         layout: of partial results.
-        query_bytes: of a query, over all heads, whose numbers have 16 bits.
+        query_bytes: of a query, over all heads, whose numbers have 16 bits; a multiple of 16.
         buffer: uint8 [``size``], this rank's, zeroed before any rank writes to it.
         pointers: int64 [num_ranks], where each rank's buffer is in this process's address space.
     """
@@ -107,6 +107,7 @@ class RowRoutes:
         buffer: torch.Tensor,
         pointers: torch.Tensor,
     ) -> None:
+        assert query_bytes % 16 == 0, "copied 16 bytes at a time"
         self.capacity, self.num_ranks, self.rank, self.layout = capacity, num_ranks, rank, layout
         # The rank's own buffer once more, as that of rank ``num_ranks``: own rows go through the same steps as visits.
         self.pointers = torch.cat([pointers, pointers[rank : rank + 1]])
@@ -268,11 +269,12 @@ def _send_kernel(  # type: ignore[no-untyped-def]
     for item in range(tl.program_id(0), tl.load(counts_ptr + 1).to(tl.int32) * copies, tl.num_programs(0)):
         ask, part = item // copies, item % copies
         peer, there = place_there(tl.load(asks_ptr + ask * 2), me, capacity, num_ranks)
-        base = tl.multiple_of(tl.load(pointers_ptr + peer), 16)
+        base = tl.load(pointers_ptr + peer)
         at = part * BLOCK + tl.arange(0, BLOCK)
         some = tl.load(query_ptr + tl.load(asks_ptr + ask * 2 + 1) * query_stride + at, mask=at < NUMBERS)
         target = (base + queries_at + there * (NUMBERS * 2)).to(tl.pointer_type(tl.int16))
-        tl.store(target + at, some, mask=at < NUMBERS)
+        # Said to the compiler, which would write number by number.
+        tl.store(tl.multiple_of(target, 16) + at, some, mask=at < NUMBERS)
         signal(base + asked_at + (there * copies + part) * 8, epoch)
 
 
@@ -305,7 +307,7 @@ def _answer_kernel(  # type: ignore[no-untyped-def]
         place, group = tl.load(answers_ptr + item // groups), item % groups
         if (place >= first) & (place < end):
             home, there = place_there(place, me, capacity, num_ranks)
-            base = tl.multiple_of(tl.load(pointers_ptr + home), 16)
+            base = tl.load(pointers_ptr + home)
             head, row = group * HEADS + i, place - first
             inside = (head < num_heads)[:, None] & (d < HEAD)[None, :]
             out = tl.load(out_ptr + row * out_row + (head.to(tl.int64) * out_head)[:, None] + d[None, :], mask=inside)
@@ -313,7 +315,7 @@ def _answer_kernel(  # type: ignore[no-untyped-def]
             if empty_ptr is not None:  # whatever a kernel says of rows without keys, they weigh nothing
                 lse = tl.where(tl.load(empty_ptr + row) != 0, float("-inf"), lse)
             target = (base + rows_at + there * row_size * 4).to(tl.pointer_type(tl.float32))
-            tl.store(target + head[:, None] * HEAD + d[None, :], out, mask=inside)
+            tl.store(tl.multiple_of(target, 16) + head[:, None] * HEAD + d[None, :], out, mask=inside)
             tl.store(target + num_heads * HEAD + head, lse, mask=head < num_heads)
             signal(base + answered_at + (there * groups + group) * 8, epoch)
 

@@ -257,6 +257,18 @@ def test_heads_go_in_groups_where_much_travels() -> None:
     assert most_memory(4, 8192, small, torch.bfloat16) > most * row / 8
 
 
+def test_memory_of_the_routed_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it runs outside of graphs a layer takes what all places do, also beside small chunks of prompts."""
+    family = bare_family(WIDE)
+    small, large = (family.most_memory(4, tokens) for tokens in (64, 8192))
+    monkeypatch.setattr(context, "routes", {16: None, 64: None})
+    found = family.most_memory(4, 64)
+    absorbed, result, values = (5 * 64 * 128 * n for n in (2 * 512, 2 * 512, 4 * 128))
+    pieces = 5 * 64 * 128 * 4 * 512 * pieces_of(5 * 64, family.sizes)
+    assert found == absorbed + result + values + pieces > small
+    assert family.most_memory(4, 8192) == large
+
+
 def test_fixed_tables_begin_at_multiples_of_16_bytes() -> None:
     table = empty_block_table(5, 3, 640, 16, CPU)
     tables = FixedLatentTables(5, 3, 7, table, sizes_of(SHAPES[0]), 16, torch.bfloat16)

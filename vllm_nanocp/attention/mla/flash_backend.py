@@ -28,7 +28,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from ..context import context
 from ..family import attend
-from ..flash_launches import gather_tables
+from ..flash_launches import gather_tables, places_of
 from ..gpu_rows import GPULayer
 from ..partial_rows import RowLayout, merge_rows
 from ..row_routes import RowRoutes
@@ -38,7 +38,7 @@ from . import flash_mla
 from .flash_latent import Work
 from .flash_latent import attend as attend_work
 from .flash_mla import FLASH_ATTENTION
-from .latent_fixed import FixedLatentTables, empty_block_table
+from .latent_fixed import FixedLatentTables, empty_block_table, places_memory
 from .latent_fixed import warm_up as warm_up_fixed
 from .latent_kernel import LatentKernel, Latents
 from .latent_sizes import LatentSizes
@@ -320,7 +320,9 @@ class LatentOnHopper:
         return RowRoutes(capacity, num_ranks, rank, self.layout, self.query_bytes, *memory)
 
     def most_memory(self, num_ranks: int, max_tokens: int) -> int:
-        return most_memory(num_ranks, max_tokens, self.sizes, self.dtype, self.kernel)
+        most = most_memory(num_ranks, max_tokens, self.sizes, self.dtype, self.kernel)
+        layers = (self.sizes, self.dtype, self.kernel)
+        return max([most, *(places_memory(places_of(c, num_ranks), *layers) for c in context.routes)])
 
     def warm_up(self, layer: Any) -> None:
         device, layout, many = layer.kv_cache.device, self.layout, 1024

@@ -101,6 +101,21 @@ def parts_of(places: int, most: int) -> list[slice]:
     return [slice(at, min(at + size, places)) for at in range(0, places, size)]
 
 
+def places_memory(places: int, sizes: LatentSizes, dtype: torch.dtype, kernel: LatentKernel) -> int:
+    """Bytes that a layer takes for all places outside of graphs, over the routed exchange: a launch's absorbed queries,
+    its float32 pieces, their 16-bit results and the float32 values of these.
+
+    Args:
+        places: of the tables.
+        sizes: of the layers.
+        dtype: of queries.
+        kernel: attends.
+    """
+    rows = max(part.stop - part.start for part in parts_of(places, kernel.most_rows))
+    numbers = 2 * sizes.rank * dtype.itemsize + 4 * sizes.rank * pieces_of(rows, sizes) + 4 * sizes.value_size
+    return max(rows * sizes.num_heads * numbers, kernel.memory(rows, sizes, dtype))
+
+
 class FixedLatentTables:
     """Tables for steps with at most ``capacity`` visits between any two ranks, one query each; places as in
     ``CapturedTables``.

@@ -107,6 +107,24 @@ def test_other_numbers_of_ranks(ranks: int) -> None:
         assert check(results, mode)["sharded decode"] >= 2
 
 
+@pytest.mark.parametrize(("ranks", "queries"), [(3, 4), (2, 2), (1, 4)])
+def test_rows_that_verify_drafts(ranks: int, queries: int) -> None:
+    """Of 1 + k queries each, causal at their homes. The plan counts drafts of the step before that were wrong; what is
+    behind the runner's own length is NaN. Beside prompts, and from graphs."""
+    modes: dict[str, Any] = {
+        "exact": (dict(queries=queries, stock=True), specs(range(700, 707))),
+        "absorbed": (dict(queries=queries, threshold=512, few=1000), specs(range(720, 724))),
+        "fixed": (dict(queries=queries, capacity=12, stock=True), specs(range(740, 746))),
+        "graph": (dict(queries=queries, capacity=12, graph=True), specs(range(760, 765))),
+    }
+    results = run_ranks(ranks, run_modes, modes, seconds=200)
+    for mode in modes:
+        counts = check(results, mode)
+        print(mode, counts)
+        assert counts["sharded decode"] >= 4 and counts["guests"] >= 4
+        assert ranks < 3 or counts["idle with guests"]
+
+
 # -- The parts ------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from ..context import context
 from ..family import attend
-from ..flash_launches import gather_tables
+from ..flash_launches import gather_tables, later_draft
 from ..gpu_rows import GPULayer
 from ..partial_rows import RowLayout, merge_rows
 from ..sharded_step import ShardedStep
@@ -58,10 +58,23 @@ class LatentTables(MLACommonMetadataBuilder[Any]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
-        step, stock = context.step, super().build
+        step = context.step
         if step is None:
-            return stock(common_prefix_len, common_attn_metadata, fast_build)
-        common = copy(common_attn_metadata)
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if context.draft_index:  # V2's runner does not say it
+            return self.build_for_drafting(common_attn_metadata, context.draft_index)
+        return self._split(step, common_attn_metadata, fast_build)
+
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> Any:
+        """Of a draft model's forwards the first has the target's rows, the later ones one query a row, with tables of
+        their own size."""
+        step, later = context.step, context.draft_step
+        if step is None or later is None or not draft_index:
+            return self.build(0, common_attn_metadata, fast_build=True)
+        return self._split(later_draft(later, common_attn_metadata, self.page_size), common_attn_metadata, True)
+
+    def _split(self, step: ShardedStep, common_attn_metadata: CommonAttentionMetadata, fast_build: bool) -> Any:
+        stock, common = super().build, copy(common_attn_metadata)
         if step.capacity:
             rows, common.seq_lens = self._fixed_tables(step).fill(step, common)
             rows.plain = metadata = stock(0, common, fast_build)
@@ -100,8 +113,9 @@ class LatentTables(MLACommonMetadataBuilder[Any]):
             tokens = self.model_config.max_model_len
             table = empty_block_table(step.capacity, step.num_ranks, tokens, self.page_size, self.device)
             made[step.capacity] = FixedLatentTables(
-                step.capacity, step.num_ranks, most, table, self._sizes, self.page_size, self._dtype, self.kernel
-            )
+                step.capacity, step.num_ranks, most, table, self._sizes, self.page_size, self._dtype, self.kernel,
+                context.queries,
+            )  # fmt: skip
         return made[step.capacity]
 
 
@@ -299,7 +313,7 @@ class LatentOnHopper:
             most, tokens = max(context.capacities, default=capacity), self.config.model_config.max_model_len
             self._block_table = empty_block_table(most, num_ranks, tokens, block_size, device)
         table, layers = self._block_table, (self.sizes, block_size, self.dtype, self.kernel)
-        return FixedLatentTables(capacity, num_ranks, max_reqs, table, *layers)
+        return FixedLatentTables(capacity, num_ranks, max_reqs, table, *layers, queries)
 
     def most_memory(self, num_ranks: int, max_tokens: int) -> int:
         return most_memory(num_ranks, max_tokens, self.sizes, self.dtype, self.kernel)

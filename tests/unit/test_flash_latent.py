@@ -360,6 +360,24 @@ def test_another_flash_attention_is_refused_in_one_line(
     assert '"max_degree": 1' in line and len(line) < 500
 
 
+@pytest.mark.parametrize("what", ["no mask", "a key less"])
+def test_several_queries_without_their_mask_are_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only rows of drafts rely on over pages: each sees what is before it."""
+    attend = fa_utils.flash_attn_varlen_func
+
+    def other(**args: Any) -> Any:
+        if args.get("block_table") is not None and args["causal"]:
+            if what == "no mask":
+                args |= dict(causal=False, scheduler_metadata=None)
+            else:
+                args["seqused_k"] = args["seqused_k"] - (args["seqused_k"] > 8).int()
+        return attend(**args)
+
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", other)
+    with pytest.raises(NanoCPConfigError, match="this FlashAttention does not return"):
+        flash_mla.self_check(SIZES, torch.bfloat16, CPU)
+
+
 def judge(layer: Any, shape: LatentShape = SHAPES[2]) -> None:
     check_layers({"l": layer}, bare_family(shape))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny draft models for the tiny targets of `tiny_models.py`: EAGLE3 and EAGLE heads, and a target with an MTP layer.
+"""Tiny draft models for the tiny targets of `tiny_models.py`: EAGLE3 and EAGLE heads, and targets with an MTP layer.
 
 A random head (`make_eagle3`) drafts what is nearly never right, but its attention is peaked as the target's is, so that
 its drafts tell whether it saw all keys. `make_first_order` writes a target whose next token depends on its last one
@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_models import (
     _SCORE_STD,
+    TinyLatentShape,
     TinyShape,
     _attention_weights,
     _common_config,
+    _deepseek_config,
+    _deepseek_weights,
     _expert_weights,
     _heads_config,
     _linear,
@@ -149,6 +152,44 @@ def make_glm4_moe(path: str | Path, *, seed: int = 0, dtype: str = "float32", **
         "partial_rotary_factor": 0.5,
         "use_qk_norm": True,
         "attention_bias": False,
+    }
+    return _write(Path(path), config, weights, dtype)
+
+
+def make_deepseek_v3(
+    path: str | Path, *, faint: bool = True, seed: int = 0, dtype: str = "float32", **shape: int | None
+) -> Path:
+    """Write a random DeepSeek-V3 with one MTP layer of latent attention into the folder `path`; returns it.
+
+    `faint`: whether its layers count little beside the last token, which the MTP layer knows, so that most of its
+    drafts are right. Otherwise they are nearly never right, but the layer's attention is peaked as the target's is.
+    """
+    sizes = TinyLatentShape(**({"q_lora_rank": 96} | shape))  # type: ignore[arg-type]
+    whole = replace(sizes, num_layers=sizes.num_layers + 1)
+    hidden, mtp = sizes.hidden_size, f"model.layers.{sizes.num_layers}"
+    weights = _deepseek_weights(whole, seed)
+    for layer in range(sizes.num_dense_layers, whole.num_layers):
+        weights[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] = torch.zeros(sizes.num_experts)
+    for name in weights:
+        if faint and name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] = weights[name] * _FAINT
+    generator = torch.Generator().manual_seed(seed + 7)
+    after = torch.zeros(hidden, hidden) if faint else _linear(hidden, hidden, 1.0, generator)
+    weights |= {
+        f"{mtp}.enorm.weight": torch.ones(hidden),
+        f"{mtp}.hnorm.weight": torch.ones(hidden),
+        f"{mtp}.eh_proj.weight": torch.cat([torch.eye(hidden), after], dim=1),
+        f"{mtp}.shared_head.norm.weight": torch.ones(hidden),
+        f"{mtp}.shared_head.head.weight": weights["lm_head.weight"].clone(),
+        f"{mtp}.embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
+    }
+    config = _deepseek_config(sizes, dtype) | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "num_nextn_predict_layers": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
     }
     return _write(Path(path), config, weights, dtype)
 

@@ -185,6 +185,10 @@ def make_deepseek_v2(path: str | Path, *, seed: int = 0, dtype: str = "float32",
     Other arguments, result and errors as of `make_qwen3_moe`.
     """
     sizes = TinyLatentShape(**shape)  # type: ignore[arg-type]
+    return _write(Path(path), _deepseek_config(sizes, dtype), _deepseek_weights(sizes, seed), dtype)
+
+
+def _deepseek_weights(sizes: TinyLatentShape, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weights = _token_weights(sizes, generator)
     for layer in range(sizes.num_layers):
@@ -203,7 +207,7 @@ def make_deepseek_v2(path: str | Path, *, seed: int = 0, dtype: str = "float32",
         )
         inner = sizes.num_shared_experts * sizes.moe_intermediate_size
         weights |= _mlp_weights(sizes, f"{prefix}.shared_experts", inner, own)
-    return _write(Path(path), _deepseek_config(sizes, dtype), weights, dtype)
+    return weights
 
 
 def _deepseek_config(sizes: TinyLatentShape, dtype: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_drafts import drafts, make_eagle, make_first_order, make_glm4_moe
+from tests.tiny_drafts import drafts, make_deepseek_v3, make_eagle, make_first_order, make_glm4_moe
 
 from .conftest import SMALL_BLOCKS
 from .harness import RESTLESS, Ask, Engine, prompt
@@ -36,6 +36,8 @@ LENGTHS = [20, 47, 300, 530, 700, 1000, 600, 100, 33, 520, 310, 1600]
 def engine(model: Any, ranks: int, speculation: dict[str, Any] | None, **args: Any) -> Iterator[Engine]:
     if speculation is not None:
         args |= dict(speculative_config=speculation, worker_extension_cls="tests.engine.oracle.Oracle")
+    if ranks == 1 and args.get("attention_config") == LATENT["attention_config"]:
+        args |= dict(worker_cls="tests.engine.repaired.Worker")  # eager latent attention is wrong without
     made = Engine(str(model), ranks, **args)
     try:
         if speculation is not None:
@@ -64,23 +66,29 @@ def asks(first: int, tokens: int) -> list[Ask]:
     return [Ask(prompt(n, first + i), dict(max_tokens=tokens + 3 * i), delay=0.05 * i) for i, n in enumerate(LENGTHS)]
 
 
-@pytest.mark.parametrize("method", ["eagle", "mtp"])
+# Of vLLM's kernel for latents, the only size and the only backend.
+LATENT: dict[str, Any] = dict(block_size=16, attention_config={"backend": "CPU_MLA"})
+
+
+@pytest.mark.parametrize("method", ["eagle", "mtp", "latent mtp"])
 def test_most_drafts_are_right(method: str, tmp_path: Path) -> None:
     """Of a target whose layers count little, and of what knows this much: an EAGLE head, or an MTP layer with experts
-    that the ranks share. Homes move and ranks run full."""
-    if method == "mtp":
-        target = make_glm4_moe(tmp_path / "target")
+    that the ranks share, of grouped-query attention or latent. Homes move and ranks run full."""
+    args = LATENT if method == "latent mtp" else {}
+    if method.endswith("mtp"):
+        target = (make_deepseek_v3 if args else make_glm4_moe)(tmp_path / "target")
         speculation: dict[str, Any] = dict(method="mtp", num_speculative_tokens=MOST)
     else:
         target = make_first_order(tmp_path / "target")
         speculation = drafts(make_eagle(tmp_path / "head"), "eagle", MOST)
     wanted = asks(60000, 40)
-    with engine(target, 1, None, **stock_args()) as stock:
+    with engine(target, 1, None, **stock_args(), **args) as stock:
         theirs = stock.ask(wanted)
-    with engine(target, 1, speculation, **stock_args()) as stock:
+    with engine(target, 1, speculation, **stock_args(), **args) as stock:
         assert [a.tokens for a in stock.ask(wanted)] == [a.tokens for a in theirs]
         by_stock = accepted(stock)
-    small = dict(num_gpu_blocks_override=SMALL_BLOCKS, max_model_len=3000, enable_prefix_caching=True)
+    blocks = SMALL_BLOCKS * (2 if args else 1)  # half as large
+    small = args | dict(num_gpu_blocks_override=blocks, max_model_len=3000, enable_prefix_caching=True)
     config = {"segment_size": 512, "moves": RESTLESS | {"reserve_blocks": 0}}
     with engine(target, RANKS, speculation, nanocp=config, **small) as nanocp:
         ours = nanocp.ask(wanted)
@@ -93,13 +101,17 @@ def test_most_drafts_are_right(method: str, tmp_path: Path) -> None:
     assert by_stock > made / 3 and ours_accepted > 0.9 * by_stock
 
 
-def test_drafts_are_stocks(tiny_model: str, tiny_eagle3: str) -> None:
-    """A random head's attention is peaked: a draft that lacks a key is another one."""
-    speculation = drafts(tiny_eagle3, "eagle3", MOST)
+@pytest.mark.parametrize("method", ["eagle3", "latent mtp"])
+def test_drafts_are_stocks(method: str, tiny_model: str, tiny_eagle3: str, tmp_path: Path) -> None:
+    """A random head's attention is peaked, and a random MTP layer's: a draft that lacks a key is another one."""
+    target, speculation, args = tiny_model, drafts(tiny_eagle3, "eagle3", MOST), {}
+    if method == "latent mtp":
+        target, args = str(make_deepseek_v3(tmp_path, faint=False)), LATENT
+        speculation = dict(method="mtp", num_speculative_tokens=MOST)
     wanted = asks(61000, 40)
-    with engine(tiny_model, 1, speculation, **stock_args()) as stock:
+    with engine(target, 1, speculation, **stock_args(), **args) as stock:
         theirs, expected = stock.ask(wanted), noted(stock)
-    with engine(tiny_model, 2, speculation, nanocp={"segment_size": 256, "moves": RESTLESS}) as nanocp:
+    with engine(target, 2, speculation, nanocp={"segment_size": 256, "moves": RESTLESS}, **args) as nanocp:
         ours, found = nanocp.ask(wanted), noted(nanocp)
         nanocp.check_nothing_left()
         status = nanocp.status()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.tiny_models import make_qwen3_moe
+from tests.tiny_models import make_deepseek_v2, make_qwen3_moe
 
 from . import GPUS, SHARED
 
@@ -31,3 +31,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("models") / "tiny-gpu"
     make_qwen3_moe(path, dtype="bfloat16", head_dim=64, hidden_size=256, num_heads=8, num_kv_heads=2)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny-deepseek"
+    sizes = dict(hidden_size=256, num_heads=16, qk_nope_head_dim=128, v_head_dim=128)
+    return str(make_deepseek_v2(path, dtype="bfloat16", **sizes))

@@ -33,6 +33,9 @@ ENGINES = {
     "v2-async": ("1", "ngram_gpu", False, "auto"),
     "v2-graphs": ("1", "ngram_gpu", True, "auto"),
     "v2-graphs-collective": ("1", "ngram_gpu", True, "collective"),
+    # Of a model with latent attention.
+    "latent-collective": ("1", "ngram_gpu", False, "collective"),
+    "latent-graphs-collective": ("1", "ngram_gpu", True, "collective"),
 }
 LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 
@@ -67,18 +70,20 @@ def params() -> list[str]:
 
 
 @pytest.fixture(scope="module", params=params())
-def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[str, Engine, Engine]]:
+def engines(request: pytest.FixtureRequest, model: str, deepseek: str) -> Iterator[tuple[str, Engine, Engine]]:
     """Stock and nanocp, both with drafts, run the same way."""
     version, method, graphs, exchange = ENGINES[request.param]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", version)
-        args = common() | dict(enforce_eager=not graphs)
+        args, path = common() | dict(enforce_eager=not graphs), model
+        if request.param.startswith("latent"):
+            args, path = args | dict(attention_config={"backend": "FLASH_ATTN_MLA"}), deepseek
         if graphs:
             args |= dict(compilation_config={"cudagraph_capture_sizes": [4, 8, 16, 32, 64, 96, 128]})
         drafts = dict(method=method, num_speculative_tokens=MOST, prompt_lookup_min=1, prompt_lookup_max=3)
-        stock = Engine(model, 1, **args, speculative_config=dict(drafts))
+        stock = Engine(path, 1, **args, speculative_config=dict(drafts))
         config = {"segment_size": 600, "exchange": exchange}
-        nanocp = Engine(model, 2, config, **args, speculative_config=dict(drafts))
+        nanocp = Engine(path, 2, config, **args, speculative_config=dict(drafts))
     yield request.param, stock, nanocp
     stock.close()
     nanocp.close()

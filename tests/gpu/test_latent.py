@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from tests.engine.harness import Ask, Engine, prompt
-from tests.tiny_models import make_deepseek_v2
 from tests.unit.latent_steps import latent_shape
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
@@ -49,6 +48,12 @@ MODES: dict[str, dict[str, Any]] = {
 ROUTED: dict[str, dict[str, Any]] = {
     "routed": dict(capacity=8, routed=True),
     "routed graph": dict(capacity=8, routed=True, graph=True),
+}
+# Requests that are decoded with three drafts: rows of four queries, in most steps fewer keys than the plan has.
+DRAFTED: dict[str, dict[str, Any]] = {
+    "drafts": dict(queries=4),
+    "drafts, fixed": dict(queries=4, capacity=8),
+    "drafts, graph": dict(queries=4, capacity=8, graph=True),
 }
 
 
@@ -110,12 +115,12 @@ def all_groups() -> dict[str, list[Any]]:
 
 
 @functools.cache
-def steps(ranks: int, staged: bool) -> list[dict[str, Any]] | str:
-    """All modes in one start of the ranks."""
+def steps(ranks: int, staged: bool, drafted: bool = False) -> list[dict[str, Any]] | str:
+    """All modes in one start of the ranks, without drafts or with."""
     from .latent_steps import run_modes
 
-    groups = all_groups()
-    modes = {mode: (args, groups) for mode, args in MODES.items() if not (staged and "graph" in args)}
+    groups, chosen = all_groups(), DRAFTED if drafted else MODES
+    modes = {mode: (args, groups) for mode, args in chosen.items() if not (staged and "graph" in args)}
     return on_ranks(ranks, run_modes, modes, staged, 280)
 
 
@@ -172,6 +177,18 @@ def test_random_routes(ranks: int) -> None:
     assert sum(run_ranks(ranks, routes_on_a_gpu, number, seconds=240)) > number
 
 
+@pytest.mark.parametrize("mode", [mode for mode, args in DRAFTED.items() if "graph" not in args])
+def test_error_with_drafts_of_three_ranks_on_one_gpu(mode: str) -> None:
+    check_error(steps(3, True, True), mode, SHAPES, ranks=3, gpus=1)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=TWO_GPUS)])
+@pytest.mark.parametrize("mode", DRAFTED)
+def test_error_with_drafts(mode: str, ranks: int) -> None:
+    """Over NCCL: of a rank that visits itself, and of two."""
+    check_error(steps(ranks, False, True), mode, SHAPES, ranks=ranks, gpus=ranks)
+
+
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=TWO_GPUS)])
 @pytest.mark.parametrize("heads", ["16", "128"])
 def test_memory(heads: str, ranks: int) -> None:
@@ -191,13 +208,6 @@ LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 ENGINES = ("v2", "v1", "graphs", "routed", "moves", "fp8", "tensor parallel")
 GRAPHS = ("graphs", "routed", "moves", "fp8", "tensor parallel")
 chosen = [mode for mode in ENGINES if mode in os.environ.get("NANOCP_RUNNERS", ",".join(ENGINES)).split(",")]
-
-
-@pytest.fixture(scope="module")
-def deepseek(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny-deepseek"
-    sizes = dict(hidden_size=256, num_heads=16, qk_nope_head_dim=128, v_head_dim=128)
-    return str(make_deepseek_v2(path, dtype="bfloat16", **sizes))
 
 
 @pytest.fixture(

@@ -45,7 +45,7 @@ class Shape:
     isa: str = "vec"
     cache_dtype: str = "auto"
     nearest = False  # how a cache of float8 rounds
-    decodes_first = False  # whether batches have rows of one query before all others
+    decodes_first = False  # whether batches have rows that are decoded before all others
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -126,8 +126,13 @@ class Scenario:
     shards: list[list[Shard]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     batches: list[list[int]] = field(default_factory=list)
-    # Drafts of the step before, which the plan takes to be right and which were not.
+    # Drafts of the step before, which the plan takes to be right and which were not; and the queries of a row that is
+    # decoded. Where a batch has these rows first, a longer one is a prompt's chunk, which no drafts are before.
     wrong: int = 0
+    decoded: int = 1
+
+    def wrong_before(self, row: Row) -> int:
+        return 0 if self.shape.decodes_first and row.num_queries > self.decoded else self.wrong
 
     def qkv(self, request: int, layer: int) -> list[torch.Tensor]:
         """Query, key and value of all of a request's tokens: [tokens, heads, head_size]."""
@@ -153,7 +158,7 @@ class Scenario:
                     home=home.rank,
                     num_queries=row.num_queries,
                     first_block=home.first_block,
-                    local_tokens=row.first - home.first_block * block_size + self.wrong,
+                    local_tokens=row.first - home.first_block * block_size + self.wrong_before(row),
                     holders=tuple(
                         Holder(s.rank, f"{self.seed}.{row.request}#{i}", len(s.blocks) * block_size)
                         for i, s in enumerate(shards[: row.shard])
@@ -183,7 +188,7 @@ def make_scenario(
     decoded = queries
     dice = random.Random(seed)
     size, num_blocks = shape.block_size, 80
-    scenario = Scenario(shape, seed, num_ranks, num_blocks)
+    scenario = Scenario(shape, seed, num_ranks, num_blocks, decoded=decoded)
     # Block 0 is vLLM's null block, which stands for blocks held elsewhere.
     free = [dice.sample(range(1, num_blocks), num_blocks - 1) for _ in range(num_ranks)]
     idle = dice.randrange(num_ranks) if sharded and seed % 3 == 0 and num_ranks > 1 else None
@@ -236,7 +241,7 @@ def make_scenario(
         mine = [i for i, row in enumerate(scenario.rows) if scenario.shards[row.request][row.shard].rank == rank]
         batch = dice.sample(mine, len(mine))
         if shape.decodes_first:
-            batch.sort(key=lambda i: scenario.rows[i].num_queries > 1)
+            batch.sort(key=lambda i: scenario.rows[i].num_queries > decoded)
         scenario.batches.append(batch)
     scenario.wrong = seed % decoded
     return scenario
@@ -426,9 +431,11 @@ class RankSimulation:
             table[i, shard.first_block : shard.first_block + len(shard.blocks)] = torch.tensor(shard.blocks)
             mapping.append(slots(shape, shard, row.first, row.first + row.num_queries))
         seq_lens, tokens = torch.tensor(ends, dtype=torch.int32), sum(lengths)
+        wrong = [scenario.wrong_before(row) for row in self.rows] or [scenario.wrong]
+        most = seq_lens + torch.tensor(wrong, dtype=torch.int32)
         if spare := max(0, self.kernel.pad - len(lengths)):  # as vLLM pads for a graph: rows without queries
             starts = torch.cat([starts, starts[-1:].repeat(spare)])
-            seq_lens = torch.cat([seq_lens, seq_lens.new_zeros(spare)])
+            seq_lens, most = (torch.cat([x, x.new_zeros(spare)]) for x in (seq_lens, most))
             table = torch.cat([table, table.new_zeros(spare, 40)])
             tokens = self.kernel.pad * self.kernel.queries
         device = self.kernel.device
@@ -442,7 +449,7 @@ class RankSimulation:
             max_seq_len=max(ends),
             block_table_tensor=table.to(device),
             slot_mapping=(torch.cat(mapping) if mapping else torch.tensor([-1] * lengths[0])).to(device),
-            seq_lens_cpu_upper_bound=seq_lens + scenario.wrong * (seq_lens > 0),
+            seq_lens_cpu_upper_bound=most,
         )
 
     def _past(self, impl: Any, cache: torch.Tensor, layer: int) -> None:

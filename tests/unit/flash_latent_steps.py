@@ -189,6 +189,7 @@ def stock_attention(
     shapes: set[LatentShape],
     make: tuple[Callable[..., Any], Callable[..., Any]],
     device: torch.device,
+    decoded: int,
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -201,11 +202,12 @@ def stock_attention(
         shapes: among which are the queries'.
         make: a builder and a layer, see ``make_builder`` and ``make_layer``.
         device: where they are.
+        decoded: queries of a decode.
         Others: see ``Kernel.stock``.
     """
     sizes, (builder, layer) = (queries.shape[1], queries.shape[2] - 64), make
     shape = next(s for s in shapes if (s.num_heads, s.head_size - 64) == sizes and s.scale == scale)
-    return one_request(shape, builder(shape, device, 1), layer(shape, device), queries, keys, first)
+    return one_request(shape, builder(shape, device, decoded), layer(shape, device), queries, keys, first)
 
 
 BLOCKS = 40  # of a row's table in the scenarios
@@ -242,9 +244,11 @@ class GraphForward:
         engine's own batch buffers are persistent, the test's are not."""
         rows = metadata.sharded
         tables = [rows.tokens, rows.pick, rows.send]
-        tables += [x for work in rows.fixed for x in (work.launch.lengths, work.empty)]
+        values: list[int] = [-1, -1, 0]
+        for work in rows.fixed:
+            tables += [work.launch.lengths, work.empty]
+            values += [max(rows.kernel.fewest, work.launch.max_queries * work.launch.causal), True]
         held = [x.clone() for x in tables]
-        values = [-1, -1, 0, *len(rows.fixed) * (rows.kernel.fewest, True)]
         if rows.routed is not None:  # nor may it wait for the step at hand
             tables.append(rows.routed.route.counts)
             held.append(tables[-1].clone())
@@ -288,6 +292,7 @@ def kernel_of(
     groups: int = 1,
     shared: str | None = None,
     routed: bool = False,
+    queries: int = 1,
     make: tuple[Callable[..., Any], Callable[..., Any]] = (make_builder, make_layer),
 ) -> Kernel:
     """The backend on a device.
@@ -303,6 +308,7 @@ def kernel_of(
         groups: of heads that go together.
         shared: an empty folder for the routed exchange's memory, on CPU.
         routed: over the routed exchange.
+        queries: that requests are decoded with.
         make: a builder and a layer, see ``make_builder`` and ``make_layer``.
     """
     where = torch.device(device)
@@ -322,7 +328,7 @@ def kernel_of(
     @functools.cache
     def builder(shape: LatentShape) -> Any:
         shapes.add(shape)
-        return make[0](shape, where, threshold)
+        return make[0](shape, where, max(threshold, queries))
 
     return Kernel(
         builder,  # type: ignore[arg-type]
@@ -333,10 +339,11 @@ def kernel_of(
         numbered(GraphForward() if graph else forward) if routed else GraphForward() if graph else forward,
         capacity,
         pad if capacity else 0,
-        stock=functools.partial(stock_attention, shapes, make, where) if stock else None,
+        stock=functools.partial(stock_attention, shapes, make, where, queries) if stock else None,
         replays=graph and where.type == "cuda",
         groups=groups,
         routes=functools.cache(functools.partial(make_routes, capacity, shared)) if routed else None,  # type: ignore[arg-type]
+        queries=queries,
     )
 
 

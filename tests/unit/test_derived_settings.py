@@ -259,7 +259,7 @@ def _latent_drafts(method: str) -> Callable[[Any], None]:
     def change(config: Any) -> None:
         model = config.model_config
         latent = type("Latent", (), {"use_mla": True, "__getattr__": lambda _, name: getattr(model, name)})()
-        _drafts(method, "model_config", latent)(config)
+        _drafts(method, "model_config", latent, draft_model_config=latent)(config)
 
     return change
 
@@ -272,10 +272,14 @@ def _on_a_gpu(method: str) -> Callable[[Any], None]:
     return change
 
 
-def _latent_on_a_gpu(config: Any) -> None:
-    _latent_drafts("ngram_gpu")(config)
-    _set("parallel_config.worker_cls", GPU_WORKER)(config)
-    _set("attention_config.hisparse_config", object())(config)
+def _latent_on_a_gpu(method: str, cache_dtype: str) -> Callable[[Any], None]:
+    def change(config: Any) -> None:
+        _latent_drafts(method)(config)
+        _set("parallel_config.worker_cls", GPU_WORKER)(config)
+        _set("attention_config.hisparse_config", object())(config)
+        _set("cache_config.cache_dtype", cache_dtype)(config)
+
+    return change
 
 
 def _drafts_with_flashinfer(config: Any, method: str = "ngram_gpu") -> None:
@@ -293,7 +297,9 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "a draft model with other batches": _drafts("eagle", disable_padded_drafter_batch=True),
     "a draft model for shorter requests": _drafts("eagle3", draft_model_config=SimpleNamespace(max_model_len=8)),
     "a draft model with attention of its own": _drafts("eagle3", kv_cache_dtype="fp8"),
-    "a draft model beside latent attention": _latent_drafts("mtp"),
+    "a draft model beside recurrent states": _drafts("mtp", "lora_config", object()),
+    "a draft model other than MTP layers": _latent_drafts("eagle3"),
+    "a draft model of latent attention": _latent_on_a_gpu("mtp", "auto"),
     "a draft model with FLASHINFER": partial(_drafts_with_flashinfer, method="mtp"),
     "a draft model on GPUs with CUDA graphs": _on_a_gpu("eagle3"),
     "a draft model with --enable-prompt-embeds": _drafts("eagle", "model_config.enable_prompt_embeds", True),
@@ -303,7 +309,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "speculative decoding with async scheduling": _drafts("ngram", "scheduler_config.async_scheduling", True),
     "speculative decoding with the V2 model runner": _drafts("ngram", "attention_config.hisparse_config", object()),
     "the method ngram_gpu on CPU": _drafts("ngram_gpu"),
-    "speculative decoding of latent attention": _latent_on_a_gpu,
+    "speculative decoding of latent attention": _latent_on_a_gpu("ngram_gpu", "fp8"),
     "speculative decoding with FLASHINFER": _drafts_with_flashinfer,
     "a KV connector": _set("kv_transfer_config", object()),
     "--ec-transfer-config": _set("ec_transfer_config", object()),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from tests.unit.test_derived_settings import (  # noqa: F401
     RANKS,
     _drafts,
     _drafts_with_flashinfer,
+    _latent_drafts,
+    _latent_on_a_gpu,
     _plugin,
     _set,
     create,
@@ -96,3 +99,20 @@ def test_draft_models_with_flashinfer(tiny_model: str) -> None:
     _drafts_with_flashinfer(config)
     _set("scheduler_config.async_scheduling", True)(config)
     check_settings(config, 1)
+
+
+def test_drafts_of_latent_attention(tiny_model: str) -> None:
+    """MTP layers on CPU, if they attend as their target; on GPUs n-grams, with a cache of 16 bits."""
+    config = create(tiny_model, *NANOCP)
+    _latent_drafts("mtp")(config)
+    check_settings(config, RANKS)
+    heads = SimpleNamespace(use_mla=False, max_model_len=config.model_config.max_model_len)
+    _set("speculative_config.draft_model_config", heads)(config)
+    assert "other than MTP layers" in refusal(lambda: check_settings(config, RANKS))
+    config = create(tiny_model, "--enforce-eager", *NANOCP)
+    _set("scheduler_config.async_scheduling", True)(config)
+    _latent_on_a_gpu("ngram_gpu", "auto")(config)
+    check_settings(config, RANKS)
+    _latent_on_a_gpu("ngram_gpu", "fp8")(config)
+    check_settings(config, 1)
+    assert "with an fp8 cache and max_degree above 1" in refusal(lambda: check_settings(config, RANKS))

@@ -137,6 +137,24 @@ def test_other_numbers_of_ranks(ranks: int) -> None:
         assert check(results, mode)["sharded decode"] >= 2
 
 
+@pytest.mark.parametrize(("ranks", "queries"), [(3, 4), (2, 2), (1, 4)])
+def test_rows_that_verify_drafts(ranks: int, queries: int) -> None:
+    """Of 1 + k queries each, causal at their homes. The plan counts drafts of the step before that were wrong; what is
+    behind the runner's own length is NaN. Beside prompts, and from graphs."""
+    modes: dict[str, Any] = {
+        "exact": (dict(queries=queries, stock=True), specs(range(700, 707))),
+        "absorbed": (dict(queries=queries, threshold=512, few=1000), specs(range(720, 724))),
+        "fixed": (dict(queries=queries, capacity=12, stock=True), specs(range(740, 746))),
+        "graph": (dict(queries=queries, capacity=12, graph=True), specs(range(760, 765))),
+    }
+    results = run_ranks(ranks, run_modes, modes, seconds=200)
+    for mode in modes:
+        counts = check(results, mode)
+        print(mode, counts)
+        assert counts["sharded decode"] >= 4 and counts["guests"] >= 4
+        assert ranks < 3 or counts["idle with guests"]
+
+
 # -- The parts ------------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +400,24 @@ def test_another_flash_attention_is_refused_in_one_line(
     line = str(caught.value)
     assert "\n" not in line and line.startswith("nanocp: this FlashAttention does not return")
     assert '"max_degree": 1' in line and len(line) < 500
+
+
+@pytest.mark.parametrize("what", ["no mask", "a key less"])
+def test_several_queries_without_their_mask_are_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only rows of drafts rely on over pages: each sees what is before it."""
+    attend = fa_utils.flash_attn_varlen_func
+
+    def other(**args: Any) -> Any:
+        if args.get("block_table") is not None and args["causal"]:
+            if what == "no mask":
+                args |= dict(causal=False, scheduler_metadata=None)
+            else:
+                args["seqused_k"] = args["seqused_k"] - (args["seqused_k"] > 8).int()
+        return attend(**args)
+
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", other)
+    with pytest.raises(NanoCPConfigError, match="this FlashAttention does not return"):
+        flash_mla.self_check(SIZES, torch.bfloat16, CPU)
 
 
 def judge(layer: Any, shape: LatentShape = SHAPES[2]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..attention.cache_dtypes import FLOAT8_CACHES
 from ..attention.families import flashinfer_chosen
 
 CPU_WORKER = "vllm_nanocp.worker.cpu_worker.NanoCPCPUWorker"
@@ -92,7 +93,36 @@ def unrun_target(vllm_config: Any) -> bool:
     """Whether a draft model is beside what no draft model has been run with."""
     model = vllm_config.model_config
     return drafts_by_model(vllm_config) and bool(
-        model.use_mla or model.is_hybrid or model.is_multimodal_model or vllm_config.lora_config is not None
+        model.is_hybrid or model.is_multimodal_model or vllm_config.lora_config is not None
+    )
+
+
+def other_than_latent_mtp(vllm_config: Any) -> bool:
+    """Whether a draft model beside latent attention is none of MTP layers that attend so, too. A head of grouped
+    queries keeps KV of another kind, in a cache group of its own, with blocks that no shard has."""
+    drafts = vllm_config.speculative_config
+    return (
+        drafts_by_model(vllm_config)
+        and vllm_config.model_config.use_mla
+        and not (drafts.method == "mtp" and drafts.draft_model_config.use_mla)
+    )
+
+
+def latent_drafts_on_gpus(vllm_config: Any) -> bool:
+    """Whether a draft model of latent attention is to run on GPUs."""
+    on_gpus = vllm_config.parallel_config.worker_cls == GPU_WORKER
+    return on_gpus and drafts_by_model(vllm_config) and vllm_config.model_config.use_mla
+
+
+def drafts_over_float8_latents(vllm_config: Any) -> bool:
+    """Whether rows of several queries are to attend to latents of 8 bits, on GPUs."""
+    on_gpus = vllm_config.parallel_config.worker_cls == GPU_WORKER
+    cache = vllm_config.cache_config.cache_dtype
+    return bool(
+        on_gpus
+        and draft_method(vllm_config) is not None
+        and vllm_config.model_config.use_mla
+        and cache in FLOAT8_CACHES
     )
 
 

@@ -95,6 +95,12 @@ def _check_latent(vllm_config: Any, config: NanoCPConfig, cuda: bool, instead: s
         )
     if cuda:
         _check_latent_on_gpus(vllm_config, instead)
+        if config.exchange == "routed" and vllm_config.speculative_config is not None:
+            refuse(
+                "exchange 'routed' with latent attention and speculative decoding",
+                "a visit of latents carries one query there",
+                "use 'auto' or 'collective', or leave speculative decoding out",
+            )
         return
     if torch.cpu._is_amx_tile_supported() and vllm_config.attention_config.backend != AttentionBackendEnum.CPU_MLA:
         refuse(

@@ -25,9 +25,12 @@ from .drafters import (
     drafts_by_model,
     drafts_in_graphs,
     drafts_on_a_gpu,
+    drafts_over_float8_latents,
     drafts_with_flashinfer,
+    latent_drafts_on_gpus,
     other_attention,
     other_drafter,
+    other_than_latent_mtp,
     other_verification,
     shorter_draft,
     unequal_drafts,
@@ -266,8 +269,13 @@ SETTINGS = (
     Setting(other_attention, "a draft model with attention of its own (attention_backend or kv_cache_dtype in "
             "--speculative-config)", "its KV lies in the shards of its target's, and is read as theirs",
             "leave these out of --speculative-config"),
-    Setting(unrun_target, "a draft model beside latent attention (MLA), recurrent states, a multi-modal model or LoRA "
-            "adapters", "it has not been run", "use the method ngram, on GPUs ngram_gpu, or leave it out"),
+    Setting(unrun_target, "a draft model beside recurrent states, a multi-modal model or LoRA adapters",
+            "it has not been run", "use the method ngram, on GPUs ngram_gpu, or leave it out"),
+    Setting(other_than_latent_mtp, "a draft model other than MTP layers of latent attention beside latent attention "
+            "(MLA)", "its KV is of another kind than its target's, in whose shards it would have to lie, or it has not "
+            "been run", "use the method mtp, or ngram, on GPUs ngram_gpu, or leave it out"),
+    Setting(latent_drafts_on_gpus, "a draft model of latent attention (MLA) on GPUs",
+            "it has not been run on a GPU yet", "use the method ngram_gpu, or leave it out"),
     Setting(lambda c: drafts_by_model(c) and drafts_with_flashinfer(c), "a draft model with FLASHINFER",
             "its forwards have not been run on its kernels",
             "use --attention-backend FLASH_ATTN on Hopper, or leave the draft model out"),
@@ -333,10 +341,10 @@ SHARDED_SETTINGS = (
     Setting(drafts_with_flashinfer, "speculative decoding with FLASHINFER and max_degree above 1",
             "rows of several queries have not been run on its kernels",
             f"leave it out, use --attention-backend FLASH_ATTN on Hopper, or {UNSHARDED}"),
-    Setting(lambda c: c.speculative_config is not None and c.model_config.use_mla
-            and c.parallel_config.worker_cls == GPU_WORKER,
-            "speculative decoding of latent attention (MLA) on GPUs with max_degree above 1", "it has not been run",
-            "leave --speculative-config out, or use --nanocp-config '{\"max_degree\": 1}'"),
+    Setting(drafts_over_float8_latents,
+            "speculative decoding of latent attention (MLA) with an fp8 cache and max_degree above 1",
+            "FLASHMLA's kernel masks no more than two blocks of a row's keys, and takes rows of one length only",
+            f"leave --kv-cache-dtype or speculative decoding out, or {UNSHARDED}"),
     Setting(lambda c: c.cache_config.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill with max_degree above 1",
             "its layers attend with other rows than the step plan's",
             "leave it out, or use --nanocp-config '{\"max_degree\": 1}'"),

@@ -22,9 +22,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from ..cache_dtypes import CACHE_DTYPES
 from ..context import context
-from ..cpu_rows import CPULayer, LocalRow, SplitBatch, split_metadata
+from ..cpu_rows import CPULayer, LocalRow, SplitBatch, later_draft, split_metadata
 from ..family import attend
 from ..merge import Partial
+from ..sharded_step import ShardedStep
 from ..supported import latent_problem
 from .cpu_latent import Latents, attend_new, attend_shard
 
@@ -50,9 +51,21 @@ class NanoCPCPUMLAMetadataBuilder(MLACommonMetadataBuilder[Any]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
-        step, stock = context.step, super().build
-        if step is None:
-            return stock(common_prefix_len, common_attn_metadata, fast_build)
+        if context.step is None:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if context.draft_index:  # V2's runner does not say it
+            return self.build_for_drafting(common_attn_metadata, context.draft_index)
+        return self._split(context.step, common_attn_metadata, fast_build)
+
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> Any:
+        """Of a draft model's forwards the first has the target's rows."""
+        step = context.draft_step
+        if step is None or not draft_index:
+            return self.build(0, common_attn_metadata, fast_build=True)
+        return self._split(later_draft(step, common_attn_metadata, self.page_size), common_attn_metadata, True)
+
+    def _split(self, step: ShardedStep, common_attn_metadata: CommonAttentionMetadata, fast_build: bool) -> Any:
+        stock = super().build
         return split_metadata(
             ShardedMLAMetadata, step, common_attn_metadata, self.page_size,
             lambda common: stock(0, common, fast_build),

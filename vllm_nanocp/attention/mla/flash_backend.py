@@ -28,7 +28,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from ..context import context
 from ..family import attend
-from ..flash_launches import gather_tables, places_of
+from ..flash_launches import gather_tables, later_draft, places_of
 from ..gpu_rows import GPULayer
 from ..partial_rows import RowLayout, merge_rows
 from ..row_routes import RowRoutes
@@ -63,10 +63,23 @@ class LatentTables(MLACommonMetadataBuilder[Any]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
-        step, stock = context.step, super().build
+        step = context.step
         if step is None:
-            return stock(common_prefix_len, common_attn_metadata, fast_build)
-        common = copy(common_attn_metadata)
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if context.draft_index:  # V2's runner does not say it
+            return self.build_for_drafting(common_attn_metadata, context.draft_index)
+        return self._split(step, common_attn_metadata, fast_build)
+
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> Any:
+        """Of a draft model's forwards the first has the target's rows, the later ones one query a row, with tables of
+        their own size."""
+        step, later = context.step, context.draft_step
+        if step is None or later is None or not draft_index:
+            return self.build(0, common_attn_metadata, fast_build=True)
+        return self._split(later_draft(later, common_attn_metadata, self.page_size), common_attn_metadata, True)
+
+    def _split(self, step: ShardedStep, common_attn_metadata: CommonAttentionMetadata, fast_build: bool) -> Any:
+        stock, common = super().build, copy(common_attn_metadata)
         if step.capacity:
             rows, common.seq_lens = self._fixed_tables(step).fill(step, common)
             rows.plain = metadata = stock(0, common, fast_build)
@@ -106,7 +119,7 @@ class LatentTables(MLACommonMetadataBuilder[Any]):
             table = empty_block_table(step.capacity, step.num_ranks, tokens, self.page_size, self.device)
             made[step.capacity] = FixedLatentTables(
                 step.capacity, step.num_ranks, most, table, self._sizes, self.page_size, self._dtype, self.kernel,
-                context.routes.get(step.capacity),
+                context.queries, context.routes.get(step.capacity),
             )  # fmt: skip
         return made[step.capacity]
 
@@ -310,12 +323,13 @@ class LatentOnHopper:
             most, tokens = max(context.capacities, default=capacity), self.config.model_config.max_model_len
             self._block_table = empty_block_table(most, num_ranks, tokens, block_size, device)
         table, layers = self._block_table, (self.sizes, block_size, self.dtype, self.kernel)
-        return FixedLatentTables(capacity, num_ranks, max_reqs, table, *layers, context.routes.get(capacity))
+        routes = context.routes.get(capacity)
+        return FixedLatentTables(capacity, num_ranks, max_reqs, table, *layers, queries, routes)
 
     def routes(
         self, capacity: int, num_ranks: int, rank: int, queries: int, allocate: Callable[[int], Any]
     ) -> RowRoutes:
-        assert queries == 1, "drafts of latent attention are refused"
+        assert queries == 1, "drafts of latent attention go over the collective exchange"
         memory = allocate(RowRoutes.size(capacity, num_ranks, self.layout, self.query_bytes))
         return RowRoutes(capacity, num_ranks, rank, self.layout, self.query_bytes, *memory)
 

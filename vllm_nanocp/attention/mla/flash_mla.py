@@ -160,7 +160,8 @@ def self_check(sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> 
         NanoCPConfigError: this FlashAttention does not return what is expected of it.
     """
     try:
-        _check_latents(sizes, dtype, device)
+        for causal in (False, True):
+            _check_latents(sizes, dtype, device, causal)
         _check_projected(sizes, dtype, device)
     except Exception as error:
         raise NanoCPConfigError(
@@ -169,38 +170,43 @@ def self_check(sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> 
         ) from error
 
 
-def _check_latents(sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> None:
-    """Rows of one query, of several, and of a length that ends within a block; and one without keys."""
-    block_size, queries, lengths = 16, (1, 1, 3, 1), [700, 5, 37, 0]
-    random = torch.Generator(device).manual_seed(0)
+def _check_latents(sizes: LatentSizes, dtype: torch.dtype, device: torch.device, causal: bool) -> None:
+    """Rows of one query, of several, as drafts are verified, and of a length that ends within a block; one without
+    keys, or, causal, with no more than it has queries. Long ones are cut into pieces."""
+    block_size, queries = 16, (4, 1, 3, 4, 1)
+    lengths = [700, 5, 37, 4 * causal, 0]
+    random, rows = torch.Generator(device).manual_seed(0), len(queries) - causal
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, dtype=dtype, device=device, generator=random)
 
     cache = normal(64, block_size, sizes.rank + sizes.rotated)
-    table = torch.randperm(64, device=device, generator=random).to(torch.int32)[:44].expand(4, 44).contiguous()
-    absorbed, rotated = normal(6, sizes.num_heads, sizes.rank), normal(6, sizes.num_heads, sizes.rotated)
+    table = torch.randperm(64, device=device, generator=random).to(torch.int32)[:44].expand(rows, 44).contiguous()
+    starts = [sum(queries[:row]) for row in range(rows + 1)]
+    absorbed, rotated = (normal(starts[-1], sizes.num_heads, n) for n in (sizes.rank, sizes.rotated))
     launch = ShardLaunch(
-        num_queries=6,
-        query_starts=torch.tensor([0, 1, 2, 5, 6], dtype=torch.int32, device=device),
-        lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+        num_queries=starts[-1],
+        query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+        lengths=torch.tensor(lengths[:rows], dtype=torch.int32, device=device),
         block_table=table,
-        max_queries=3,
+        max_queries=4,
         max_length=44 * block_size,
-        causal=False,
+        causal=causal,
         max_pieces=32,
     )
     scale = sizes.rank**-0.5
     make_schedule(launch, sizes, block_size, dtype)
     out, lse = attend_latents(absorbed, rotated, cache, launch, scale)
-    at = 0
-    for row, (count, length) in enumerate(zip(queries, lengths, strict=True)):
-        part, at = slice(at, at + count), at + count
+    for row in range(rows):
+        part, length = slice(starts[row], starts[row + 1]), lengths[row]
         if not length:
             continue
         held = cache[table[row].long()].flatten(0, 1)[:length].double()
         query = torch.cat([absorbed[part], rotated[part]], dim=-1).double()
         scores = torch.einsum("qhd,kd->qhk", query, held) * scale
+        if causal:
+            hidden = torch.ones(queries[row], length, dtype=torch.bool, device=device).triu(length - queries[row] + 1)
+            scores.masked_fill_(hidden[:, None], float("-inf"))
         check_close(
             out[part], lse[part], scores, torch.einsum("qhk,kd->qhd", scores.softmax(-1), held[:, : sizes.rank])
         )

@@ -15,7 +15,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..flash_launches import BUSY, ShardLaunch, lengths_without, places_of, table_address
+from ..flash_launches import BUSY, ShardLaunch, hidden_tokens, lengths_without, places_of, table_address
 from ..partial_rows import RowLayout
 from ..row_routes import RowRoutes
 from ..sharded_step import ShardedStep
@@ -62,7 +62,9 @@ class _Parts(NamedTuple):
     Attributes:
         send, pick, tokens: see ``LatentRows``.
         visiting: rows of the batch that visit; for an unused one, a spare row.
-        lengths: KV tokens that the query at a place attends to.
+        hidden: tokens that the table of a row of the batch has before those that the row's place attends to; none of
+            single queries, whose lengths are the plan's.
+        lengths: KV tokens that the queries at a place attend to.
         copies: of each row of block ids to copy its place, address, and how many.
     """
 
@@ -70,6 +72,7 @@ class _Parts(NamedTuple):
     pick: Any
     tokens: Any
     visiting: Any
+    hidden: Any
     lengths: Any
     copies: Any
 
@@ -116,12 +119,30 @@ def places_memory(places: int, sizes: LatentSizes, dtype: torch.dtype, kernel: L
     return max(rows * sizes.num_heads * numbers, kernel.memory(rows, sizes, dtype))
 
 
-class FixedLatentTables:
-    """Tables for steps with at most ``capacity`` visits between any two ranks, one query each; places as in
-    ``CapturedTables``.
+def spans_of(here: int, places: int, queries: int, most: int) -> list[tuple[slice, bool]]:
+    """The places of each launch, and whether it is causal: rows of several queries that are a rank's own see what is
+    before each of these, guests see all that is held here. Single queries need no mask.
 
     Args:
-        capacity: queries a pair of ranks exchanges at most, and rows of a rank that visit.
+        here: the first place of a rank's own.
+        places: how many there are.
+        queries: of a place.
+        most: rows of a launch.
+    """
+    kinds = [(0, places, False)] if queries == 1 else [(0, here, False), (here, places, True)]
+    return [
+        (slice(first + part.start, first + part.stop), causal)
+        for first, end, causal in kinds
+        for part in parts_of(end - first, most)
+    ]
+
+
+class FixedLatentTables:
+    """Tables for steps with at most ``capacity`` visits between any two ranks, of as many queries each; places, and
+    rows of these, as in ``CapturedTables``.
+
+    Args:
+        capacity: visits of a pair of ranks at most, and rows of a rank that visit.
         num_ranks: N.
         max_reqs: most rows of a batch.
         block_table: int32 [at least as many places, most blocks of a request], for this step's ids; tables of several
@@ -130,7 +151,8 @@ class FixedLatentTables:
         block_size: tokens a block holds.
         dtype: of queries.
         kernel: attends to what is held here.
-        routes: of the routed exchange; None without it.
+        queries: of a row that visits.
+        routes: of the routed exchange, which has rows of one query; None without it.
     """
 
     def __init__(
@@ -143,43 +165,56 @@ class FixedLatentTables:
         block_size: int,
         dtype: torch.dtype,
         kernel: LatentKernel = FLASH_ATTENTION,
+        queries: int = 1,
         routes: RowRoutes | None = None,
     ) -> None:
+        assert queries == 1 or (routes is None and kernel.takes(queries, sizes))
         self.routes = routes
         device = block_table.device
         places, layout = places_of(capacity, num_ranks), RowLayout(sizes.num_heads, sizes.value_size)
-        self.capacity, self.num_ranks, self.max_reqs = capacity, num_ranks, max_reqs
+        self.capacity, self.num_ranks, self.max_reqs, self.queries = capacity, num_ranks, max_reqs, queries
         self._layers, self._kernel = (sizes, block_size, dtype), kernel
-        self._sizes = _Parts(places, capacity * (num_ranks + 1), capacity, capacity, places, 3 * places)
+        self._sizes = _Parts(
+            send=places * queries, pick=capacity * queries * (num_ranks + 1), tokens=capacity * queries,
+            visiting=capacity, hidden=capacity, lengths=places, copies=3 * places,
+        )  # fmt: skip
         # What changes from step to step comes in one copy.
         self._ints = torch.zeros(sum(size + size % 2 for size in self._sizes), dtype=torch.int64, device=device)
         self._at = _Parts.of(self._ints, self._sizes)
         self._block_table = block_table[:places]
         self._lengths = torch.zeros(places, dtype=torch.int32, device=device)
-        self._empty = torch.ones(places, dtype=torch.bool, device=device)
+        self._empty = torch.ones((places, queries), dtype=torch.bool, device=device)
+        # Keys that a row has to see: of vLLM's own launch and of a causal one, which were never asked for fewer than
+        # its queries, as many as these.
+        self._fewest = max(kernel.fewest, queries if queries > 1 else 0)
         self._fixed = [
-            Absorbed(part, self._make_launch(part.stop - part.start, part), self._empty[part])
-            for part in parts_of(places, kernel.most_rows)
+            Absorbed(
+                slice(part.start * queries, part.stop * queries),
+                self._make_launch(part, causal),
+                self._empty[part].flatten(),
+            )
+            for part, causal in spans_of(capacity * num_ranks, places, queries, kernel.most_rows)
         ]
         self._seq_lens = torch.zeros(max_reqs + 1, dtype=torch.int32, device=device)
         # The routed exchange has rows of its own.
-        self._partials = layout.empty(places if routes is None else 0, device)
+        self._partials = layout.empty(places * queries if routes is None else 0, device)
 
-    def _make_launch(self, count: int, part: slice) -> ShardLaunch:
+    def _make_launch(self, part: slice, causal: bool) -> ShardLaunch:
         sizes, block_size, _ = self._layers
+        count, queries, device = part.stop - part.start, self.queries, self._lengths.device
         return ShardLaunch(
-            num_queries=count,
-            query_starts=torch.arange(count + 1, dtype=torch.int32, device=self._lengths.device),
+            num_queries=count * queries,
+            query_starts=torch.arange(0, count * queries + 1, queries, dtype=torch.int32, device=device),
             lengths=self._lengths[part],
             block_table=self._block_table[part],
-            max_queries=1,
+            max_queries=queries,
             max_length=self._block_table.shape[1] * block_size,
-            causal=False,
-            max_pieces=pieces_of(count, sizes),
+            causal=causal,
+            max_pieces=pieces_of(count * queries, sizes),
         )
 
     def fill(self, step: ShardedStep, common: CommonAttentionMetadata) -> tuple[LatentRows, torch.Tensor]:
-        """Write a step's tables. All rows that visit have one query.
+        """Write a step's tables. All rows that visit have ``queries`` queries.
 
         Args:
             step: this rank's part; nowhere more visits than the capacity.
@@ -193,7 +228,9 @@ class FixedLatentTables:
         copies = self._lay_out(step, common, _Parts.of(host, self._sizes))
         async_tensor_h2d(host, out=self._ints)
         self._lengths.copy_(at.lengths)
-        torch.eq(at.lengths, 0, out=self._empty)
+        torch.eq(at.lengths.unsqueeze(1).expand(-1, self.queries), 0, out=self._empty)
+        if self.queries > 1:
+            self._end_with_the_batch(common)
         if self._kernel.fewest:  # of whichever block was there before
             self._lengths.clamp_(min=self._kernel.fewest)
         if len(copies):
@@ -207,17 +244,25 @@ class FixedLatentTables:
             sizes=self._layers[0],
             kernel=self._kernel,
             send=at.send,
-            exchanged=self.capacity * self.num_ranks,
+            exchanged=self.capacity * self.num_ranks * self.queries,
             send_counts=None,
             recv_counts=None,
             guests=[],
             own=[],
             partials=self._partials,
             tokens=at.tokens,
-            pick=at.pick.view(self.capacity, -1),
+            pick=at.pick.view(self.capacity * self.queries, -1),
             fixed=self._fixed,
             routed=self.routes,
-        ), lengths_without(at.visiting, common, self._seq_lens, self._kernel.fewest)
+        ), lengths_without(at.visiting, common, self._seq_lens, self._fewest)
+
+    def _end_with_the_batch(self, common: CommonAttentionMetadata) -> None:
+        """What rows see of their last run ends with the batch's own lengths: with async scheduling the plan's count
+        drafts that have turned out to be wrong. An unused place sees as many keys as it has queries."""
+        own = self._lengths[self.capacity * self.num_ranks :]
+        self._seq_lens[: common.num_reqs] = common.seq_lens
+        torch.sub(self._seq_lens.index_select(0, self._at.visiting), self._at.hidden, out=own)
+        own.clamp_(min=self.queries)
 
     def _lay_out(self, step: ShardedStep, common: CommonAttentionMetadata, at: _Parts) -> np.ndarray:
         """Which places a step uses, and what is attended to at them.
@@ -229,22 +274,26 @@ class FixedLatentTables:
         Returns:
             int64 [rows, 3], the block ids to copy.
         """
+        queries, each = self.queries, np.arange(self.queries)
         rows = np.array([own.batch_row() for own in step.own], dtype=np.int64)
-        here = self.capacity * self.num_ranks + np.arange(len(rows))
-        token = common.query_start_loc_cpu.numpy()[rows].astype(np.int64)
-        pick = at.pick.reshape(self.capacity, -1)
+        mine, here = len(rows), self.capacity * self.num_ranks + np.arange(len(rows))
+        token = common.query_start_loc_cpu.numpy()[rows].astype(np.int64)[:, None] + each
+        pick, send = at.pick.reshape(self.capacity, queries, -1), at.send.reshape(-1, queries)
         pick[:], at.tokens[:], at.visiting[:] = -1, -1, self.max_reqs
-        pick[: len(rows), 0], at.send[here] = here, token
-        at.tokens[: len(rows)], at.visiting[: len(rows)] = token, rows
+        pick[:mine, :, 0], send[here] = here[:, None] * queries + each, token
+        at.tokens.reshape(-1, queries)[:mine], at.visiting[:mine] = token, rows
         for i, own in enumerate(step.own):
             for column, (rank, index) in enumerate(own.visits, 1):
-                pick[i, column] = place = rank * self.capacity + index
-                at.send[place] = token[i]
+                place = rank * self.capacity + index // queries
+                pick[i, :, column], send[place] = place * queries + each, token[i]
+        if queries > 1:
+            at.hidden[:mine] = hidden_tokens(step, rows.tolist(), common)
         seen = [
-            (guest.home * self.capacity + guest.index, guest.blocks.data_ptr(), guest.length) for guest in step.guests
+            (guest.home * self.capacity + guest.index // queries, guest.blocks.data_ptr(), guest.length)
+            for guest in step.guests
         ]
         seen += [
-            (place, table_address(common, row, own.first_block), own.local_tokens + 1)
+            (place, table_address(common, row, own.first_block), own.local_tokens + queries)
             for place, row, own in zip(here.tolist(), rows.tolist(), step.own, strict=True)
         ]
         copies = np.array(seen, dtype=np.int64).reshape(-1, 3)

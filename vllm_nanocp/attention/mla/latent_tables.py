@@ -14,9 +14,11 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from ..context import context
 from ..flash_launches import (
     TableRow,
     groups_of,
+    hidden_tokens,
     make_launch,
     picks_of,
     queries_at_once,
@@ -62,7 +64,8 @@ class LatentRows(GPURows):
 @dataclass
 class _Seen(TableRow):
     """A row that may be projected: ``blocks``, int32, are the ids at the address, and more; ``token`` is the index of
-    its first query in the batch, where that is this rank's."""
+    its first query in the batch, where that is this rank's. One that is projected ends with the plan's length: so many
+    queries are a prompt's chunk, whose length is no guess."""
 
     blocks: torch.Tensor
     token: int = 0
@@ -247,6 +250,9 @@ def exact_tables(
         )
         for own, row, first in zip(step.own, rows, firsts, strict=True)
     ]
+    if context.queries > 1:
+        for part, row, hidden in zip(held, rows, hidden_tokens(step, rows, common), strict=True):
+            part.ends = common.seq_lens[row], hidden
     guests = [_Seen(g.num_queries, g.length, g.blocks.data_ptr(), g.blocks) for g in step.guests]
     layout = RowLayout(sizes.num_heads, sizes.value_size)
     made = LatentRows(

@@ -34,7 +34,8 @@ def capacities(vllm_config: Any, routed: bool) -> tuple[int, ...]:
     sizes, queries = vllm_config.compilation_config.cudagraph_capture_sizes, 1 + vllm_config.num_speculative_tokens
     largest = max(1, max(sizes) // queries) if sizes else _EAGER  # requests
     most = min(vllm_config.scheduler_config.max_num_seqs, largest, largest_capacity(config.ranks, queries))
-    if routed:
+    # What attends to latents takes all places of a capacity, used or not, whichever the exchange is.
+    if routed and not vllm_config.model_config.use_mla:
         return (most,)
     most = min(most, max(_COLLECTIVE[0], _COLLECTIVE_ROWS // (config.ranks * queries)))
     return (*(c for c in _COLLECTIVE if c < most), most)

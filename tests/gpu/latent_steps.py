@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ def cuda_kernel(args: dict[str, Any], staged: bool) -> Kernel:
     steps: Any = fp8_latent_steps if args.pop("fp8", False) else flash_latent_steps
     # What is past a length is finite in a real cache too, and FlashAttention reads whole blocks.
     kernel = dataclasses.replace(steps.kernel_of("cuda", stock=True, **args), fill=1000.0)
+    if args.get("routed"):  # by which torch lets two ranks of one GPU share memory
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+        torch.cuda.set_device(gpu_of(dist.get_rank()))
     return dataclasses.replace(kernel, exchange=StagedExchange) if staged else kernel
 
 

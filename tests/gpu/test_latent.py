@@ -18,7 +18,7 @@ from tests.unit.latent_steps import latent_shape
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
 
-from . import FOUR_GPUS, ONE_GPU, SHARED, TWO_GPUS
+from . import FOUR_GPUS, GPUS, ONE_GPU, SHARED, TWO_GPUS
 from .modes import check_error, on_ranks
 from .test_exact import all_partings, check_partings
 
@@ -43,6 +43,11 @@ MODES: dict[str, dict[str, Any]] = {
     "groups": dict(groups=2),
     "fixed": dict(capacity=8),
     "graph": dict(capacity=8, graph=True),
+}
+# Over the routed exchange: eager, and from graphs. Ranks that share a GPU take turns, so each wait may take some ms.
+ROUTED: dict[str, dict[str, Any]] = {
+    "routed": dict(capacity=8, routed=True),
+    "routed graph": dict(capacity=8, routed=True, graph=True),
 }
 # Requests that are decoded with three drafts: rows of four queries, in most steps fewer keys than the plan has.
 DRAFTED: dict[str, dict[str, Any]] = {
@@ -103,17 +108,28 @@ def test_a_launch_over_places(places: int, device: str = "cuda") -> None:
                 torch.testing.assert_close(out[place].float(), expected, rtol=2e-2, atol=1e-2)
 
 
+def all_groups() -> dict[str, list[Any]]:
+    # Float64 on the host takes its time with many heads.
+    counts = {"16": 12, "64": 4, "128": 4, "8, float16": 6}
+    return {name: [(SHAPES[name], seed, seed % 9 != 8) for seed in range(500, 500 + n)] for name, n in counts.items()}
+
+
 @functools.cache
 def steps(ranks: int, staged: bool, drafted: bool = False) -> list[dict[str, Any]] | str:
     """All modes in one start of the ranks, without drafts or with."""
     from .latent_steps import run_modes
 
-    # Float64 on the host takes its time with many heads.
-    counts = {"16": 12, "64": 4, "128": 4, "8, float16": 6}
-    groups = {name: [(SHAPES[name], seed, seed % 9 != 8) for seed in range(500, 500 + n)] for name, n in counts.items()}
-    chosen = DRAFTED if drafted else MODES
+    groups, chosen = all_groups(), DRAFTED if drafted else MODES
     modes = {mode: (args, groups) for mode, args in chosen.items() if not (staged and "graph" in args)}
     return on_ranks(ranks, run_modes, modes, staged, 280)
+
+
+@functools.cache
+def routed_steps(ranks: int, staged: bool) -> list[dict[str, Any]] | str:
+    """The same over the routed exchange, which runs from graphs also where ranks share a GPU."""
+    from .latent_steps import run_modes
+
+    return on_ranks(ranks, run_modes, {mode: (args, all_groups()) for mode, args in ROUTED.items()}, staged, 280)
 
 
 @pytest.mark.parametrize("mode", [mode for mode, args in MODES.items() if "graph" not in args])
@@ -131,6 +147,34 @@ def test_error_of_a_rank_that_visits_itself(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_error_over_nccl(mode: str, ranks: int) -> None:
     check_error(steps(ranks, False), mode, SHAPES, ranks=ranks, gpus=ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("mode", ROUTED)
+def test_error_over_the_routed_exchange_on_one_gpu(mode: str, ranks: int) -> None:
+    """One rank visits itself; two share the GPU, over gloo but for what the routed exchange carries."""
+    check_error(routed_steps(ranks, True), mode, SHAPES, ranks=ranks, gpus=1)
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("mode", ROUTED)
+def test_error_over_the_routed_exchange(mode: str) -> None:
+    check_error(routed_steps(2, False), mode, SHAPES, ranks=2, gpus=2)
+
+
+def routes_on_a_gpu(rank: int, size: int, steps: int) -> int:
+    from tests.unit.row_route_steps import stress
+
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    return stress(rank, size, steps, "cuda", None, 0.002)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_random_routes(ranks: int) -> None:
+    """Step after step over the same memory, of two capacities; a rank that is late in some. Ranks share a GPU where
+    there is one, and are slow then."""
+    number = int(os.environ.get("NANOCP_ROUTE_STEPS", "1000" if ranks <= GPUS else "60"))
+    assert sum(run_ranks(ranks, routes_on_a_gpu, number, seconds=240)) > number
 
 
 @pytest.mark.parametrize("mode", [mode for mode, args in DRAFTED.items() if "graph" not in args])
@@ -161,8 +205,8 @@ def test_memory(heads: str, ranks: int) -> None:
 
 LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 # Names as in ``test_exact.py``, so that one variable chooses in both.
-ENGINES = ("v2", "v1", "graphs", "moves", "fp8", "tensor parallel")
-GRAPHS = ("graphs", "moves", "fp8", "tensor parallel")
+ENGINES = ("v2", "v1", "graphs", "routed", "moves", "fp8", "tensor parallel")
+GRAPHS = ("graphs", "routed", "moves", "fp8", "tensor parallel")
 chosen = [mode for mode in ENGINES if mode in os.environ.get("NANOCP_RUNNERS", ",".join(ENGINES)).split(",")]
 
 
@@ -192,7 +236,7 @@ def engines(request: pytest.FixtureRequest, deepseek: str) -> Iterator[tuple[str
         stock = Engine(deepseek, 1, **args)
         if graphs:  # vLLM's own check of its workers' steps
             patch.setenv("VLLM_GPU_SYNC_CHECK", "error")
-        config: dict[str, Any] = {"segment_size": 600}
+        config: dict[str, Any] = {"segment_size": 600, "exchange": "routed" if mode == "routed" else "auto"}
         if mode == "moves":
             config |= {"moves": {"batch_margin": 0.0, "kv_margin": 0.0, "min_steps_between": 0, "spare_blocks": 0}}
         nanocp = Engine(deepseek, 2, config, **args)
@@ -206,7 +250,7 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     mode, stock, nanocp = engines
     asks = [
         Ask(prompt(n, 50 + n + 7 * k), dict(max_tokens=24, logprobs=20), delay=0.01 * i)
-        for k in range(4)
+        for k in range(2 if SHARED else 4)  # shared GPUs take turns
         for i, n in enumerate(LENGTHS)
     ]
     together, alone = stock.ask(asks), [stock.ask([ask])[0] for ask in asks]
@@ -221,5 +265,6 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     print(f"{mode}: {counters}")
     for worker in counters:
         captured = worker["captured_steps"] > worker["sharded_steps"] / 4
-        assert captured == (mode in GRAPHS) and not worker["routed_steps"]
+        assert captured == (mode in GRAPHS)
+        assert (worker["routed_steps"] > worker["sharded_steps"] / 4) == (mode == "routed")
     check_partings(found)

@@ -15,11 +15,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import vllm
 from vllm.v1.attention.backends import fa_utils
 
 from tests.unit import flash_steps  # sets up Triton's interpreter where there is no GPU
-from tests.unit.attention_steps import Kernel, run_scenarios
+from tests.unit.attention_steps import LAYERS, Kernel, run_scenarios
 from tests.unit.latent_steps import (
     LatentShape,
     bare_layer,
@@ -28,6 +29,7 @@ from tests.unit.latent_steps import (
     one_request,
     write,
 )
+from tests.unit.processes import gpu_of
 
 CUDA = torch.cuda.is_available()
 
@@ -118,6 +120,9 @@ from vllm_nanocp.attention.mla.flash_backend import (  # noqa: E402
     NanoCPFlashAttnMLAMetadataBuilder,
 )
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes  # noqa: E402
+from vllm_nanocp.attention.partial_rows import RowLayout  # noqa: E402
+from vllm_nanocp.attention.row_routes import RowRoutes  # noqa: E402
+from vllm_nanocp.exchange.symmetric import allocate  # noqa: E402
 
 MAX_REQS = 64
 
@@ -222,7 +227,7 @@ class GraphForward:
             forward(impl, layer, *args)
             return
         # One builder, so the same tables, for each shape.
-        key = rows.send.data_ptr(), tuple(inputs[0].shape), id(layer)
+        key = rows.send.data_ptr(), tuple(inputs[0].shape), id(layer), layer.nanocp_number
         decode = rows.plain.decode
         batch = [getattr(decode, name) for name in ("block_table", "query_start_loc") if hasattr(decode, name)]
         if key not in self.graphs:
@@ -244,6 +249,10 @@ class GraphForward:
             tables += [work.launch.lengths, work.empty]
             values += [max(rows.kernel.fewest, work.launch.max_queries * work.launch.causal), True]
         held = [x.clone() for x in tables]
+        if rows.routed is not None:  # nor may it wait for the step at hand
+            tables.append(rows.routed.route.counts)
+            held.append(tables[-1].clone())
+            values.append(0)
         for x, value in zip(tables, values, strict=True):
             x.fill_(value)
         batch: dict[str, Any] = {"block_table": static[5]}
@@ -281,6 +290,8 @@ def kernel_of(
     stock: bool = False,
     graph: bool = False,
     groups: int = 1,
+    shared: str | None = None,
+    routed: bool = False,
     queries: int = 1,
     make: tuple[Callable[..., Any], Callable[..., Any]] = (make_builder, make_layer),
 ) -> Kernel:
@@ -295,6 +306,8 @@ def kernel_of(
         stock: next to vLLM's own attention.
         graph: replayed.
         groups: of heads that go together.
+        shared: an empty folder for the routed exchange's memory, on CPU.
+        routed: over the routed exchange.
         queries: that requests are decoded with.
         make: a builder and a layer, see ``make_builder`` and ``make_layer``.
     """
@@ -323,14 +336,56 @@ def kernel_of(
         lambda shape: make[1](shape, where),  # type: ignore[arg-type]
         write,
         where,
-        GraphForward() if graph else forward,
+        numbered(GraphForward() if graph else forward) if routed else GraphForward() if graph else forward,
         capacity,
         pad if capacity else 0,
         stock=functools.partial(stock_attention, shapes, make, where, queries) if stock else None,
         replays=graph and where.type == "cuda",
         groups=groups,
+        routes=functools.cache(functools.partial(make_routes, capacity, shared)) if routed else None,  # type: ignore[arg-type]
         queries=queries,
     )
+
+
+_mapped: list[torch.Tensor] = []
+
+
+def make_routes(capacity: int, shared: str | None, shape: LatentShape, num_ranks: int, rank: int) -> RowRoutes:
+    """Over memory that all ranks write to: of the GPUs, or files in a folder that all processes map. It begins as it
+    may have been left: only flags are zero."""
+    layout, query_bytes = (
+        RowLayout(shape.num_heads, shape.value_size),
+        shape.num_heads * shape.head_size * shape.dtype.itemsize,
+    )
+    size = RowRoutes.size(capacity, num_ranks, layout, query_bytes)
+    if shared is None:
+        assert dist.group.WORLD is not None
+        buffer, pointers = allocate(size, dist.group.WORLD, gpu_of(rank))
+    else:
+        kind = f"{shape.num_heads}x{shape.head_size}x{shape.value_size}.{capacity}"
+        names = [f"{shared}/{kind}.{r}" for r in range(num_ranks)]
+        buffers = [torch.from_file(name, shared=True, size=size, dtype=torch.uint8) for name in names]
+        _mapped.extend(buffers)
+        buffer, pointers = buffers[rank], torch.tensor([b.data_ptr() for b in buffers])
+    made = RowRoutes(capacity, num_ranks, rank, layout, query_bytes, buffer, pointers)
+    dist.barrier()
+    made.rows.fill_(float("nan"))
+    made.visiting(torch.empty((1, shape.num_heads, shape.head_size), dtype=shape.dtype)).fill_(float("nan"))
+    if buffer.is_cuda:
+        torch.cuda.synchronize()
+    dist.barrier()
+    return made
+
+
+def numbered(run: Callable[..., None]) -> Callable[..., None]:
+    """``forward`` of layers that have numbers, as those of a model; the scenarios have one layer for all."""
+    numbers = itertools.cycle(range(LAYERS))
+
+    def forward_numbered(impl: Any, layer: Any, *args: Any) -> None:
+        layer.nanocp_number = next(numbers)
+        run(impl, layer, *args)
+
+    return forward_numbered
 
 
 def run_modes(

@@ -44,7 +44,7 @@ def make_manager(
             cudagraph_mode=mode, cudagraph_capture_sizes=SIZES, max_cudagraph_capture_size=32
         ),
         lora_config=lora,
-        model_config=SimpleNamespace(is_encoder_decoder=False),
+        model_config=SimpleNamespace(is_encoder_decoder=False, use_mla=False),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=2, data_parallel_rank=1),
         speculative_config=None,
         cache_config=SimpleNamespace(use_kda_recoverssm=False),
@@ -74,11 +74,11 @@ def test_sizes() -> None:
     assert sharded_sizes([1, 2], [8, 16]) == [(1, 8), (2, 8)]
 
 
-@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize(("routed", "latent"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("queries", [1, 4])
 @pytest.mark.parametrize(("seqs", "largest"), [(256, 512), (1024, 512), (7, 8), (1024, None)])
 def test_no_number_of_sharded_rows_leaves_the_graphs(
-    routed: bool, queries: int, seqs: int, largest: int | None
+    routed: bool, latent: bool, queries: int, seqs: int, largest: int | None
 ) -> None:
     """Unless capacities are set: every batch that vLLM has a graph for has one with room for all its visits."""
     sizes = [] if largest is None else sorted({1, 2, 4, *range(8, largest + 1, 8)})
@@ -86,10 +86,13 @@ def test_no_number_of_sharded_rows_leaves_the_graphs(
         scheduler_config=SimpleNamespace(max_num_seqs=seqs),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=sizes),
         num_speculative_tokens=queries - 1,
+        model_config=SimpleNamespace(use_mla=latent),
         additional_config={"nanocp": {"ranks": 4}},
     )
     found = capacities(config, routed)
-    assert found == tuple(sorted(set(found))) and (len(found) == 1 or not routed)
+    # What attends to latents takes all places of a capacity, used or not.
+    assert not latent or found == capacities(config, False)
+    assert found == tuple(sorted(set(found))) and (len(found) == 1 or latent or not routed)
     # Requests, as vLLM rounds tokens.
     requests = sorted({-(-size // queries) for size in sizes if -(-size // queries) * queries <= max(sizes)})
     pairs = sharded_sizes(requests, found)
@@ -110,6 +113,7 @@ def test_there_are_places_for_the_capacity(ranks: int, drafts: int) -> None:
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_PLACES),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=[MAX_PLACES]),
         num_speculative_tokens=drafts,
+        model_config=SimpleNamespace(use_mla=False),
         additional_config={"nanocp": {"ranks": ranks}},
     )
     (most,) = capacities(config, True)

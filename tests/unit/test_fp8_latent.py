@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,7 +44,7 @@ def specs(*seeds: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_whole_steps(ranks: int) -> None:
+def test_whole_steps(tmp_path: Path, ranks: int) -> None:
     """Rows of one query are of float8 in stock too; prompts are not, and their own latents are not rounded."""
     modes: dict[str, Any] = {
         "projected": (dict(stock=True), specs(300, 303, 304)),
@@ -52,6 +53,7 @@ def test_whole_steps(ranks: int) -> None:
         "beside short prompts": (dict(capacity=12, pad=0, stock=True, threshold=128), specs(310, 312, 313)),
         "fixed": (dict(capacity=12, stock=True), specs(310, 311, 314)),
         "graph": (dict(capacity=12, graph=True, stock=True), specs(315, 316, 317)),
+        "routed": (dict(capacity=12, graph=True, stock=True, routed=True, shared=str(tmp_path)), specs(315, 316, 317)),
         "groups": (dict(groups=2, stock=True), specs(309, 318)),
     }
     results = run_ranks(ranks, run_modes, modes, seconds=200)
@@ -62,7 +64,7 @@ def test_whole_steps(ranks: int) -> None:
             for kind, n in result[mode][0].items():
                 counts[kind] = counts.get(kind, 0) + n
         for kind, bound in (("decode", 0.05), ("prefill", 0.01)):
-            if kind == "prefill" and mode in ("fixed", "beside short prompts", "graph"):
+            if kind == "prefill" and mode in ("fixed", "beside short prompts", "graph", "routed"):
                 continue
             ours, stock = (math.sqrt(counts[f"{name} {kind}"] / counts[f"norm {kind}"]) for name in ("ours", "stock"))
             print(f"{ranks} ranks, {mode}, {kind}: error {ours:.2e}, {ours / stock:.3f} of stock's")

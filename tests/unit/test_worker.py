@@ -20,6 +20,7 @@ from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.gqa.flash_backend import GroupedQueryOnHopper
 from vllm_nanocp.plan import IDLE, Batch, StepPlan
 from vllm_nanocp.step_messages import StepMessage, generators_in
+from vllm_nanocp.worker import gpu_worker
 from vllm_nanocp.worker.gpu_worker import NanoCPGPUWorker
 from vllm_nanocp.worker.worker import OneRank
 
@@ -93,6 +94,35 @@ def test_kernels_are_warmed_up_before_vllm_watches_for_compilation(monkeypatch: 
     monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: calls.append("vllm") or "times")
     assert worker.compile_or_warm_up_model() == "times"
     assert calls == ["its layer", "vllm"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "unrouted", "taken"),
+    [("auto", "", True), ("auto", "not measured", False), ("routed", "not measured", True), ("collective", "", False)],
+)
+def test_the_exchange_of_a_family(wanted: str, unrouted: str, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody has measured is taken only where it is asked for; its memory is the family's."""
+    asked: list[tuple[int, int]] = []
+
+    def routes(capacity: int, ranks: int, rank: int, queries: int, allocate: Any) -> str:
+        asked.append((capacity, queries))
+        return f"routes of {capacity}"
+
+    monkeypatch.setattr(context, "routes", {})
+    monkeypatch.setattr(context, "capacities", ())
+    monkeypatch.setattr(
+        gpu_worker, "get_dp_group", lambda: SimpleNamespace(cpu_group=0, device_group=0, rank_in_group=0)
+    )
+    monkeypatch.setattr(gpu_worker, "reachable", lambda *_: "")
+    monkeypatch.setattr(gpu_worker, "first_problem", lambda problem, _: problem)
+    monkeypatch.setattr(gpu_worker, "capacities", lambda _, routed: (16, 64))
+    worker: Any = object.__new__(NanoCPGPUWorker)
+    worker.nanocp = SimpleNamespace(graph_capacities=None, exchange=wanted, ranks=2)
+    worker.device, worker.global_rank, worker.vllm_config = torch.device("cpu"), 1, None
+    worker.runner, worker.family = SimpleNamespace(drafts=None), SimpleNamespace(unrouted=unrouted, routes=routes)
+    worker._choose_exchange()
+    assert asked == ([(16, 1), (64, 1)] if taken else [])
+    assert context.routes == ({16: "routes of 16", 64: "routes of 64"} if taken else {})
 
 
 def test_memory_of_a_sharded_step_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..exchange import Exchange
 from .sharded_step import ShardedStep
-
-if TYPE_CHECKING:
-    from .gqa.routed_layer import Routes
 
 
 @dataclass
@@ -20,7 +17,7 @@ class AttentionContext:
     exchange: set once the process groups exist.
     capacities: of the graphs and tables of fixed size, ascending; see ``worker.sharded_graphs.capacities``.
     queries: that each row has in tables of fixed size: what a request is decoded with, drafts included.
-    routes: of the routed exchange, by capacity; empty without it.
+    routes: of the routed exchange, by capacity, as the family has them; empty without it.
     tables: of fixed size, by capacity; which ones, the family says.
     draft_routes, draft_tables: the same for the forwards of a draft model after its first, of one query a row; empty
         without the routed exchange, where these forwards have tables of their own size.
@@ -35,9 +32,9 @@ class AttentionContext:
     exchange: Exchange | None = None
     capacities: tuple[int, ...] = ()
     queries: int = 1
-    routes: dict[int, Routes] = field(default_factory=dict)
+    routes: dict[int, Any] = field(default_factory=dict)
     tables: dict[int, Any] = field(default_factory=dict)
-    draft_routes: dict[int, Routes] = field(default_factory=dict)
+    draft_routes: dict[int, Any] = field(default_factory=dict)
     draft_tables: dict[int, Any] = field(default_factory=dict)
     step: ShardedStep | None = None
     draft_step: ShardedStep | None = None

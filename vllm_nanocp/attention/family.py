@@ -15,7 +15,7 @@ each query beside a shard's length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -117,7 +117,7 @@ class GPUFamily(Family, Protocol):
     Attributes:
         layout: of a partial result as a row, on this worker.
         query_bytes: of one query of this worker's heads.
-        unrouted: why the routed exchange does not serve it; empty if it does.
+        unrouted: why it takes the routed exchange only where that is asked for; empty if it does without.
     """
 
     layout: RowLayout
@@ -129,6 +129,16 @@ class GPUFamily(Family, Protocol):
 
         Raises:
             NanoCPConfigError
+        """
+        ...
+
+    def routes(self, capacity: int, num_ranks: int, rank: int, queries: int, allocate: Callable[[int], Any]) -> Any:
+        """The routed exchange of a capacity: its memory, for good, and its kernels. A collective of the ranks.
+
+        Args:
+            capacity, num_ranks, queries: see ``tables``.
+            rank: this one.
+            allocate: memory of so many bytes that all ranks reach, see ``exchange/symmetric.py``.
         """
         ...
 

@@ -94,7 +94,13 @@ def _check_latent(vllm_config: Any, config: NanoCPConfig, cuda: bool, instead: s
             instead,
         )
     if cuda:
-        _check_latent_on_gpus(vllm_config, config, instead)
+        _check_latent_on_gpus(vllm_config, instead)
+        if config.exchange == "routed" and vllm_config.speculative_config is not None:
+            refuse(
+                "exchange 'routed' with latent attention and speculative decoding",
+                "a visit of latents carries one query there",
+                "use 'auto' or 'collective', or leave speculative decoding out",
+            )
         return
     if torch.cpu._is_amx_tile_supported() and vllm_config.attention_config.backend != AttentionBackendEnum.CPU_MLA:
         refuse(
@@ -111,7 +117,7 @@ def _check_latent(vllm_config: Any, config: NanoCPConfig, cuda: bool, instead: s
         )
 
 
-def _check_latent_on_gpus(vllm_config: Any, config: NanoCPConfig, instead: str) -> None:
+def _check_latent_on_gpus(vllm_config: Any, instead: str) -> None:
     """Refuse what the layers would be refused for once the model is loaded, which takes long for a large one."""
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum
@@ -144,12 +150,6 @@ def _check_latent_on_gpus(vllm_config: Any, config: NanoCPConfig, instead: str) 
             f"latent attention on GPUs of compute capability {capability.as_version_str()} with max_degree above 1",
             why + ", which is for Hopper (9.0)",
             instead,
-        )
-    if config.exchange == "routed":
-        refuse(
-            "exchange 'routed' with latent attention",
-            "its kernel attends for grouped queries, not for latents",
-            "use 'auto' or 'collective'",
         )
     if vllm_config.compilation_config.pass_config.fuse_attn_quant:
         refuse(

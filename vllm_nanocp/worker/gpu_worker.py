@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,6 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
 from ..attention.context import context
-from ..attention.gqa.routed_layer import Routes
 from ..exchange.choose import choose
 from ..exchange.symmetric import allocate, first_problem, reachable
 from ..graph_capacities import capacities, replays
@@ -37,7 +37,9 @@ class NanoCPGPUWorker(OneRank, Worker):
 
     def _choose_exchange(self) -> None:
         """Set up the routed exchange if it is wanted and can be had. A collective of the ranks."""
-        problem = "graph_capacities is empty" if self.nanocp.graph_capacities == () else self.family.unrouted
+        problem = "graph_capacities is empty" if self.nanocp.graph_capacities == () else ""
+        if not problem and self.nanocp.exchange == "auto":
+            problem = self.family.unrouted
         if not problem and self.nanocp.exchange != "collective":
             problem = self._make_routes()
         name, reason = choose(self.nanocp.exchange, problem)
@@ -48,7 +50,8 @@ class NanoCPGPUWorker(OneRank, Worker):
     def _make_routes(self) -> str:
         """Memory of the routed exchange, for each capacity. Returns why there is none, the same on all ranks."""
         assert self.device is not None
-        group, ranks, shape = get_dp_group(), self.nanocp.ranks, (self.family.layout, self.family.query_bytes)
+        group, ranks = get_dp_group(), self.nanocp.ranks
+        shared = partial(allocate, group=group.device_group, device=self.device)
         made = [(context.routes, context.queries)]
         if self.runner.drafts is not None and context.queries > 2:
             made.append((context.draft_routes, 1))
@@ -58,8 +61,7 @@ class NanoCPGPUWorker(OneRank, Worker):
         try:
             for routes, queries in made:
                 for capacity in capacities(self.vllm_config, routed=True):
-                    memory = allocate(Routes.size(capacity, ranks, *shape, queries), group.device_group, self.device)
-                    routes[capacity] = Routes(capacity, ranks, group.rank_in_group, *shape, *memory, queries)
+                    routes[capacity] = self.family.routes(capacity, ranks, group.rank_in_group, queries, shared)
         except RuntimeError as error:  # a container may forbid what this takes
             problem = f"GPUs cannot share memory here ({error!r:.200})"
         problem = first_problem(problem, group.cpu_group)

@@ -30,7 +30,7 @@ from ..sharded_step import ShardedStep
 from ..supported import grouped_query_problem
 from .fixed_tables import CapturedTables
 from .flash_tables import Launch, StepTables
-from .routed_layer import LocalBatch, Route
+from .routed_layer import LocalBatch, Route, Routes
 from .split_kv import KV, Visits, pack
 from .split_kv import attend as attend_visits
 
@@ -274,6 +274,10 @@ class GroupedQueryOnGPU:
         self, capacity: int, num_ranks: int, max_reqs: int, device: torch.device, queries: int
     ) -> CapturedTables:
         return _make_tables(capacity, num_ranks, max_reqs, self.layout, self.num_kv_heads, device, queries)
+
+    def routes(self, capacity: int, num_ranks: int, rank: int, queries: int, allocate: Callable[[int], Any]) -> Routes:
+        buffer, pointers = allocate(Routes.size(capacity, num_ranks, self.layout, self.query_bytes, queries))
+        return Routes(capacity, num_ranks, rank, self.layout, self.query_bytes, buffer, pointers, queries)
 
     def warm_up(self, layer: Any) -> None:
         block_size, held = self._config.cache_config.block_size, layer.kv_cache.shape[2]

@@ -31,12 +31,12 @@ after it was asked, and the home asks again only after it has merged.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 
+from ..flags import await_flag, offsets_of, place_there, signal
 from ..flash_launches import places_of
 from ..partial_rows import RowLayout, add_piece
 from .split_kv import KV, Visits, attend_piece, kernel_arguments, programs_of, put_piece, put_row, seen_at, table_at
@@ -113,7 +113,7 @@ class Routes:
         self.pointers = torch.cat([pointers, pointers[rank : rank + 1]])
         self.places = places_of(capacity, num_ranks)
         parts = _parts(self.places, layout, query_bytes, queries)
-        self._queries_at, self._rows_at, self._asked_at, self._answered_at, _ = offsets = _offsets(parts)
+        self._queries_at, self._rows_at, self._asked_at, self._answered_at, _ = offsets = offsets_of(parts)
         asking, rows, asked, answered = (buffer[a : a + n] for a, n in zip(offsets, parts, strict=False))
         self._queries = asking
         self.rows = rows.view(torch.float32).view(self.places * self.queries, layout.size)
@@ -122,7 +122,7 @@ class Routes:
     @staticmethod
     def size(capacity: int, num_ranks: int, layout: RowLayout, query_bytes: int, queries: int = 1) -> int:
         """Bytes of a buffer."""
-        return _offsets(_parts(places_of(capacity, num_ranks), layout, query_bytes, queries))[-1]
+        return offsets_of(_parts(places_of(capacity, num_ranks), layout, query_bytes, queries))[-1]
 
     def visiting(self, like: torch.Tensor) -> torch.Tensor:
         """The queries that were sent here: [places * queries, num_heads, head_size].
@@ -178,32 +178,6 @@ def _parts(places: int, layout: RowLayout, query_bytes: int, queries: int) -> tu
     return rows * query_bytes, rows * layout.size * 4, places * 8, rows * layout.num_heads * 8
 
 
-def _offsets(parts: tuple[int, ...]) -> list[int]:
-    """Where each part begins, at multiples of 128 bytes, and where all end."""
-    return [0, *accumulate(-(-part // 128) * 128 for part in parts)]
-
-
-@triton.jit
-def _await(flag, epoch):  # type: ignore[no-untyped-def]
-    """Until a rank has written this epoch, or a later one, behind what the flag guards."""
-    while tl.atomic_add(flag, 0, sem="acquire", scope="sys") < epoch:
-        pass
-
-
-@triton.jit
-def _signal(flag, epoch):  # type: ignore[no-untyped-def]
-    """Raise a flag once all that this program wrote can be seen behind it."""
-    tl.debug_barrier()  # one thread writes it, after what all have written
-    tl.atomic_xchg(flag.to(tl.pointer_type(tl.int64)), epoch, sem="release", scope="sys")
-
-
-@triton.jit
-def _place_there(place, me, capacity, num_ranks):  # type: ignore[no-untyped-def]
-    """Where the other end of a place has it: at this rank's number, or among a rank's own."""
-    peer = place // capacity
-    return peer, tl.where(peer < num_ranks, me, num_ranks).to(tl.int64) * capacity + place % capacity
-
-
 @triton.jit
 def _send(  # type: ignore[no-untyped-def]
     ask, epoch, words_ptr, words_stride, asks_ptr, pointers_ptr, me, capacity, num_ranks, queries_at, asked_at,
@@ -219,7 +193,7 @@ def _send(  # type: ignore[no-untyped-def]
         pointers_ptr: int64, where each rank's buffer is; this rank's own once more behind them.
         queries_at, asked_at: bytes into a buffer, of queries and of their flags.
     """
-    peer, there = _place_there(tl.load(asks_ptr + ask * 2), me, capacity, num_ranks)
+    peer, there = place_there(tl.load(asks_ptr + ask * 2), me, capacity, num_ranks)
     base = tl.load(pointers_ptr + peer)
     source = words_ptr + tl.load(asks_ptr + ask * 2 + 1) * words_stride
     target = (base + queries_at + there * (QUERIES * WORDS * 4)).to(tl.pointer_type(tl.int32))
@@ -228,7 +202,7 @@ def _send(  # type: ignore[no-untyped-def]
             at = first + tl.arange(0, BLOCK_WORDS)
             word = tl.load(source + query * words_stride + at, mask=at < WORDS)
             tl.store(target + query * WORDS + at, word, mask=at < WORDS)
-    _signal(base + asked_at + there * 8, epoch)
+    signal(base + asked_at + there * 8, epoch)
 
 
 @triton.jit
@@ -279,7 +253,7 @@ def _answer(  # type: ignore[no-untyped-def]
         outs_ptr, lses_ptr, first_ptr, count_ptr, done_ptr: see ``Visits``.
         rows_at, answered_at: bytes into a buffer, of result rows and of their flags.
     """
-    home, there = _place_there(place, me, capacity, num_ranks)
+    home, there = place_there(place, me, capacity, num_ranks)
     pieces, first = tl.load(count_ptr + num_rows + place), tl.load(first_ptr + num_rows + place)
     done = done_ptr + (num_rows + place) * KV_HEADS + head // GROUP
     while tl.atomic_add(done, 0, sem="acquire", scope="gpu") < pieces:
@@ -289,7 +263,7 @@ def _answer(  # type: ignore[no-untyped-def]
     there = there * QUERIES + query
     row = (base + rows_at + there * row_size * 4).to(tl.pointer_type(tl.float32))
     put_row(row, query, head, heads, outs_ptr, lses_ptr, first, pieces, QUERIES, HEAD, WIDE)
-    _signal(base + answered_at + (there * heads + head) * 8, epoch)
+    signal(base + answered_at + (there * heads + head) * 8, epoch)
     # The last of the heads that wait for the same pieces leaves the count as it was.
     if tl.atomic_add(done, 1, sem="relaxed", scope="gpu") == pieces + QUERIES * GROUP - 1:
         tl.store(done, 0)
@@ -372,7 +346,7 @@ def _layer_kernel(  # type: ignore[no-untyped-def]
                 end = tl.minimum(end, tl.load(seq_lens_ptr + row))
             else:
                 place = row - num_rows
-                _await(asked_ptr + place, epoch)
+                await_flag(asked_ptr + place, epoch)
                 query, table = visiting_ptr + place * (QUERIES * KV_HEADS * GROUP * HEAD), table_at(tables_ptr, place)
                 seen, end = seen_at(seen_ptr, place, end, ENDS)
             acc, lse = attend_piece(

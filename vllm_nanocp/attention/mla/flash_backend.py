@@ -8,6 +8,7 @@ come back in the space of values. A step without sharded rows runs stock code.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
@@ -27,20 +28,24 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from ..context import context
 from ..family import attend
-from ..flash_launches import gather_tables, later_draft
+from ..flash_launches import gather_tables, later_draft, places_of
 from ..gpu_rows import GPULayer
 from ..partial_rows import RowLayout, merge_rows
+from ..row_routes import RowRoutes
 from ..sharded_step import ShardedStep
 from ..supported import latent_problem
 from . import flash_mla
 from .flash_latent import Work
 from .flash_latent import attend as attend_work
 from .flash_mla import FLASH_ATTENTION
-from .latent_fixed import FixedLatentTables, empty_block_table
+from .latent_fixed import FixedLatentTables, empty_block_table, places_memory
 from .latent_fixed import warm_up as warm_up_fixed
 from .latent_kernel import LatentKernel, Latents
 from .latent_sizes import LatentSizes
 from .latent_tables import LatentRows, exact_tables, most_memory, projected_at_once
+from .routed_latents import attend_routed
+
+_layers = itertools.count()
 
 
 class LatentTables(MLACommonMetadataBuilder[Any]):
@@ -114,7 +119,7 @@ class LatentTables(MLACommonMetadataBuilder[Any]):
             table = empty_block_table(step.capacity, step.num_ranks, tokens, self.page_size, self.device)
             made[step.capacity] = FixedLatentTables(
                 step.capacity, step.num_ranks, most, table, self._sizes, self.page_size, self._dtype, self.kernel,
-                context.queries,
+                context.queries, context.routes.get(step.capacity),
             )  # fmt: skip
         return made[step.capacity]
 
@@ -173,10 +178,14 @@ def forward_sharded(
         kwargs |= dict(output_scale=output_scale, output_block_scale=output_block_scale)
         return stock(q, k_c_normed, k_pe, kv_cache, attn_metadata, output=output, **kwargs)
     assert output_scale is None and output_block_scale is None, "the pass that makes these is refused"
-    assert context.exchange is not None
     plain = partial(_plain, rows, partial(stock, **kwargs), (q, k_c_normed, k_pe), kv_cache, output)
     results, together = output.view(-1, layer.num_heads, layer.v_head_dim), rows.sizes.num_heads
     scales = rows.kernel.scales(layer)
+    if rows.routed is not None:
+        held = Latents(kv_cache, layer.W_UK_T, layer.W_UV, layer.scale, rows.sizes, rows.kernel, scales)
+        attend_routed(rows.routed, rows, held, q, results, plain, layer.nanocp_number)
+        return output
+    assert context.exchange is not None
     for first in range(0, layer.num_heads, together):
         heads = slice(first, first + together)
         w_uk, w_uv = layer.W_UK_T[heads], layer.W_UV[heads]
@@ -264,7 +273,7 @@ class LatentOnHopper:
     stock = AttentionBackendEnum.FLASH_ATTN_MLA
     backend: type[Any] = NanoCPFlashAttnMLABackend
     kernel: LatentKernel = FLASH_ATTENTION
-    unrouted = "its kernel attends for grouped queries, not for latents"
+    unrouted = "nobody has measured the routed exchange with latent attention"
     _block_table: torch.Tensor | None = None
 
     def __init__(self, vllm_config: Any) -> None:
@@ -299,6 +308,7 @@ class LatentOnHopper:
 
     def attach(self, layers: Mapping[str, Any]) -> None:
         for layer in layers.values():
+            layer.nanocp_number = next(_layers)  # the same on all ranks, which have the same layers in the same order
             layer.forward_impl = partial(forward_sharded, layer, layer.forward_impl)
 
     def prepare(self, device: torch.device) -> None:
@@ -313,10 +323,20 @@ class LatentOnHopper:
             most, tokens = max(context.capacities, default=capacity), self.config.model_config.max_model_len
             self._block_table = empty_block_table(most, num_ranks, tokens, block_size, device)
         table, layers = self._block_table, (self.sizes, block_size, self.dtype, self.kernel)
-        return FixedLatentTables(capacity, num_ranks, max_reqs, table, *layers, queries)
+        routes = context.routes.get(capacity)
+        return FixedLatentTables(capacity, num_ranks, max_reqs, table, *layers, queries, routes)
+
+    def routes(
+        self, capacity: int, num_ranks: int, rank: int, queries: int, allocate: Callable[[int], Any]
+    ) -> RowRoutes:
+        assert queries == 1, "drafts of latent attention go over the collective exchange"
+        memory = allocate(RowRoutes.size(capacity, num_ranks, self.layout, self.query_bytes))
+        return RowRoutes(capacity, num_ranks, rank, self.layout, self.query_bytes, *memory)
 
     def most_memory(self, num_ranks: int, max_tokens: int) -> int:
-        return most_memory(num_ranks, max_tokens, self.sizes, self.dtype, self.kernel)
+        most = most_memory(num_ranks, max_tokens, self.sizes, self.dtype, self.kernel)
+        layers = (self.sizes, self.dtype, self.kernel)
+        return max([most, *(places_memory(places_of(c, num_ranks), *layers) for c in context.routes)])
 
     def warm_up(self, layer: Any) -> None:
         device, layout, many = layer.kv_cache.device, self.layout, 1024
@@ -325,3 +345,5 @@ class LatentOnHopper:
         index = torch.zeros(many, dtype=torch.int64, device=device)
         for n in (1, many):
             merge_rows(rows, layout, index[:n, None], index[:n], output)
+        for routes in context.routes.values():
+            routes.warm_up(self.dtype, self.sizes.query_size)

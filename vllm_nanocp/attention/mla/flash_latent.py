@@ -76,11 +76,26 @@ def attend(queries: torch.Tensor, held: Latents, work: Work, outputs: torch.Tens
 def _over_latents(
     queries: torch.Tensor, held: Latents, work: Absorbed, outputs: torch.Tensor, lses: torch.Tensor
 ) -> None:
-    absorbed, rotated = _absorb(queries, held)
-    out, lse = held.kernel.attend(absorbed, rotated, held, work.launch)
-    outputs.copy_(_values(out, held.w_uv))
+    out, lse = absorbed_results(queries, held, work.launch)
+    outputs.copy_(out)
     # Whatever a kernel says of rows without keys, they weigh nothing.
     lses.copy_(lse if work.empty is None else lse.masked_fill(work.empty.unsqueeze(-1), float("-inf")))
+
+
+def absorbed_results(queries: torch.Tensor, held: Latents, launch: ShardLaunch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial results over latents; of rows without keys they may be anything.
+
+    Args:
+        queries: [rows, num_heads, query size], those of the launch.
+        held: the layer's.
+        launch: with its schedule.
+
+    Returns:
+        float32 [rows, num_heads, value_size], and natural log-sum-exps, float32 [rows, num_heads].
+    """
+    absorbed, rotated = _absorb(queries, held)
+    out, lse = held.kernel.attend(absorbed, rotated, held, launch)
+    return _values(out, held.w_uv), lse
 
 
 def _absorb(queries: torch.Tensor, held: Latents) -> tuple[torch.Tensor, torch.Tensor]:

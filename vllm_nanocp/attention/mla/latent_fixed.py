@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ..flash_launches import BUSY, ShardLaunch, hidden_tokens, lengths_without, places_of, table_address
 from ..partial_rows import RowLayout
+from ..row_routes import RowRoutes
 from ..sharded_step import ShardedStep
 from .flash_latent import Absorbed
 from .flash_mla import FLASH_ATTENTION
@@ -103,6 +104,21 @@ def parts_of(places: int, most: int) -> list[slice]:
     return [slice(at, min(at + size, places)) for at in range(0, places, size)]
 
 
+def places_memory(places: int, sizes: LatentSizes, dtype: torch.dtype, kernel: LatentKernel) -> int:
+    """Bytes that a layer takes for all places outside of graphs, over the routed exchange: a launch's absorbed queries,
+    its float32 pieces, their 16-bit results and the float32 values of these.
+
+    Args:
+        places: of the tables.
+        sizes: of the layers.
+        dtype: of queries.
+        kernel: attends.
+    """
+    rows = max(part.stop - part.start for part in parts_of(places, kernel.most_rows))
+    numbers = 2 * sizes.rank * dtype.itemsize + 4 * sizes.rank * pieces_of(rows, sizes) + 4 * sizes.value_size
+    return max(rows * sizes.num_heads * numbers, kernel.memory(rows, sizes, dtype))
+
+
 def spans_of(here: int, places: int, queries: int, most: int) -> list[tuple[slice, bool]]:
     """The places of each launch, and whether it is causal: rows of several queries that are a rank's own see what is
     before each of these, guests see all that is held here. Single queries need no mask.
@@ -136,6 +152,7 @@ class FixedLatentTables:
         dtype: of queries.
         kernel: attends to what is held here.
         queries: of a row that visits.
+        routes: of the routed exchange, which has rows of one query; None without it.
     """
 
     def __init__(
@@ -149,8 +166,10 @@ class FixedLatentTables:
         dtype: torch.dtype,
         kernel: LatentKernel = FLASH_ATTENTION,
         queries: int = 1,
+        routes: RowRoutes | None = None,
     ) -> None:
-        assert queries == 1 or kernel.takes(queries, sizes)
+        assert queries == 1 or (routes is None and kernel.takes(queries, sizes))
+        self.routes = routes
         device = block_table.device
         places, layout = places_of(capacity, num_ranks), RowLayout(sizes.num_heads, sizes.value_size)
         self.capacity, self.num_ranks, self.max_reqs, self.queries = capacity, num_ranks, max_reqs, queries
@@ -177,7 +196,8 @@ class FixedLatentTables:
             for part, causal in spans_of(capacity * num_ranks, places, queries, kernel.most_rows)
         ]
         self._seq_lens = torch.zeros(max_reqs + 1, dtype=torch.int32, device=device)
-        self._partials = layout.empty(places * queries, device)
+        # The routed exchange has rows of its own.
+        self._partials = layout.empty(places * queries if routes is None else 0, device)
 
     def _make_launch(self, part: slice, causal: bool) -> ShardLaunch:
         sizes, block_size, _ = self._layers
@@ -216,6 +236,8 @@ class FixedLatentTables:
         if len(copies):
             grid = (len(copies), triton.cdiv(int(copies[:, 2].max()), _BLOCK))
             _copy_kernel[grid](at.copies, table, table.stride(0), BLOCK=_BLOCK)
+        if self.routes is not None:
+            self.routes.fill(step, common.query_start_loc_cpu)
         for work in self._fixed:
             self._kernel.schedule(work.launch, *self._layers)
         return LatentRows(
@@ -231,6 +253,7 @@ class FixedLatentTables:
             tokens=at.tokens,
             pick=at.pick.view(self.capacity * self.queries, -1),
             fixed=self._fixed,
+            routed=self.routes,
         ), lengths_without(at.visiting, common, self._seq_lens, self._fewest)
 
     def _end_with_the_batch(self, common: CommonAttentionMetadata) -> None:

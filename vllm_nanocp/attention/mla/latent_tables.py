@@ -26,6 +26,7 @@ from ..flash_launches import (
 )
 from ..gpu_rows import GPURows
 from ..partial_rows import RowLayout
+from ..row_routes import RowRoutes
 from ..sharded_step import ShardedStep
 from .flash_latent import Absorbed, Projected, Work
 from .flash_mla import FLASH_ATTENTION
@@ -49,13 +50,15 @@ class LatentRows(GPURows):
         plain: vLLM's metadata of the rows that visit nobody, or of the batch with length 0 for those that do; None when
             all visit.
         plain_tokens: int64, where their queries are; None: vLLM's metadata is of the whole batch.
+        routed: the routed exchange, filled for the step, if it takes the place of ``Exchange``; with ``fixed`` only.
     """
 
     sizes: LatentSizes
     kernel: LatentKernel = FLASH_ATTENTION
-    fixed: Sequence[Work] | None = None
+    fixed: Sequence[Absorbed] | None = None
     plain: Any = field(default=None)
     plain_tokens: torch.Tensor | None = field(default=None)
+    routed: RowRoutes | None = field(default=None)
 
 
 @dataclass

@@ -135,12 +135,12 @@ def interpreted(ranks: int, model: Any, speculation: dict[str, Any], out: Path) 
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("method", ["eagle3", "eagle", "mtp"])
+@pytest.mark.parametrize("method", ["eagle3", "eagle", "mtp", "latent mtp"])
 def test_drafts_of_the_v2_runner_are_stocks(method: str, tiny_model: str, tiny_eagle3: str, tmp_path: Path) -> None:
     """Async scheduling, as on GPUs; homes may move, ranks are idle, a request ends where any must. By a random head,
     and by what is right most of the time."""
-    if method == "mtp":
-        target: Any = make_glm4_moe(tmp_path / "target")
+    if method.endswith("mtp"):
+        target: Any = (make_glm4_moe if method == "mtp" else make_deepseek_v3)(tmp_path / "target")
         speculation: dict[str, Any] = dict(method="mtp", num_speculative_tokens=MOST)
     elif method == "eagle":
         target = make_first_order(tmp_path / "target")

@@ -134,15 +134,18 @@ def test_structured_output(engines: tuple[str, Engine, Engine], model: str) -> N
     check_grammar(nanocp, model, mode)
 
 
-def test_homes_move(model: str) -> None:
+@pytest.mark.parametrize("attention", ["grouped", "latent"])
+def test_homes_move(attention: str, model: str, deepseek: str) -> None:
     """With margins so small that homes move all the time, and drafts in flight; tokens as stock's without drafts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-        args = common() | dict(enforce_eager=True)
+        args, path = common() | dict(enforce_eager=True), model
+        if attention == "latent":
+            args, path = args | dict(attention_config={"backend": "FLASH_ATTN_MLA"}), deepseek
         moves = dict(batch_margin=0.0, kv_margin=0.0, min_steps_between=0, min_remaining_tokens=0, weigh_exchange=False)
         drafts = dict(method="ngram_gpu", num_speculative_tokens=MOST, prompt_lookup_min=1, prompt_lookup_max=3)
-        stock = Engine(model, 1, **args)
-        nanocp = Engine(model, 2, {"segment_size": 600, "moves": moves}, **args, speculative_config=drafts)
+        stock = Engine(path, 1, **args)
+        nanocp = Engine(path, 2, {"segment_size": 600, "moves": moves}, **args, speculative_config=drafts)
     try:
         asks = [
             Ask(prompt(n, 300 + n), dict(max_tokens=90, logprobs=20), delay=0.02 * i) for i, n in enumerate(LENGTHS)
@@ -152,7 +155,7 @@ def test_homes_move(model: str) -> None:
         nanocp.check_nothing_left()
         status = nanocp.status()
         allowed, gaps = partings(again, theirs), partings(ours, theirs)
-        print(f"moves: {status['moves']}; stock alone {allowed}, nanocp {gaps}")
+        print(f"{attention}, moves: {status['moves']}; stock alone {allowed}, nanocp {gaps}")
         assert status["moves"] > 2
         assert len(gaps) <= 1.5 * len(allowed) + 3
         assert max(gaps, default=0.0) <= max([TIE, *allowed]) + 2 * STEP + ROUNDED

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draft models on two GPUs: the error of their later forwards against float64, and tokens and drafts next to stock
-vLLM's with the same head. V2's runner, eager, over both exchanges. With graphs and with V1's runner, which are refused,
-where ``NANOCP_MODEL_DRAFTS`` names them."""
+vLLM's with the same head. V2's runner, eager, over both exchanges. With graphs, with V1's runner and with latent
+attention, which are refused, where ``NANOCP_MODEL_DRAFTS`` names them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.engine.harness import Answer, Ask, Engine, prompt
-from tests.tiny_drafts import drafts, make_eagle3, make_glm4_moe
-from tests.unit.attention_steps import Kernel
+from tests.tiny_drafts import drafts, make_deepseek_v3, make_eagle3, make_glm4_moe
+from tests.unit.attention_steps import Kernel, Shape
 from tests.unit.flash_steps import flash_kernel
 from tests.unit.processes import run_ranks
 from tests.unit.test_model_drafts import later_forwards
 from vllm_nanocp.entry import refusals
 
 from . import TWO_GPUS
+from .latent_steps import cuda_kernel
 from .test_attention import OF_STOCK, RELATIVE, SHAPES, stock_flash
 from .test_drafts import MOST, ROUNDED, check_grammar
 from .test_exact import all_partings, check_partings, common
+from .test_latent import HOPPER
+from .test_latent import SHAPES as LATENT
 
 pytestmark = [pytest.mark.gpu, TWO_GPUS]
 
@@ -54,14 +57,18 @@ MODES = {
     "v2-mtp": Mode("1", "mtp", False, "routed"),
     "v2-mtp-graphs": Mode("1", "mtp", True, "routed"),
     "v1": Mode("0", "eagle3", False, "collective"),
+    "v2-latent-mtp": Mode("1", "latent mtp", False, "collective"),
+    "v2-latent-mtp-graphs": Mode("1", "latent mtp", True, "collective"),
 }
 V1_IS_REFUSED = "speculative decoding on GPUs with the V1"
 GRAPHS_ARE_REFUSED = "a draft model on GPUs with CUDA graphs"
+LATENT_IS_REFUSED = "a draft model of latent attention"
 
 
 def refused(mode: Mode) -> tuple[str, ...]:
     """How those refusals begin that the mode is to be run in spite of."""
-    return (V1_IS_REFUSED,) * (mode.runner == "0") + (GRAPHS_ARE_REFUSED,) * mode.graphs
+    graphs, latent = (GRAPHS_ARE_REFUSED,) * mode.graphs, (LATENT_IS_REFUSED,) * (mode.method == "latent mtp")
+    return (V1_IS_REFUSED,) * (mode.runner == "0") + graphs + latent
 
 
 def on_gpu(capacity: int) -> Kernel:
@@ -78,6 +85,22 @@ def test_error(capacity: int) -> None:
     print(json.dumps({"capacity": capacity, "relative_error": ours, "stock": stock, "ratio": ours / stock}))
     assert ours < RELATIVE and ours <= OF_STOCK * stock and totals["visiting"] > 10
     assert (totals["routed"] > 10) == bool(capacity), totals
+
+
+def latent_on_gpu() -> Kernel:
+    return cuda_kernel(dict(few=1000), staged=False)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_error_of_latent_attention(ranks: int) -> None:
+    """Of one rank, it visits itself."""
+    shapes: list[Shape] = [LATENT["16"], LATENT["128"]]
+    results = run_ranks(ranks, later_forwards, range(900, 912), shapes, latent_on_gpu, seconds=240, backend="nccl")
+    totals: Counter[str] = sum((counts for _, counts in results), Counter())
+    ours, stock = (math.sqrt(totals[key] / totals["norm"]) for key in ("ours", "stock"))
+    print(json.dumps({"ranks": ranks, "relative_error": ours, "stock": stock, "ratio": ours / stock}))
+    assert ours < RELATIVE and ours <= OF_STOCK * stock and totals["visiting"] > 4
 
 
 class Seen(NamedTuple):
@@ -106,14 +129,19 @@ def models(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
     folder = tmp_path_factory.mktemp("drafts")
     head = make_eagle3(folder / "eagle3", dtype="bfloat16", **SIZES)
     mtp = make_glm4_moe(folder / "glm", dtype="bfloat16", **SIZES)
+    sizes = dict(hidden_size=256, num_heads=16, qk_nope_head_dim=128, v_head_dim=128)
+    latent = make_deepseek_v3(folder / "deepseek", dtype="bfloat16", **sizes)
     return {
         "eagle3": (model, drafts(head, "eagle3", MOST)),
         "mtp": (str(mtp), dict(method="mtp", num_speculative_tokens=MOST)),
+        "latent mtp": (str(latent), dict(method="mtp", num_speculative_tokens=MOST)),
     }
 
 
 def arguments(mode: Mode) -> dict[str, Any]:
     args = common() | dict(enforce_eager=not mode.graphs, worker_extension_cls="tests.engine.oracle.Oracle")
+    if mode.method == "latent mtp":
+        args |= dict(attention_config={"backend": "FLASH_ATTN_MLA"})
     if mode.graphs:
         args |= dict(compilation_config={"cudagraph_capture_sizes": [4, 8, 16, 32, 64, 96, 128]})
     return args | (dict(async_scheduling=False) if mode.runner == "0" else {})
@@ -194,8 +222,8 @@ def test_tokens(engines: tuple[str, Seen, Engine]) -> None:
         assert (worker["routed_drafts"] > steps) == (mode.exchange == "routed")
     check_partings(found, ROUNDED)
     # bfloat16 rounds otherwise over shards, and a random head's candidates are close.
-    assert min(same) > 0.9 if mode.method == "mtp" else same[0] > 0.9 and min(same) > 0.75, same
-    assert ours.accepted >= 0.9 * theirs.accepted and (mode.method != "mtp" or theirs.accepted > 50)
+    assert min(same) > 0.9 if mode.method.endswith("mtp") else same[0] > 0.9 and min(same) > 0.75, same
+    assert ours.accepted >= 0.9 * theirs.accepted and (not mode.method.endswith("mtp") or theirs.accepted > 50)
 
 
 def test_structured_output(engines: tuple[str, Seen, Engine], models: dict[str, tuple[str, dict[str, Any]]]) -> None:

@@ -98,8 +98,8 @@ def unrun_target(vllm_config: Any) -> bool:
 
 
 def other_than_latent_mtp(vllm_config: Any) -> bool:
-    """Whether a draft model beside latent attention is none of MTP layers that attend so, too. A head of grouped
-    queries keeps KV of another kind, in a cache group of its own, with blocks that no shard has."""
+    """Whether a draft model beside latent attention is none of MTP layers that attend so, too. Shards' attention is
+    laid out for one family."""
     drafts = vllm_config.speculative_config
     return (
         drafts_by_model(vllm_config)

@@ -272,8 +272,8 @@ SETTINGS = (
     Setting(unrun_target, "a draft model beside recurrent states, a multi-modal model or LoRA adapters",
             "it has not been run", "use the method ngram, on GPUs ngram_gpu, or leave it out"),
     Setting(other_than_latent_mtp, "a draft model other than MTP layers of latent attention beside latent attention "
-            "(MLA)", "its KV is of another kind than its target's, in whose shards it would have to lie, or it has not "
-            "been run", "use the method mtp, or ngram, on GPUs ngram_gpu, or leave it out"),
+            "(MLA)", "shards' attention is laid out for one kind of layer, and of latent ones no other have been run",
+            "use the method mtp, or ngram, on GPUs ngram_gpu, or leave it out"),
     Setting(latent_drafts_on_gpus, "a draft model of latent attention (MLA) on GPUs",
             "it has not been run on a GPU yet", "use the method ngram_gpu, or leave it out"),
     Setting(lambda c: drafts_by_model(c) and drafts_with_flashinfer(c), "a draft model with FLASHINFER",

@@ -301,7 +301,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "a draft model other than MTP layers": _latent_drafts("eagle3"),
     "a draft model of latent attention": _latent_on_a_gpu("mtp", "auto"),
     "a draft model with FLASHINFER": partial(_drafts_with_flashinfer, method="mtp"),
-    "a draft model on GPUs with CUDA graphs": _on_a_gpu("eagle3"),
+    "eagle or eagle3 on GPUs with CUDA graphs": _on_a_gpu("eagle3"),
     "a draft model with --enable-prompt-embeds": _drafts("eagle", "model_config.enable_prompt_embeds", True),
     "another way to verify drafts on CPU": _drafts("ngram", rejection_sample_method="synthetic"),
     "speculative decoding on GPUs by this method": _drafts("ngram", "parallel_config.worker_cls", GPU_WORKER),

@@ -56,9 +56,9 @@ def drafts_by_model(vllm_config: Any) -> bool:
 
 
 def drafts_in_graphs(vllm_config: Any) -> bool:
-    """Whether a draft model is to run on GPUs other than eagerly."""
-    on_gpus = vllm_config.parallel_config.worker_cls == GPU_WORKER
-    return on_gpus and drafts_by_model(vllm_config) and not vllm_config.model_config.enforce_eager
+    """Whether a draft model other than MTP layers is to run on GPUs other than eagerly."""
+    on_gpus, other = vllm_config.parallel_config.worker_cls == GPU_WORKER, draft_method(vllm_config) != "mtp"
+    return on_gpus and other and drafts_by_model(vllm_config) and not vllm_config.model_config.enforce_eager
 
 
 def unequal_drafts(vllm_config: Any) -> bool:

@@ -308,6 +308,7 @@ def latent_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cache_dtype: str = "auto", 
     config.model_config.dtype = torch.bfloat16
     config.cache_config.__dict__.update(user_specified_block_size=False, block_size=16)
     config.attention_config.__dict__.update(attention)
+    config.speculative_config = None
     return config
 
 
@@ -336,7 +337,14 @@ def test_latent_attention_by_what_has_no_partial_results(monkeypatch: pytest.Mon
             check_model(config, NanoCPConfig(ranks=2))
         assert_one_line(str(caught.value), part, '"max_degree": 1')
         check_model(config, NanoCPConfig(ranks=2, max_degree=1))
-    check_model(latent_on_a_gpu(monkeypatch), NanoCPConfig(ranks=2, exchange="routed"))
+    routed, drafted = NanoCPConfig(ranks=2, exchange="routed"), latent_on_a_gpu(monkeypatch)
+    check_model(drafted, routed)
+    drafted.speculative_config = SimpleNamespace(method="ngram_gpu")
+    for exchange in ("auto", "collective"):
+        check_model(drafted, NanoCPConfig(ranks=2, exchange=exchange))
+    with pytest.raises(NanoCPConfigError) as caught:
+        check_model(drafted, routed)
+    assert_one_line(str(caught.value), "exchange 'routed'", "speculative decoding", "'collective'")
     for major in (8, 9, 10):
         monkeypatch.setattr(current_platform, "get_device_capability", lambda major=major: DeviceCapability(major, 0))
         if major == 9:

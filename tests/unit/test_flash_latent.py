@@ -254,10 +254,11 @@ def test_pieces_of_a_fixed_launch_fit() -> None:
 
 @pytest.mark.parametrize("places", [1, 80, 991, 992, 993, 1280, 1984, 1985, 10_000])
 def test_launches_over_places_are_few_and_cut_into_pieces(places: int) -> None:
-    """FlashAttention cuts no row of a launch of more than 992."""
+    """FlashAttention cuts no row of a launch of more than 992. Each begins at a multiple of 16, for Triton's sake."""
     parts = parts_of(places, 992)
     assert [place for part in parts for place in range(part.start, part.stop)] == list(range(places))
     assert len(parts) == -(-places // 992) and max(part.stop - part.start for part in parts) <= 992
+    assert all(part.start % 16 == 0 for part in parts)
 
 
 def test_heads_go_in_groups_where_much_travels() -> None:

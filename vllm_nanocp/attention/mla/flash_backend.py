@@ -26,6 +26,7 @@ from vllm.v1.attention.backends.mla.flashattn_mla import (
 from vllm.v1.attention.backends.mla.prefill.flash_attn import FlashAttnPrefillBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from ...errors import UNSHARDED, refuse
 from ..context import context
 from ..family import attend
 from ..flash_launches import gather_tables, later_draft, places_of
@@ -312,6 +313,14 @@ class LatentOnHopper:
             layer.forward_impl = partial(forward_sharded, layer, layer.forward_impl)
 
     def prepare(self, device: torch.device) -> None:
+        drafts = self.config.speculative_config
+        queries = 1 if drafts is None else 1 + drafts.num_speculative_tokens
+        if queries > 1 and not self.kernel.takes(queries, self.sizes):
+            refuse(
+                f"latent attention with {queries - 1} drafts a step and max_degree above 1",
+                "rows of so many queries attend as prompts do, and these have no drafts",
+                "take fewer in --speculative-config, or " + UNSHARDED,
+            )
         self.kernel.self_check(self.sizes, self.dtype, device)
         block = torch.zeros(1, dtype=torch.int32, device=device)
         gather_tables([block.data_ptr()], [1], device)  # compiled now

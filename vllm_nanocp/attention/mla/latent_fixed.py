@@ -99,8 +99,9 @@ def pieces_of(places: int, sizes: LatentSizes) -> int:
 
 
 def parts_of(places: int, most: int) -> list[slice]:
-    """The places of each launch: as many in each, and no more than the kernel serves well."""
-    size = cdiv(places, cdiv(places, most))
+    """The places of each launch: about as many in each, and no more than the kernel serves well. They begin at
+    multiples of 16, so that kernels compiled at start serve them all: Triton has others for other alignments."""
+    size = min(most, cdiv(cdiv(places, cdiv(places, most)), 16) * 16)
     return [slice(at, min(at + size, places)) for at in range(0, places, size)]
 
 

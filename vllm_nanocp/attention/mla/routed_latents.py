@@ -42,4 +42,5 @@ def attend_routed(
     for work in rows.fixed:
         outputs, lses = absorbed_results(visiting[work.part], held, work.launch)
         routes.answer(outputs, lses, work.empty, work.part.start, layer)
+        del outputs, lses  # memory is set aside for one launch's
     routes.collect(output, layer)

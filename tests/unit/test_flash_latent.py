@@ -454,3 +454,26 @@ def test_layers_that_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     layer.prefill_backend.vllm_flash_attn_version = 4
     with pytest.raises(NanoCPConfigError, match="FlashAttention 4"):
         judge(layer)
+
+
+def test_more_drafts_than_attend_in_the_latents_space_are_refused() -> None:
+    """Before the kernels are tried: such rows would be projected, by the plan's lengths."""
+    from types import SimpleNamespace
+
+    from vllm_nanocp.attention.mla.flash_backend import LatentOnHopper
+    from vllm_nanocp.errors import NanoCPConfigError
+
+    class Tried(Exception):
+        pass
+
+    def self_check(*_: object) -> None:
+        raise Tried
+
+    family: Any = LatentOnHopper.__new__(LatentOnHopper)
+    family.sizes, family.dtype = LatentSizes(128, 128, 64, 512, 128), torch.bfloat16
+    family.kernel = SimpleNamespace(self_check=self_check, takes=lambda queries, sizes: sizes.absorbs(queries))
+    for drafts, found in ((None, Tried), (3, Tried), (169, Tried), (170, NanoCPConfigError)):
+        speculation = None if drafts is None else SimpleNamespace(num_speculative_tokens=drafts)
+        family.config = SimpleNamespace(speculative_config=speculation)
+        with pytest.raises(found):
+            family.prepare(torch.device("cpu"))

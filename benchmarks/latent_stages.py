@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.layer_stages import LAYERS, graph_us
+from benchmarks.layer_stages import LAYERS, decode_batch, graph_us
 
 BLOCK = 64
 
@@ -56,8 +56,6 @@ class Rank:
 
     def batch(self, long_rows: int) -> Any:
         """Metadata of the shorts and of long rows, padded to a power of two, as vLLM's runner makes it."""
-        from vllm.v1.attention.backend import CommonAttentionMetadata
-
         args, rows = self.args, self.args.shorts + long_rows
         padded = 1 << (rows - 1).bit_length()
         table = torch.zeros((padded, max(self.short, self.held) + 1), dtype=torch.int32)
@@ -67,19 +65,7 @@ class Rank:
             first = args.shorts * self.short + (row - args.shorts) * self.held if long else row * self.short
             count = self.held if long else self.short
             table[row, :count], lengths[row] = torch.arange(first, first + count), count * BLOCK
-        starts = torch.arange(padded + 1, dtype=torch.int32).clamp(max=rows)
-        return CommonAttentionMetadata(
-            query_start_loc=starts.to(self.device),
-            query_start_loc_cpu=starts,
-            seq_lens=lengths.to(self.device),
-            num_reqs=padded,
-            num_actual_tokens=padded,
-            max_query_len=1,
-            max_seq_len=int(lengths.max()),
-            block_table_tensor=table.to(self.device),
-            slot_mapping=torch.zeros(padded, dtype=torch.int64, device=self.device),
-            seq_lens_cpu_upper_bound=lengths,
-        )
+        return decode_batch(table, lengths, rows, self.device)
 
     def builder(self) -> Any:
         made = self.steps.make_builder(self.shape, self.device, 1)

@@ -58,6 +58,33 @@ def graph_us(run: Callable[[int], Any]) -> float:
     return round(mean.item(), 2)
 
 
+def decode_batch(table: torch.Tensor, lengths: torch.Tensor, rows: int, device: torch.device) -> Any:
+    """vLLM's metadata of a batch of decodes.
+
+    Args:
+        table: int32 [padded rows, most blocks], on the host.
+        lengths: int32 [padded rows], on the host.
+        rows: how many there are.
+        device: where it goes.
+    """
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    padded = len(table)
+    starts = torch.arange(padded + 1, dtype=torch.int32).clamp(max=rows)
+    return CommonAttentionMetadata(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=lengths.to(device),
+        num_reqs=padded,
+        num_actual_tokens=padded,
+        max_query_len=1,
+        max_seq_len=int(lengths.max()),
+        block_table_tensor=table.to(device),
+        slot_mapping=torch.zeros(padded, dtype=torch.int64, device=device),
+        seq_lens_cpu_upper_bound=lengths,
+    )
+
+
 class Layer:
     """The backend without an engine, as the tests build it, and a batch for it."""
 
@@ -79,8 +106,6 @@ class Layer:
 
     def batch(self, long_rows: int, long_blocks: int) -> Any:
         """Metadata of the shorts and of long rows, padded to a power of two, as vLLM's runner makes it."""
-        from vllm.v1.attention.backend import CommonAttentionMetadata
-
         args, rows = self.args, self.args.shorts + long_rows
         padded = 1 << (rows - 1).bit_length()
         table = torch.zeros((padded, max(self.short, self.long) + 1), dtype=torch.int32)
@@ -92,19 +117,7 @@ class Layer:
             first = args.shorts * self.short + (row - args.shorts) * long_blocks
             table[row, :long_blocks] = torch.arange(first, first + long_blocks)
             lengths[row] = long_blocks * 16
-        starts = torch.arange(padded + 1, dtype=torch.int32).clamp(max=rows)
-        return CommonAttentionMetadata(
-            query_start_loc=starts.to(self.device),
-            query_start_loc_cpu=starts,
-            seq_lens=lengths.to(self.device),
-            num_reqs=padded,
-            num_actual_tokens=padded,
-            max_query_len=1,
-            max_seq_len=int(lengths.max()),
-            block_table_tensor=table.to(self.device),
-            slot_mapping=torch.zeros(padded, dtype=torch.int64, device=self.device),
-            seq_lens_cpu_upper_bound=lengths,
-        )
+        return decode_batch(table, lengths, rows, self.device)
 
     def builder(self) -> Any:
         made = self.steps.make_builder(self.shape, self.device, max_reqs=256)

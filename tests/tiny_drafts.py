@@ -107,6 +107,20 @@ def _head_config(sizes: TinyShape, dtype: str) -> dict[str, Any]:
     }
 
 
+def _mtp_weights(mtp: str, after: torch.Tensor, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an MTP layer has beside a layer: it takes in the last token whole, and of the hidden state what `after`
+    [hidden, hidden] makes of it."""
+    hidden = len(after)
+    return {
+        f"{mtp}.enorm.weight": torch.ones(hidden),
+        f"{mtp}.hnorm.weight": torch.ones(hidden),
+        f"{mtp}.eh_proj.weight": torch.cat([torch.eye(hidden), after], dim=1),
+        f"{mtp}.shared_head.norm.weight": torch.ones(hidden),
+        f"{mtp}.shared_head.head.weight": weights["lm_head.weight"].clone(),
+        f"{mtp}.embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
+    }
+
+
 def make_glm4_moe(path: str | Path, *, seed: int = 0, dtype: str = "float32", **shape: int) -> Path:
     """Write a random GLM-4 MoE with one MTP layer, whose layers count little beside the last token, into the folder
     `path`; the MTP layer knows this much. Returns `path`."""
@@ -127,14 +141,7 @@ def make_glm4_moe(path: str | Path, *, seed: int = 0, dtype: str = "float32", **
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weights[name] = weights[name] * _FAINT
     mtp = f"model.layers.{sizes.num_layers}"
-    weights |= {
-        f"{mtp}.enorm.weight": torch.ones(hidden),
-        f"{mtp}.hnorm.weight": torch.ones(hidden),
-        f"{mtp}.eh_proj.weight": torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], dim=1),
-        f"{mtp}.shared_head.norm.weight": torch.ones(hidden),
-        f"{mtp}.shared_head.head.weight": weights["lm_head.weight"].clone(),
-        f"{mtp}.embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
-    }
+    weights |= _mtp_weights(mtp, torch.zeros(hidden, hidden), weights)
     config = _common_config(sizes, dtype) | {
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": "glm4_moe",
@@ -175,14 +182,7 @@ def make_deepseek_v3(
             weights[name] = weights[name] * _FAINT
     generator = torch.Generator().manual_seed(seed + 7)
     after = torch.zeros(hidden, hidden) if faint else _linear(hidden, hidden, 1.0, generator)
-    weights |= {
-        f"{mtp}.enorm.weight": torch.ones(hidden),
-        f"{mtp}.hnorm.weight": torch.ones(hidden),
-        f"{mtp}.eh_proj.weight": torch.cat([torch.eye(hidden), after], dim=1),
-        f"{mtp}.shared_head.norm.weight": torch.ones(hidden),
-        f"{mtp}.shared_head.head.weight": weights["lm_head.weight"].clone(),
-        f"{mtp}.embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
-    }
+    weights |= _mtp_weights(mtp, after, weights)
     config = _deepseek_config(sizes, dtype) | {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",

@@ -4,7 +4,9 @@ together, where their block ids are, where their results are found. No kernel of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ MIN_PIECES = 2
 BUSY = 128
 # Bytes of float32 results that a launch outside of graphs may take: with few queries, and with as many as it may have.
 _ROOM, _MOST = 1 << 27, 1 << 28
+
+_Numbers = TypeVar("_Numbers", torch.Tensor, np.ndarray)
 
 
 @dataclass
@@ -98,6 +102,21 @@ def queries_at_once(num_heads: int, head_size: int) -> int:
 def places_of(capacity: int, num_ranks: int) -> int:
     """How many places tables of fixed size have: for each rank, and for rows of a rank's own."""
     return capacity * (num_ranks + 1)
+
+
+def empty_numbers(sizes: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Memory of ``split_numbers``: int64, zeros."""
+    return torch.zeros(sum(size + size % 2 for size in sizes), dtype=torch.int64, device=device)
+
+
+def split_numbers(numbers: _Numbers, sizes: Sequence[int]) -> list[_Numbers]:
+    """Views of 8-byte numbers one after another, each from a multiple of 16 bytes on: for other addresses Triton would
+    compile a kernel of its own, which nobody has warmed up."""
+    at, views = 0, []
+    for size in sizes:
+        views.append(numbers[at : at + size])
+        at += size + size % 2
+    return views
 
 
 def hidden_tokens(step: ShardedStep, rows: list[int], common: CommonAttentionMetadata) -> list[int]:

@@ -33,8 +33,8 @@ import triton
 import triton.language as tl
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from .flags import await_flag, offsets_of, place_there, signal
-from .flash_launches import places_of
+from .flags import RouteMemory, await_flag, offsets_of, place_there, signal
+from .flash_launches import empty_numbers, places_of, split_numbers
 from .partial_rows import RowLayout
 from .sharded_step import ShardedStep
 
@@ -74,17 +74,8 @@ class _Parts(NamedTuple):
     pick: Any
     tokens: Any
 
-    @classmethod
-    def of(cls, numbers: Any, sizes: _Parts) -> _Parts:
-        """Views, each from a multiple of 16 bytes on: for other addresses Triton would compile kernels of their own."""
-        at, views = 0, []
-        for size in sizes:
-            views.append(numbers[at : at + size])
-            at += size + size % 2
-        return cls(*views)
 
-
-class RowRoutes:
+class RowRoutes(RouteMemory):
     """The buffer, the tables and the kernels of one capacity.
 
     Args:
@@ -108,23 +99,14 @@ class RowRoutes:
         pointers: torch.Tensor,
     ) -> None:
         assert query_bytes % 16 == 0, "copied 16 bytes at a time"
-        self.capacity, self.num_ranks, self.rank, self.layout = capacity, num_ranks, rank, layout
-        # The rank's own buffer once more, as that of rank ``num_ranks``: own rows go through the same steps as visits.
-        self.pointers = torch.cat([pointers, pointers[rank : rank + 1]])
-        self.places, self.numbers = places_of(capacity, num_ranks), query_bytes // 2
+        parts = _parts(places_of(capacity, num_ranks), layout, query_bytes)
+        super().__init__(capacity, num_ranks, rank, layout, parts, buffer, pointers)
+        self.numbers = query_bytes // 2
         self._copies, self._groups = triton.cdiv(self.numbers, _NUMBERS), triton.cdiv(layout.num_heads, _HEADS)
-        parts = _parts(self.places, layout, query_bytes)
-        self._queries_at, self._rows_at, self._asked_at, self._answered_at, _ = offsets = offsets_of(parts)
-        queries, rows, asked, answered = (buffer[a : a + n] for a, n in zip(offsets, parts, strict=False))
-        self._queries = queries
-        self.rows = rows.view(torch.float32).view(self.places, layout.size)
-        self._asked, self._answered = asked.view(torch.int64), answered.view(torch.int64)
         width = num_ranks + 1
         self._sizes = _Parts(2 * self.places, self.places, 4, capacity * width, capacity)
-        self._ints = torch.zeros(
-            sum(size + size % 2 for size in self._sizes), dtype=torch.int64, device=self.pointers.device
-        )
-        at = _Parts.of(self._ints, self._sizes)
+        self._ints = empty_numbers(self._sizes, self.pointers.device)
+        at = _Parts(*split_numbers(self._ints, self._sizes))
         self.route = RowRoute(at.asks.view(-1, 2), at.answers, at.counts, at.pick.view(-1, width), at.tokens)
 
     @staticmethod
@@ -143,7 +125,7 @@ class RowRoutes:
             The same tensors each time.
         """
         host = np.zeros(len(self._ints), dtype=np.int64)
-        at = _Parts.of(host, self._sizes)
+        at = _Parts(*split_numbers(host, self._sizes))
         pick, width = at.pick.reshape(self.capacity, -1), self.capacity
         pick[:], at.tokens[:] = -1, -1
         asks: list[tuple[int, int]] = []
@@ -165,11 +147,6 @@ class RowRoutes:
         at.counts[:] = step.serial * MAX_LAYERS, len(asks), len(answers), results
         async_tensor_h2d(host, out=self._ints)
         return self.route
-
-    def visiting(self, like: torch.Tensor) -> torch.Tensor:
-        """The queries at all places: [places, num_heads, query size], of the type of ``like``."""
-        shape = (self.places, *like.shape[1:])
-        return self._queries.view(like.dtype)[: self.places * self.numbers].view(shape)
 
     def send(self, queries: torch.Tensor, layer: int) -> None:
         """Write the batch's queries to where they visit.

@@ -4,33 +4,20 @@ that fits. Block ids are not copied: tables have the addresses where they lie.""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..flash_launches import hidden_tokens, lengths_without, places_of, table_address
+from ..flash_launches import empty_numbers, hidden_tokens, lengths_without, places_of, split_numbers, table_address
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from ..stream_k import cut
 from .flash_tables import StepTables
 from .routed_layer import MAX_LAYERS, Route, Routes
 from .split_kv import Visits
-
-_Numbers = TypeVar("_Numbers", torch.Tensor, np.ndarray)
-
-
-def _split(numbers: _Numbers, sizes: Sequence[int]) -> list[_Numbers]:
-    """Views of 8-byte numbers one after another, each from a multiple of 16 bytes on: for other addresses Triton would
-    compile a kernel of its own, which nobody has warmed up."""
-    at, views = 0, []
-    for size in sizes:
-        views.append(numbers[at : at + size])
-        at += size + size % 2
-    return views
 
 
 class _Parts(NamedTuple):
@@ -106,8 +93,8 @@ class CapturedTables:
             pieces=self._visits.pieces.numel(), starts=self._programs + 1, first=rows, count=rows,
         )  # fmt: skip
         self._sizes = _Parts(**sizes)
-        self._ints = torch.zeros(sum(size + size % 2 for size in self._sizes), dtype=torch.int64, device=device)
-        at = _Parts(*_split(self._ints, self._sizes))
+        self._ints = empty_numbers(self._sizes, device)
+        at = _Parts(*split_numbers(self._ints, self._sizes))
         self._send, self._visiting, self._hidden = at.send, at.visiting, at.hidden
         self._visits.tables, self._visits.pieces = at.tables, at.pieces.view(-1, 3)
         self._visits.starts, self._visits.first, self._visits.count = at.starts, at.first, at.count
@@ -127,7 +114,7 @@ class CapturedTables:
             As ``exact_tables``; the same tensors each time.
         """
         host = np.zeros(len(self._ints), dtype=np.int64)
-        at = _Parts(*_split(host, self._sizes))
+        at = _Parts(*split_numbers(host, self._sizes))
         routes = self.routes
         # Stock attention runs if some row has several queries, and always with the collective exchange. Otherwise the
         # routed kernel attends for all rows.

@@ -36,7 +36,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..flags import await_flag, offsets_of, place_there, signal
+from ..flags import RouteMemory, await_flag, offsets_of, place_there, signal
 from ..flash_launches import places_of
 from ..partial_rows import RowLayout, add_piece
 from .split_kv import KV, Visits, attend_piece, kernel_arguments, programs_of, put_piece, put_row, seen_at, table_at
@@ -82,7 +82,7 @@ class LocalBatch:
     seq_lens: torch.Tensor
 
 
-class Routes:
+class Routes(RouteMemory):
     """The buffer and kernels of one capacity.
 
     Args:
@@ -108,30 +108,13 @@ class Routes:
         queries: int = 1,
     ) -> None:
         self.queries = queries
-        self.capacity, self.num_ranks, self.rank, self.layout = capacity, num_ranks, rank, layout
-        # The rank's own buffer once more, as that of rank ``num_ranks``: own rows go through the same steps as visits.
-        self.pointers = torch.cat([pointers, pointers[rank : rank + 1]])
-        self.places = places_of(capacity, num_ranks)
-        parts = _parts(self.places, layout, query_bytes, queries)
-        self._queries_at, self._rows_at, self._asked_at, self._answered_at, _ = offsets = offsets_of(parts)
-        asking, rows, asked, answered = (buffer[a : a + n] for a, n in zip(offsets, parts, strict=False))
-        self._queries = asking
-        self.rows = rows.view(torch.float32).view(self.places * self.queries, layout.size)
-        self._asked, self._answered = asked.view(torch.int64), answered.view(torch.int64)
+        parts = _parts(places_of(capacity, num_ranks), layout, query_bytes, queries)
+        super().__init__(capacity, num_ranks, rank, layout, parts, buffer, pointers)
 
     @staticmethod
     def size(capacity: int, num_ranks: int, layout: RowLayout, query_bytes: int, queries: int = 1) -> int:
         """Bytes of a buffer."""
         return offsets_of(_parts(places_of(capacity, num_ranks), layout, query_bytes, queries))[-1]
-
-    def visiting(self, like: torch.Tensor) -> torch.Tensor:
-        """The queries that were sent here: [places * queries, num_heads, head_size].
-
-        Args:
-            like: [tokens, num_heads, head_size], of the type that is sent.
-        """
-        row, rows = like.shape[1] * like.shape[2], self.places * self.queries
-        return self._queries.view(like.dtype)[: rows * row].view(rows, *like.shape[1:])
 
     def attend(self, batch: LocalBatch, kv: KV, visits: Visits, route: Route, layer: int) -> None:
         """Attention of a layer: of all rows that have pieces, and of those that visit.

@@ -15,7 +15,16 @@ from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..flash_launches import BUSY, ShardLaunch, hidden_tokens, lengths_without, places_of, table_address
+from ..flash_launches import (
+    BUSY,
+    ShardLaunch,
+    empty_numbers,
+    hidden_tokens,
+    lengths_without,
+    places_of,
+    split_numbers,
+    table_address,
+)
 from ..partial_rows import RowLayout
 from ..row_routes import RowRoutes
 from ..sharded_step import ShardedStep
@@ -75,15 +84,6 @@ class _Parts(NamedTuple):
     hidden: Any
     lengths: Any
     copies: Any
-
-    @classmethod
-    def of(cls, numbers: Any, sizes: _Parts) -> _Parts:
-        """Views of 8-byte numbers, each from a multiple of 16 bytes on."""
-        at, views = 0, []
-        for size in sizes:
-            views.append(numbers[at : at + size])
-            at += size + size % 2
-        return cls(*views)
 
 
 def warm_up(device: torch.device) -> None:
@@ -180,8 +180,8 @@ class FixedLatentTables:
             visiting=capacity, hidden=capacity, lengths=places, copies=3 * places,
         )  # fmt: skip
         # What changes from step to step comes in one copy.
-        self._ints = torch.zeros(sum(size + size % 2 for size in self._sizes), dtype=torch.int64, device=device)
-        self._at = _Parts.of(self._ints, self._sizes)
+        self._ints = empty_numbers(self._sizes, device)
+        self._at = _Parts(*split_numbers(self._ints, self._sizes))
         self._block_table = block_table[:places]
         self._lengths = torch.zeros(places, dtype=torch.int32, device=device)
         self._empty = torch.ones((places, queries), dtype=torch.bool, device=device)
@@ -226,7 +226,7 @@ class FixedLatentTables:
             the kernel takes, int32 [num_reqs]. The same tensors each time.
         """
         host, table, at = np.zeros(len(self._ints), dtype=np.int64), self._block_table, self._at
-        copies = self._lay_out(step, common, _Parts.of(host, self._sizes))
+        copies = self._lay_out(step, common, _Parts(*split_numbers(host, self._sizes)))
         async_tensor_h2d(host, out=self._ints)
         self._lengths.copy_(at.lengths)
         torch.eq(at.lengths.unsqueeze(1).expand(-1, self.queries), 0, out=self._empty)

@@ -18,7 +18,7 @@ from tests.unit.attention_steps import Kernel, run_scenarios
 from tests.unit.flash_steps import flash_kernel
 from tests.unit.processes import run_ranks
 
-from . import SHARED, TWO_GPUS
+from . import TWO_GPUS
 from .test_attention import MODES, OF_STOCK, RELATIVE, SHAPES, GraphForward, stock_flash
 from .test_exact import STEP, TIE, all_partings, check_partings, common, partings
 
@@ -95,7 +95,7 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     # Prompts that repeat, so that n-grams find drafts.
     asks = [
         Ask((prompt(max(1, n // 3), 50 + n + 7 * k) * 3)[:n], dict(max_tokens=32, logprobs=20), delay=0.01 * i)
-        for k in range(1 if SHARED else 3)  # shared GPUs take turns
+        for k in range(3)
         for i, n in enumerate(LENGTHS)
     ]
     together, alone = stock.ask(asks), [stock.ask([ask])[0] for ask in asks]

@@ -205,8 +205,8 @@ def test_memory(heads: str, ranks: int) -> None:
 
 LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 # Names as in ``test_exact.py``, so that one variable chooses in both.
-ENGINES = ("v2", "v1", "graphs", "routed", "moves", "fp8", "tensor parallel")
-GRAPHS = ("graphs", "routed", "moves", "fp8", "tensor parallel")
+ENGINES = ("v2", "v1", "graphs", "collective", "moves", "fp8", "tensor parallel")
+GRAPHS = ("graphs", "collective", "moves", "fp8", "tensor parallel")
 chosen = [mode for mode in ENGINES if mode in os.environ.get("NANOCP_RUNNERS", ",".join(ENGINES)).split(",")]
 
 
@@ -236,7 +236,7 @@ def engines(request: pytest.FixtureRequest, deepseek: str) -> Iterator[tuple[str
         stock = Engine(deepseek, 1, **args)
         if graphs:  # vLLM's own check of its workers' steps
             patch.setenv("VLLM_GPU_SYNC_CHECK", "error")
-        config: dict[str, Any] = {"segment_size": 600, "exchange": "routed" if mode == "routed" else "auto"}
+        config: dict[str, Any] = {"segment_size": 600, "exchange": "collective" if mode == "collective" else "auto"}
         if mode == "moves":
             config |= {"moves": {"batch_margin": 0.0, "kv_margin": 0.0, "min_steps_between": 0, "spare_blocks": 0}}
         nanocp = Engine(deepseek, 2, config, **args)
@@ -266,5 +266,5 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     for worker in counters:
         captured = worker["captured_steps"] > worker["sharded_steps"] / 4
         assert captured == (mode in GRAPHS)
-        assert (worker["routed_steps"] > worker["sharded_steps"] / 4) == (mode == "routed")
+        assert (worker["routed_steps"] > worker["sharded_steps"] / 4) == (mode not in ("collective", "fp8"))
     check_partings(found)

@@ -360,6 +360,18 @@ def test_drafts_on_gpus(tiny_model: str) -> None:
     check_settings(config, RANKS)
 
 
+def test_mtp_of_latent_attention_on_gpus(tiny_model: str) -> None:
+    """Eager, with a cache of 16 bits."""
+    config = create(tiny_model, *NANOCP)
+    _latent_on_a_gpu("mtp", "auto")(config)
+    _set("scheduler_config.async_scheduling", True)(config)
+    assert "--enforce-eager" in refusal(lambda: check_settings(config, RANKS))
+    model = config.model_config
+    eager = type("Eager", (), {"enforce_eager": True, "__getattr__": lambda _, name: getattr(model, name)})()
+    _set("model_config", eager)(config)
+    check_settings(config, RANKS)
+
+
 def test_drafts_of_latent_attention_on_cpu(tiny_model: str) -> None:
     config = create(tiny_model, *NANOCP)
     _latent_drafts("ngram")(config)

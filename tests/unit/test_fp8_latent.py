@@ -19,7 +19,15 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mla import flashmla as flashmla_backend
 from vllm.v1.attention.ops import flashmla
 
-from tests.unit.fp8_latent_steps import FlashMLAImpl, bare_family, fp8_shape, make_layer, run_modes
+from tests.unit.flash_latent_steps import LatentOnHopper
+from tests.unit.fp8_latent_steps import (
+    FlashMLAImpl,
+    LatentOfFloat8OnHopper,
+    bare_family,
+    fp8_shape,
+    make_layer,
+    run_modes,
+)
 from tests.unit.latent_steps import CPU
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.flash_launches import lengths_without
@@ -185,3 +193,14 @@ def test_layers_that_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(where, name, value)
             check_layers({"l": layer}, family)
     assert shape.cache_dtype in family.cache_dtypes
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_what_takes_the_routed_exchange_unasked(drafts: bool) -> None:
+    """A cache of 16 bits without drafts: a visit of latents carries one query there."""
+    sizes = dict(q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+    text = SimpleNamespace(**sizes)
+    model = SimpleNamespace(dtype=torch.bfloat16, hf_text_config=text, get_num_attention_heads=lambda _: 16)
+    config = SimpleNamespace(model_config=model, parallel_config=None, speculative_config=object() if drafts else None)
+    assert bool(LatentOnHopper(config).unrouted) == drafts
+    assert LatentOfFloat8OnHopper(config).unrouted

@@ -108,10 +108,10 @@ def other_than_latent_mtp(vllm_config: Any) -> bool:
     )
 
 
-def latent_drafts_on_gpus(vllm_config: Any) -> bool:
-    """Whether a draft model of latent attention is to run on GPUs."""
-    on_gpus = vllm_config.parallel_config.worker_cls == GPU_WORKER
-    return on_gpus and drafts_by_model(vllm_config) and vllm_config.model_config.use_mla
+def latent_drafts_in_graphs(vllm_config: Any) -> bool:
+    """Whether a draft model of latent attention is to run on GPUs other than eagerly."""
+    model, on_gpus = vllm_config.model_config, vllm_config.parallel_config.worker_cls == GPU_WORKER
+    return on_gpus and drafts_by_model(vllm_config) and model.use_mla and not model.enforce_eager
 
 
 def drafts_over_float8_latents(vllm_config: Any) -> bool:

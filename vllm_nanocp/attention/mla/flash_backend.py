@@ -274,13 +274,15 @@ class LatentOnHopper:
     stock = AttentionBackendEnum.FLASH_ATTN_MLA
     backend: type[Any] = NanoCPFlashAttnMLABackend
     kernel: LatentKernel = FLASH_ATTENTION
-    unrouted = "nobody has measured the routed exchange with latent attention"
+    unrouted = ""
     _block_table: torch.Tensor | None = None
 
     def __init__(self, vllm_config: Any) -> None:
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         assert isinstance(model.dtype, torch.dtype)
         self.config, self.dtype = vllm_config, model.dtype
+        if vllm_config.speculative_config is not None:
+            self.unrouted = "with speculative decoding: there a visit of latents carries one query"
         self.sizes = _sizes_of(model.get_num_attention_heads(parallel), get_mla_dims(model))
         self.layout = RowLayout(self.sizes.num_heads, self.sizes.value_size)
         self.query_bytes = self.sizes.num_heads * self.sizes.query_size * self.dtype.itemsize

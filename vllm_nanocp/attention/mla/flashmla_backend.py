@@ -48,6 +48,7 @@ class LatentOfFloat8OnHopper(LatentOnHopper):
     """See ``GPUFamily``."""
 
     cache_dtypes: tuple[str, ...] = FLOAT8_CACHES
+    unrouted = "nobody has run an engine with the routed exchange and latents of 8 bits"
     stock = AttentionBackendEnum.FLASHMLA
     backend = NanoCPFlashMLABackend
     kernel = FLASH_MLA

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the time of one layer of latent attention goes in a sharded decode step, over both exchanges, in CUDA graphs.
 
-    timeout 300 python benchmarks/latent_stages.py [--ranks 2] [--heads 16,128] [--cases 1x16x131072,...] [--out FILE]
+    timeout 300 python benchmarks/latent_stages.py [--ranks 2] [--queries 4] [--heads 16,128] [--cases 1x16x131072,...]
+        [--out FILE]
 
 One process a GPU; with ``--ranks 1`` the rank visits itself, so nothing crosses a link. A case is ROWSxCAPACITYxSHARD:
 every rank has ``--shorts`` short requests and ROWS sharded ones, with SHARD tokens of each on every rank, and tables of
@@ -65,10 +66,10 @@ class Rank:
             first = args.shorts * self.short + (row - args.shorts) * self.held if long else row * self.short
             count = self.held if long else self.short
             table[row, :count], lengths[row] = torch.arange(first, first + count), count * BLOCK
-        return decode_batch(table, lengths, rows, self.device)
+        return decode_batch(table, lengths, rows, self.device, args.queries)
 
     def builder(self) -> Any:
-        made = self.steps.make_builder(self.shape, self.device, 1)
+        made = self.steps.make_builder(self.shape, self.device, self.args.queries)
         # A row of block ids for each place, as an engine for long requests has it.
         made.model_config.max_model_len = max(1 << 20, 2 * self.held * BLOCK)
         return made
@@ -77,19 +78,20 @@ class Rank:
         """Each own row visits every other rank, or this one where there is no other."""
         from vllm_nanocp.attention.sharded_step import Guest, OwnRow, ShardedStep
 
-        args, me = self.args, self.rank
+        args, me, queries = self.args, self.rank, self.args.queries
         others = [r for r in range(args.ranks) if r != me] or [me]
-        counts = [self.rows if r in others else 0 for r in range(args.ranks)]
+        counts = [self.rows * queries if r in others else 0 for r in range(args.ranks)]
         step = ShardedStep(me, send_counts=counts, recv_counts=list(counts), capacity=self.capacity, serial=1)
         for i in range(self.rows):
             row = args.shorts + i
-            step.own.append(OwnRow(lambda r=row: r, 1, 0, self.held * BLOCK - 1, [(r, i) for r in others]))  # type: ignore[misc]
+            held, visits = self.held * BLOCK - queries, [(r, i * queries) for r in others]
+            step.own.append(OwnRow(lambda r=row: r, queries, 0, held, visits))  # type: ignore[misc]
         for j, home in enumerate(others, 1):
             for i in range(self.rows):
                 # Each its own blocks: bytes read twice would stay in the GPU's cache.
                 at = args.shorts * self.short + (j * self.rows + i) * self.held
-                held = torch.arange(at, at + self.held, dtype=torch.int32, device=self.device)
-                step.guests.append(Guest(home, i, 1, f"{home}.{i}", held, self.held * BLOCK))
+                blocks = torch.arange(at, at + self.held, dtype=torch.int32, device=self.device)
+                step.guests.append(Guest(home, i * queries, queries, f"{home}.{i}", blocks, self.held * BLOCK))
         return step
 
     def metadata(self, batch: Any, routes: Any = None) -> tuple[Any, Any]:
@@ -112,15 +114,17 @@ def measure(args: argparse.Namespace, rank: int, heads: int, case: str) -> dict[
     from vllm_nanocp.exchange import CollectiveExchange
 
     it = Rank(args, rank, heads, *map(int, case.split("x")))
+    context.queries = args.queries
     context.exchange = CollectiveExchange(dist.group.WORLD)
     shape, layer, batch = it.shape, it.layer, it.batch(it.rows)
     stock = it.builder().build(0, it.batch(0))
     collective, _first = it.metadata(batch)
-    routes = it.steps.make_routes(it.capacity, None, shape, args.ranks, rank)
+    routes = it.steps.make_routes(it.capacity * args.queries, None, shape, args.ranks, rank)
     routed, _second = it.metadata(batch, routes)
-    query = torch.randn((batch.num_reqs, heads, 192), dtype=torch.bfloat16, device=it.device)
-    keys = torch.randn((batch.num_reqs, 1, 576), dtype=torch.bfloat16, device=it.device)
-    output = torch.empty((batch.num_reqs, heads, 128), dtype=torch.bfloat16, device=it.device)
+    tokens = batch.num_actual_tokens
+    query = torch.randn((tokens, heads, 192), dtype=torch.bfloat16, device=it.device)
+    keys = torch.randn((tokens, 1, 576), dtype=torch.bfloat16, device=it.device)
+    output = torch.empty((tokens, heads, 128), dtype=torch.bfloat16, device=it.device)
     fixed, counts = routed.sharded.fixed, routes.route.counts
 
     def held(i: int) -> Latents:
@@ -197,7 +201,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, value in dict(ranks=2, shorts=8, short=1024, port=29542).items():
+    for name, value in dict(ranks=2, shorts=8, short=1024, queries=1, port=29542).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--heads", default="16,64,128")
     parser.add_argument("--cases", default="1x16x131072,4x16x32768,16x16x8192")

@@ -58,7 +58,7 @@ def graph_us(run: Callable[[int], Any]) -> float:
     return round(mean.item(), 2)
 
 
-def decode_batch(table: torch.Tensor, lengths: torch.Tensor, rows: int, device: torch.device) -> Any:
+def decode_batch(table: torch.Tensor, lengths: torch.Tensor, rows: int, device: torch.device, queries: int = 1) -> Any:
     """vLLM's metadata of a batch of decodes.
 
     Args:
@@ -66,21 +66,22 @@ def decode_batch(table: torch.Tensor, lengths: torch.Tensor, rows: int, device: 
         lengths: int32 [padded rows], on the host.
         rows: how many there are.
         device: where it goes.
+        queries: of a row, one and drafts.
     """
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     padded = len(table)
-    starts = torch.arange(padded + 1, dtype=torch.int32).clamp(max=rows)
+    starts = torch.arange(padded + 1, dtype=torch.int32).clamp(max=rows) * queries
     return CommonAttentionMetadata(
         query_start_loc=starts.to(device),
         query_start_loc_cpu=starts,
         seq_lens=lengths.to(device),
         num_reqs=padded,
-        num_actual_tokens=padded,
-        max_query_len=1,
+        num_actual_tokens=padded * queries,
+        max_query_len=queries,
         max_seq_len=int(lengths.max()),
         block_table_tensor=table.to(device),
-        slot_mapping=torch.zeros(padded, dtype=torch.int64, device=device),
+        slot_mapping=torch.zeros(padded * queries, dtype=torch.int64, device=device),
         seq_lens_cpu_upper_bound=lengths,
     )
 

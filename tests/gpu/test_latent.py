@@ -55,6 +55,10 @@ DRAFTED: dict[str, dict[str, Any]] = {
     "drafts, fixed": dict(queries=4, capacity=8),
     "drafts, graph": dict(queries=4, capacity=8, graph=True),
 }
+ROUTED_DRAFTS: dict[str, dict[str, Any]] = {
+    "drafts, routed": dict(queries=4, capacity=8, routed=True),
+    "drafts, routed graph": dict(queries=4, capacity=8, routed=True, graph=True),
+}
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
@@ -129,7 +133,9 @@ def routed_steps(ranks: int, staged: bool) -> list[dict[str, Any]] | str:
     """The same over the routed exchange, which runs from graphs also where ranks share a GPU."""
     from .latent_steps import run_modes
 
-    return on_ranks(ranks, run_modes, {mode: (args, all_groups()) for mode, args in ROUTED.items()}, staged, 280)
+    return on_ranks(
+        ranks, run_modes, {mode: (args, all_groups()) for mode, args in (ROUTED | ROUTED_DRAFTS).items()}, staged, 280
+    )
 
 
 @pytest.mark.parametrize("mode", [mode for mode, args in MODES.items() if "graph" not in args])
@@ -150,14 +156,14 @@ def test_error_over_nccl(mode: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("mode", ROUTED)
+@pytest.mark.parametrize("mode", [*ROUTED, *ROUTED_DRAFTS])
 def test_error_over_the_routed_exchange_on_one_gpu(mode: str, ranks: int) -> None:
     """One rank visits itself; two share the GPU, over gloo but for what the routed exchange carries."""
     check_error(routed_steps(ranks, True), mode, SHAPES, ranks=ranks, gpus=1)
 
 
 @pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("mode", ROUTED)
+@pytest.mark.parametrize("mode", [*ROUTED, *ROUTED_DRAFTS])
 def test_error_over_the_routed_exchange(mode: str) -> None:
     check_error(routed_steps(2, False), mode, SHAPES, ranks=2, gpus=2)
 

@@ -342,7 +342,7 @@ def kernel_of(
         stock=functools.partial(stock_attention, shapes, make, where, queries) if stock else None,
         replays=graph and where.type == "cuda",
         groups=groups,
-        routes=functools.cache(functools.partial(make_routes, capacity, shared)) if routed else None,  # type: ignore[arg-type]
+        routes=functools.cache(functools.partial(make_routes, capacity * queries, shared)) if routed else None,  # type: ignore[arg-type]
         queries=queries,
     )
 

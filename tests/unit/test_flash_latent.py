@@ -108,6 +108,8 @@ def test_the_routed_exchange(tmp_path: Path) -> None:
         "routed": (ours, [(SHAPES[seed % 2], seed, seed % 9 != 8) for seed in range(700, 710)]),
         "graph": (dict(ours, graph=True), [(SHAPES[seed % 2], seed, True) for seed in range(710, 714)]),
         "unpadded": (few, [(SHAPES[seed % 2], seed, True) for seed in range(720, 724)]),
+        "drafts": (dict(ours, queries=3), [(SHAPES[seed % 2], seed, True) for seed in range(730, 732)]),
+        "drafts, graph": (dict(ours, queries=3, graph=True), [(SHAPES[0], 740, True)]),
     }
     results = run_ranks(3, run_modes, modes, seconds=200)
     for mode in modes:
@@ -286,6 +288,11 @@ def test_memory_of_the_routed_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = 5 * 64 * 128 * 4 * 512 * pieces_of(5 * 64, family.sizes)
     assert found == absorbed + result + values + pieces > small
     assert family.most_memory(4, 8192) == large
+    # With drafts a launch has a rank's own places or the others', of four queries each.
+    monkeypatch.setattr(context, "queries", 4)
+    rows = 4 * 4 * 64
+    pieces = rows * 128 * 4 * 512 * pieces_of(rows, family.sizes)
+    assert family.most_memory(4, 64) == rows * 128 * (2 * 512 + 2 * 512 + 4 * 128) + pieces
 
 
 def test_fixed_tables_begin_at_multiples_of_16_bytes() -> None:

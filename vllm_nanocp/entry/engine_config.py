@@ -44,7 +44,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
     if model.is_encoder_decoder:
         refuse("an encoder-decoder model with max_degree above 1", "cross-attention has no shards", instead)
     if model.use_mla:
-        _check_latent(vllm_config, config, cuda, instead)
+        _check_latent(vllm_config, cuda, instead)
     if model.is_hybrid or model.is_attention_free:
         refuse(
             "a hybrid or attention-free model with max_degree above 1",
@@ -81,7 +81,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
         )
 
 
-def _check_latent(vllm_config: Any, config: NanoCPConfig, cuda: bool, instead: str) -> None:
+def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
     """Refuse what of multi-head latent attention has no partial results here."""
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -95,12 +95,6 @@ def _check_latent(vllm_config: Any, config: NanoCPConfig, cuda: bool, instead: s
         )
     if cuda:
         _check_latent_on_gpus(vllm_config, instead)
-        if config.exchange == "routed" and vllm_config.speculative_config is not None:
-            refuse(
-                "exchange 'routed' with latent attention and speculative decoding",
-                "a visit of latents carries one query there",
-                "use 'auto' or 'collective', or leave speculative decoding out",
-            )
         return
     if torch.cpu._is_amx_tile_supported() and vllm_config.attention_config.backend != AttentionBackendEnum.CPU_MLA:
         refuse(

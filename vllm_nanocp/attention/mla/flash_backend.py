@@ -29,7 +29,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from ...errors import UNSHARDED, refuse
 from ..context import context
 from ..family import attend
-from ..flash_launches import gather_tables, later_draft, places_of
+from ..flash_launches import gather_tables, later_draft
 from ..gpu_rows import GPULayer
 from ..partial_rows import RowLayout, merge_rows
 from ..row_routes import RowRoutes
@@ -275,6 +275,7 @@ class LatentOnHopper:
     backend: type[Any] = NanoCPFlashAttnMLABackend
     kernel: LatentKernel = FLASH_ATTENTION
     unrouted = ""
+    routes_drafts = False  # MTP has one layer, so little is won by it
     _block_table: torch.Tensor | None = None
 
     def __init__(self, vllm_config: Any) -> None:
@@ -282,7 +283,7 @@ class LatentOnHopper:
         assert isinstance(model.dtype, torch.dtype)
         self.config, self.dtype = vllm_config, model.dtype
         if vllm_config.speculative_config is not None:
-            self.unrouted = "with speculative decoding: there a visit of latents carries one query"
+            self.unrouted = "no engine has run it with latent attention and speculative decoding"
         self.sizes = _sizes_of(model.get_num_attention_heads(parallel), get_mla_dims(model))
         self.layout = RowLayout(self.sizes.num_heads, self.sizes.value_size)
         self.query_bytes = self.sizes.num_heads * self.sizes.query_size * self.dtype.itemsize
@@ -340,14 +341,14 @@ class LatentOnHopper:
     def routes(
         self, capacity: int, num_ranks: int, rank: int, queries: int, allocate: Callable[[int], Any]
     ) -> RowRoutes:
-        assert queries == 1, "drafts of latent attention go over the collective exchange"
-        memory = allocate(RowRoutes.size(capacity, num_ranks, self.layout, self.query_bytes))
-        return RowRoutes(capacity, num_ranks, rank, self.layout, self.query_bytes, *memory)
+        most = capacity * queries
+        memory = allocate(RowRoutes.size(most, num_ranks, self.layout, self.query_bytes))
+        return RowRoutes(most, num_ranks, rank, self.layout, self.query_bytes, *memory)
 
     def most_memory(self, num_ranks: int, max_tokens: int) -> int:
         most = most_memory(num_ranks, max_tokens, self.sizes, self.dtype, self.kernel)
-        layers = (self.sizes, self.dtype, self.kernel)
-        return max([most, *(places_memory(places_of(c, num_ranks), *layers) for c in context.routes)])
+        layers = (context.queries, self.sizes, self.dtype, self.kernel)
+        return max([most, *(places_memory(capacity, num_ranks, *layers) for capacity in context.routes)])
 
     def warm_up(self, layer: Any) -> None:
         device, layout, many = layer.kv_cache.device, self.layout, 1024

@@ -105,21 +105,6 @@ def parts_of(places: int, most: int) -> list[slice]:
     return [slice(at, min(at + size, places)) for at in range(0, places, size)]
 
 
-def places_memory(places: int, sizes: LatentSizes, dtype: torch.dtype, kernel: LatentKernel) -> int:
-    """Bytes that a layer takes for all places outside of graphs, over the routed exchange: a launch's absorbed queries,
-    its float32 pieces, their 16-bit results and the float32 values of these.
-
-    Args:
-        places: of the tables.
-        sizes: of the layers.
-        dtype: of queries.
-        kernel: attends.
-    """
-    rows = max(part.stop - part.start for part in parts_of(places, kernel.most_rows))
-    numbers = 2 * sizes.rank * dtype.itemsize + 4 * sizes.rank * pieces_of(rows, sizes) + 4 * sizes.value_size
-    return max(rows * sizes.num_heads * numbers, kernel.memory(rows, sizes, dtype))
-
-
 def spans_of(here: int, places: int, queries: int, most: int) -> list[tuple[slice, bool]]:
     """The places of each launch, and whether it is causal: rows of several queries that are a rank's own see what is
     before each of these, guests see all that is held here. Single queries need no mask.
@@ -138,6 +123,24 @@ def spans_of(here: int, places: int, queries: int, most: int) -> list[tuple[slic
     ]
 
 
+def places_memory(
+    capacity: int, num_ranks: int, queries: int, sizes: LatentSizes, dtype: torch.dtype, kernel: LatentKernel
+) -> int:
+    """Bytes that a layer takes for all places outside of graphs, over the routed exchange: a launch's absorbed queries,
+    its float32 pieces, their 16-bit results and the float32 values of these.
+
+    Args:
+        capacity, num_ranks, queries: of the tables.
+        sizes: of the layers.
+        dtype: of queries.
+        kernel: attends.
+    """
+    launches = spans_of(capacity * num_ranks, places_of(capacity, num_ranks), queries, kernel.most_rows)
+    rows = queries * max(part.stop - part.start for part, _ in launches)
+    numbers = 2 * sizes.rank * dtype.itemsize + 4 * sizes.rank * pieces_of(rows, sizes) + 4 * sizes.value_size
+    return max(rows * sizes.num_heads * numbers, kernel.memory(rows, sizes, dtype))
+
+
 class FixedLatentTables:
     """Tables for steps with at most ``capacity`` visits between any two ranks, of as many queries each; places, and
     rows of these, as in ``CapturedTables``.
@@ -153,7 +156,7 @@ class FixedLatentTables:
         dtype: of queries.
         kernel: attends to what is held here.
         queries: of a row that visits.
-        routes: of the routed exchange, which has rows of one query; None without it.
+        routes: of the routed exchange, whose places are of one query, so as many times more; None without it.
     """
 
     def __init__(
@@ -169,7 +172,8 @@ class FixedLatentTables:
         queries: int = 1,
         routes: RowRoutes | None = None,
     ) -> None:
-        assert queries == 1 or (routes is None and kernel.takes(queries, sizes))
+        assert queries == 1 or kernel.takes(queries, sizes)
+        assert routes is None or routes.capacity == capacity * queries
         self.routes = routes
         device = block_table.device
         places, layout = places_of(capacity, num_ranks), RowLayout(sizes.num_heads, sizes.value_size)

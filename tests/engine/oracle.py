@@ -95,7 +95,8 @@ class Oracle:
             batch, num_sampled, num_rejected = args[0], args[5], args[6]
             lengths = (batch.seq_lens[: batch.num_reqs] - num_rejected + 1).tolist()
             stems = runner.req_states.all_token_ids.gpu[batch.idx_mapping, :STEM].tolist()
-            made.extend(zip(map(tuple, stems), lengths, drafts.tolist(), strict=True))
+            if not (drafts == -1).all():  # stock vLLM 0.33 makes none that no request of a step can use
+                made.extend(zip(map(tuple, stems), lengths, drafts.tolist(), strict=True))
             counts["accepted"] += int((num_sampled - 1).clamp(min=0).sum())
             return drafts
 

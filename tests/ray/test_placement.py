@@ -16,10 +16,11 @@ pytestmark = pytest.mark.engine
 # In a process of its own: it changes vLLM, and connects to Ray.
 MAKE_GROUP = """
 import ray, sys
-from vllm_nanocp import patches, ray_executor
+from vllm_nanocp import patches
+from vllm_nanocp.executor.ray.executor import NanoCPRayExecutor
 patches.apply_all(patches.RAY_PATCHES)
 ray.init(logging_level="ERROR")
-executor = object.__new__(ray_executor.NanoCPRayExecutor)
+executor = object.__new__(NanoCPRayExecutor)
 home = ray.get_runtime_context().get_node_id()
 workers = int(sys.argv[1])
 executor.ranks, executor.workers = 2, workers

@@ -68,8 +68,8 @@ def validate_serve(flags: list[str]) -> Any:
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2"),
         (["--decode-context-parallel-size", "2"], "--decode-context-parallel-size 2"),
         (["--prefill-context-parallel-size", "2"], "--prefill-context-parallel-size 2"),
-        (["--speculative-config", '{"method": "medusa", "num_speculative_tokens": 2}'], "--speculative-config"),
-        (["--spec-method", "medusa"], "--spec-method medusa"),
+        (["--speculative-config", '{"method": "draft_model", "num_speculative_tokens": 2}'], "--speculative-config"),
+        (["--spec-method", "draft_model"], "--spec-method draft_model"),
         (
             ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
             "--kv-transfer-config",
@@ -147,7 +147,7 @@ def test_without_the_flag_arguments_stay() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("pipeline_parallel_size", 2), ("speculative_config", {"method": "medusa"}), ("data_parallel_rank", 0)],
+    [("pipeline_parallel_size", 2), ("speculative_config", {"method": "draft_model"}), ("data_parallel_rank", 0)],
 )
 def test_the_same_for_engine_arguments(field: str, value: Any, windowed_model: str) -> None:
     """``LLM(...)`` has no command line."""

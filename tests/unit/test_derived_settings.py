@@ -292,7 +292,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "pipeline parallelism": _set("parallel_config.pipeline_parallel_size", 2),
     "decode context parallelism": _set("parallel_config.decode_context_parallel_size", 2),
     "prefill context parallelism": _set("parallel_config.prefill_context_parallel_size", 2),
-    "speculative decoding with another draft model": _drafts("medusa"),
+    "speculative decoding with another draft model": _drafts("draft_model"),
     "drafts that a model samples": _drafts("eagle3", draft_sample_method="probabilistic"),
     "a draft model with other batches": _drafts("eagle", disable_padded_drafter_batch=True),
     "a draft model for shorter requests": _drafts("eagle3", draft_model_config=SimpleNamespace(max_model_len=8)),

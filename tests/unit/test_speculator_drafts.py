@@ -60,7 +60,7 @@ def prepare_decode_inputs(
     buffers.input_ids[:n] = drafts
     buffers.positions[:n] = (buffers.positions[:n] + 1).clamp(max=most_tokens - 1)
     buffers.seq_lens.zero_()
-    buffers.seq_lens[:n] = (seq_lens[:n] - rejected + 1).clamp(max=most_tokens)
+    buffers.seq_lens[:n] = (seq_lens[:n] - rejected[:n] + 1).clamp(max=most_tokens)
 
 
 def update_draft_inputs(
@@ -145,7 +145,8 @@ class Rank:
             current_draft_step=torch.tensor(0), last_token_indices=torch.zeros(MOST_REQS, dtype=torch.int64),
             sample_src_positions=torch.zeros(MOST_REQS, dtype=torch.int64), temperature=torch.zeros(64),
             idx_mapping=torch.zeros(MOST_REQS, dtype=torch.int64), seeds=torch.zeros(64), draft_logits=None,
-            arange_np=np.arange(MOST_REQS + 1, dtype=np.int32), supports_mm_inputs=False, vllm_config=None,
+            arange_np=np.arange(MOST_REQS + 1, dtype=np.int32), supports_mm_inputs=False,
+            vllm_config=SimpleNamespace(model_config=SimpleNamespace(max_model_len=1024)),
             kv_cache_config=SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["layer"])]),
             supports_decode_metadata_update=True, attn_groups=[], sample_draft=lambda hidden, *_: hidden[:, 0].long(),
             model=lambda **inputs: inputs["hidden_states"] + 1,

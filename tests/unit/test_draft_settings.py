@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +29,7 @@ from tests.unit.test_derived_settings import (  # noqa: F401
 )
 from vllm_nanocp.entry.drafters import GPU_WORKER
 from vllm_nanocp.entry.refusals import check_settings
+from vllm_nanocp.errors import NanoCPConfigError
 
 
 @pytest.mark.parametrize(
@@ -119,3 +122,45 @@ def test_drafts_of_latent_attention(tiny_model: str) -> None:
     _latent_on_a_gpu("ngram_gpu", "fp8")(config)
     check_settings(config, 1)
     assert "with an fp8 cache and max_degree above 1" in refusal(lambda: check_settings(config, RANKS))
+
+
+METHODS = re.compile(r"\b(ngram_gpu|ngram|suffix|custom_class|eagle3|eagle|mtp)\b")
+
+
+def advised(line: str, on_gpus: bool, latent: bool) -> set[str]:
+    """The methods that a refusal names as a way out: before the first platform, between two of them, for all."""
+    advice = line.partition(" is not supported: ")[2].partition("; ")[2]
+    general, _, grouped = advice.partition("beside grouped-query attention")
+    *named, rest = re.split(r"( on CPU| on GPUs)", general)
+    texts = [text for text, where in zip(named[::2], named[1::2], strict=True) if (where == " on GPUs") == on_gpus]
+    return {method for text in (*texts, rest, "" if latent else grouped) for method in METHODS.findall(text)}
+
+
+@pytest.mark.parametrize("latent", [False, True], ids=["grouped", "latent"])
+@pytest.mark.parametrize("on_gpus", [False, True], ids=["cpu", "gpus"])
+def test_what_is_advised_is_served(tiny_model: str, on_gpus: bool, latent: bool) -> None:
+    """Whatever method is refused, those that the line names pass; on one rank as on many."""
+    config = create(tiny_model, *NANOCP)
+    model, named = config.model_config, 0
+
+    def check(method: str, degree: int, eager: bool) -> None:
+        _set("model_config", model)(config)
+        _set("model_config.enforce_eager", eager)(config)
+        (_latent_drafts if latent else _drafts)(method)(config)
+        if on_gpus:
+            _set("parallel_config.worker_cls", GPU_WORKER)(config)
+            _set("scheduler_config.async_scheduling", True)(config)
+            _set("attention_config.hisparse_config", object())(config)  # by which vLLM takes V2's runner
+        check_settings(config, degree)
+
+    tried = ["medusa", "ngram", "suffix", "custom_class", "ngram_gpu", "eagle", "eagle3", "mtp"]
+    for method, degree, eager in product(tried, (1, RANKS), (False, True)):
+        try:
+            check(method, degree, eager)
+        except NanoCPConfigError as error:
+            ways = advised(str(error), on_gpus, latent)
+            assert ways, error
+            named += len(ways)
+            for way in ways:
+                check(way, degree, eager or "--enforce-eager" in str(error))
+    assert named > 4

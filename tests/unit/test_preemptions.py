@@ -25,6 +25,7 @@ from tests.engine.test_moves import traced
 from . import loopback
 from .scheduler_world import Truth
 from .test_no_endless_wait import Ranks
+from .test_speculation import DraftedWorld
 from .world_shapes import MOVES, Ask, Shape, vllm_config  # noqa: F401
 from .worlds import World, run_worlds
 
@@ -150,17 +151,40 @@ class TraceWorld(World):
         return counts
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_trace_that_comes_in_many_ways(
-    vllm_config: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    asynchronous: bool,
-) -> None:
+class DraftedTrace(TraceWorld, DraftedWorld):
+    """The same with drafts, by which requests leave, and grow, in the middle of a block."""
+
+
+@pytest.fixture
+def full_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(rng: random.Random, seed: int) -> Shape:
         sizes = dict(seed=seed, ranks=3, block_size=BLOCK, blocks=48, max_reqs=32, budget=CHUNK, segment=1024, degree=3)
         rest = dict(moves=RESTLESS, caching=True, priorities=False, chunk=0, reserve=4, parallel=True)
         return Shape(**sizes, **rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Shape, "draw", draw)
+
+
+@pytest.mark.usefixtures("full_ranks")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_trace_that_comes_in_many_ways(
+    vllm_config: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    asynchronous: bool,
+) -> None:
     counts = run_worlds(TraceWorld, vllm_config, 1, asynchronous, PATTERNS, monkeypatch, apart=True)
     assert counts["spills"] and not counts["avoidable"], counts
+
+
+@pytest.mark.usefixtures("full_ranks")
+@pytest.mark.parametrize(("version", "asynchronous"), [(1, False), (2, True)], ids=["v1", "v2-async"])
+def test_a_trace_with_drafts(
+    vllm_config: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    version: int,
+    asynchronous: bool,
+) -> None:
+    """Whoever leaves for a block leaves one in the same step: also where a generator's state is awaited, or tokens in
+    flight. And drafts in flight leave room for the token behind them."""
+    counts = run_worlds(DraftedTrace, vllm_config, version, asynchronous, PATTERNS, monkeypatch, apart=True)
+    assert counts["spills"] and counts["sharded_accepted"] and not counts["avoidable"], counts

@@ -94,9 +94,14 @@ class Flag:
 
 
 _DRAFT_MODEL = "of the ways to draft with a model only EAGLE, EAGLE3 and MTP have been run"
-_OTHER_DRAFTER = "use eagle, eagle3 or mtp, ngram, suffix or custom_class on CPU, ngram_gpu on GPUs, or leave it out"
+_OTHER_DRAFTER = (
+    "leave it out, or use ngram, suffix, custom_class or mtp on CPU, ngram_gpu on GPUs, or beside grouped-query "
+    "attention mtp, or eagle or eagle3 (on GPUs with --enforce-eager)"
+)
 _DRAFTS_ON_GPUS = "it has not been run on GPUs"
-_DRAFT_ON_GPUS = "use ngram_gpu, eagle, eagle3 or mtp, or leave it out"
+_DRAFT_ON_GPUS = (
+    "leave it out, or use ngram_gpu, or beside grouped-query attention mtp, or with --enforce-eager eagle or eagle3"
+)
 _ONE_ENGINE = "one engine holds all ranks"
 _ONE_ADDRESS = "one scheduler serves all ranks behind one address"
 _MICRO_BATCHES = "a sharded step cannot be cut into micro-batches"
@@ -270,10 +275,10 @@ SETTINGS = (
             "--speculative-config)", "its KV lies in the shards of its target's, and is read as theirs",
             "leave these out of --speculative-config"),
     Setting(unrun_target, "a draft model beside recurrent states, a multi-modal model or LoRA adapters",
-            "it has not been run", "use the method ngram, on GPUs ngram_gpu, or leave it out"),
+            "it has not been run", "use the method ngram on CPU, ngram_gpu on GPUs, or leave it out"),
     Setting(other_than_latent_mtp, "a draft model other than MTP layers of latent attention beside latent attention "
-            "(MLA)", "shards' attention is laid out for one kind of layer, and of latent ones no other have been run",
-            "use the method mtp, or ngram, on GPUs ngram_gpu, or leave it out"),
+            "(MLA)", "no other has been run, and a head of grouped-query attention needs other KV blocks",
+            "use the method mtp or ngram on CPU, mtp (with --enforce-eager) or ngram_gpu on GPUs, or leave it out"),
     Setting(latent_drafts_in_graphs, "a draft model of latent attention (MLA) on GPUs with CUDA graphs",
             "it has not been run on a GPU with graphs yet", "add --enforce-eager, or use the method ngram_gpu"),
     Setting(lambda c: drafts_by_model(c) and drafts_with_flashinfer(c), "a draft model with FLASHINFER",
@@ -282,7 +287,7 @@ SETTINGS = (
     Setting(lambda c: drafts_by_model(c) and c.model_config.enable_prompt_embeds,
             "a draft model with --enable-prompt-embeds",
             "it takes in each prompt's tokens, and the first request without would end the engine",
-            "leave one of them out, or use the method ngram, on GPUs ngram_gpu"),
+            "leave one of them out, or use the method ngram on CPU, ngram_gpu on GPUs"),
     Setting(other_verification, "another way to verify drafts on CPU (rejection_sample_method in --speculative-config)",
             "vLLM's sampler there has none: with synthetic it ends the engine, of block it takes no notice",
             "leave rejection_sample_method out"),

@@ -134,7 +134,7 @@ class Mover:
             return
         self._arrive()
         for rank in range(len(self.scheduler.ranks)):
-            self.spill(rank)
+            self.spill(rank, arrives=True)
         self._move()
         # Without async scheduling nothing is in flight now.
         self._arrive()
@@ -249,14 +249,14 @@ class Mover:
 
     # -- who goes ----------------------------------------------------------------------------------------------
 
-    def _candidates(self, rank: int) -> Iterator[Candidate]:
-        """Decoding requests of a rank that may leave it."""
+    def _candidates(self, rank: int) -> Iterator[tuple[Candidate, Decoding]]:
+        """Decoding requests of a rank that may leave it, and what the rank says of them."""
         for at in self.scheduler.ranks[rank].decoding():
             request = self.scheduler.requests.get(at.request_id)
             if request is None or not self._may_go(request, at):  # a member has no generation to go on with
                 continue
             sharded = self.scheduler.sharded.get(at.request_id)
-            yield Candidate(
+            candidate = Candidate(
                 request_id=at.request_id,
                 home=rank,
                 holders=() if sharded is None else tuple(sharded.open_shards),
@@ -265,6 +265,7 @@ class Mover:
                 last_move=self._last_move.get(at.request_id),
                 adapter=adapter_of(request),
             )
+            yield candidate, at
 
     def _may_go(self, request: Request, at: Decoding) -> bool:
         sharded, block_size = self.scheduler.sharded.get(request.request_id), self.scheduler.block_size
@@ -281,7 +282,7 @@ class Mover:
         sources = drifted(loads, self.config)
         if not sources:
             return
-        candidates = [candidate for rank in sources for candidate in self._candidates(rank)]
+        candidates = [candidate for rank in sources for candidate, _ in self._candidates(rank)]
         if not candidates:
             return
         now = self.scheduler.num_steps
@@ -306,8 +307,13 @@ class Mover:
             return []
         return [number for number, rank in enumerate(self.scheduler.ranks) if rank.view.spare_blocks < 0]
 
-    def spill(self, rank: int) -> None:
-        """Requests that need a block which the rank does not have go on elsewhere."""
+    def spill(self, rank: int, arrives: bool = False) -> None:
+        """Requests that need a block which the rank does not have go on elsewhere; or others that leave it theirs.
+
+        Args:
+            rank: where.
+            arrives: whether those that can go on at another rank at once will do so before this one is scheduled.
+        """
         short = -self.scheduler.ranks[rank].view.spare_blocks
         if short <= 0 or not self.moves:
             return
@@ -316,7 +322,7 @@ class Mover:
             replace(load, free_blocks=max(0, other.view.spare_blocks))
             for load, other in zip(self.loads(), self.scheduler.ranks, strict=True)
         ]
-        for candidate in self._first_to_go(rank):
+        for candidate, relief in self._first_to_go(rank, arrives):
             visits = self.scheduler.graph_room.near(1)
             target = spill_target(
                 loads, candidate, block_size=self.scheduler.block_size, config=self.config, visits=visits
@@ -333,18 +339,31 @@ class Mover:
             )
             self.num_spills += 1
             self.scheduler.collector.spilled()
-            short -= 1
+            short -= relief
             if short <= 0:
                 self.scheduler.collector.prevented_preemption()
                 return
 
-    def _first_to_go(self, rank: int) -> list[Candidate]:
-        """In the order in which vLLM would preempt them."""
-        candidates = list(self._candidates(rank))[::-1]
+    def _first_to_go(self, rank: int, arrives: bool) -> list[tuple[Candidate, int]]:
+        """In the order in which vLLM would preempt them, those whose leaving helps in this step; by how many blocks.
+
+        At a block border a request leaves the block that it would take. One that is decoded with drafts may be in the
+        middle of its last block, which is free only when it has gone: with something in flight, or a generator whose
+        state must come along, that is too late.
+        """
+        candidates = [
+            (candidate, relief)
+            for candidate, at in self._candidates(rank)
+            if (relief := at.missing + (at.rest if arrives and self._goes_at_once(at) else 0))
+        ][::-1]
         if self.scheduler.by_priority:
             requests = self.scheduler.requests
-            candidates.sort(key=lambda c: _importance(requests[c.request_id]), reverse=True)
+            candidates.sort(key=lambda c: _importance(requests[c[0].request_id]), reverse=True)
         return candidates
+
+    def _goes_at_once(self, at: Decoding) -> bool:
+        request = self.scheduler.requests[at.request_id]
+        return not at.flying and not (self._seeded(request) and self._states.get(at.request_id) is None)
 
     # -- how ---------------------------------------------------------------------------------------------------
 
@@ -352,16 +371,18 @@ class Mover:
         request = self.scheduler.requests[request_id]
         self.scheduler.ranks[source].watch(request)
         self.scheduler.ranks[source].leave(request_id)
-        params = request.sampling_params
-        # Those for which V1's model runner makes a generator; of a greedy request's seed it makes nothing.
-        seeded = self.generators and params is not None and params.sampling_type == SamplingType.RANDOM_SEED
-        if seeded and request_id not in self._states:  # else its generator has not even arrived here
+        if self._seeded(request) and request_id not in self._states:  # else its generator has not even arrived here
             self._states[request_id] = None
             self.scheduler.members.ask_for_generator(request_id)
         self.scheduler.ranks[target].expect(request_id, adapter_of(request))
         self.leaving[request_id] = target
         self.num_turns += 1
         self._last_move[request_id] = self.scheduler.num_steps
+
+    def _seeded(self, request: Request) -> bool:
+        """Whether V1's model runner makes a generator for a request; of a greedy one's seed it makes nothing."""
+        params = request.sampling_params
+        return self.generators and params is not None and params.sampling_type == SamplingType.RANDOM_SEED
 
     def _arrive(self) -> None:
         for request_id, target in list(self.leaving.items()):

@@ -35,6 +35,9 @@ class RanksTogether(SchedulerInterface):
     failures: Failures
     kv_cache_config: KVCacheConfig
     _pause_state: PauseState
+    # Whether a request that waited to be placed has been ended since the last step: as in vLLM, a step follows by which
+    # the metrics tell so.
+    _unplaced_ended = False
     # What may be computed of prompts in the step at hand.
     _allowed: Allowed = None
 
@@ -88,7 +91,7 @@ class RanksTogether(SchedulerInterface):
         return waiting + sum(rank.view.unfinished for rank in self.ranks)
 
     def has_finished_requests(self) -> bool:
-        news = self.members.have_news or self.failures.pending
+        news = self.members.have_news or self.failures.pending or self._unplaced_ended
         return news or any(rank.view.finished for rank in self.ranks)
 
     def get_request_counts(self) -> tuple[int, int]:

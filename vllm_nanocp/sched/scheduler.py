@@ -50,7 +50,7 @@ from .rank.make_ranks import make_ranks
 from .rank.outlets import EngineOutlets
 from .rank.rank_spec import RankSpec
 from .rank.stats import PlainStats
-from .rank_metrics import engine_stats
+from .rank_metrics import Readers, engine_stats
 from .ranks_together import RanksTogether
 from .segments import StepSegments
 from .shard_lifecycle import Members
@@ -159,6 +159,7 @@ class NanoCPScheduler(RanksTogether):
         self._resetting = False
         # The last finished sharded requests: id -> KV tokens each rank held.
         self.finished_shares: OrderedDict[str, list[int]] = OrderedDict()
+        self.readers = Readers(self)
         self.outlets = EngineOutlets(self.ranks)
         outlets.install_engine()
         status.install()
@@ -287,6 +288,7 @@ class NanoCPScheduler(RanksTogether):
                 self.ranks[sharded.rank].note_finished(request_id, request.client_index)
             else:
                 self._unqueue(request_id)
+                self._unplaced_ended = True
                 self.ranks[0].note_finished(request_id, request.client_index)
             self.requests.pop(request_id, None)
             request.status = finished_status
@@ -305,6 +307,7 @@ class NanoCPScheduler(RanksTogether):
         if self.cadence is not None:
             throttle_prefills = self.cadence.throttles(self.get_num_unfinished_requests(), self.ranks)
         self.members.begin_step()
+        self._unplaced_ended = False
         for rank in self.ranks:
             for session_id in rank.take_outgrown():
                 if session_id in self.requests:
@@ -411,8 +414,7 @@ class NanoCPScheduler(RanksTogether):
         if self.cadence is not None and not self.get_num_unfinished_requests():
             self.cadence.rest()
         if stats:
-            first = next(iter(merged.values()), None) or merged.setdefault(reader, EngineCoreOutputs())
-            first.scheduler_stats = engine_stats(self, stats)
+            self.readers.tell(stats, merged, reader)
         return merged
 
     # -- state -------------------------------------------------------------------------------------------------

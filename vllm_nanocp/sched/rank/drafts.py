@@ -122,16 +122,19 @@ class DraftDoors(ViewDoors):
             return
         view, held, block_size = self.view, self.held_blocks, self.block_size
         room = view.free_blocks - view.to_take - view.promised
+        # With async scheduling the next step is scheduled before it is known which of them are right, and takes a block
+        # for the token behind all.
+        behind = int(isinstance(self, AsyncScheduler))
         for request in drafted:
             have = max(request.num_tokens, request.num_computed_tokens + 1)  # those in flight, if all are right
             blocks = max(len(held[request.request_id]), cdiv(have, block_size))  # it has them, or is about to
-            more = cdiv(have + len(request.spec_token_ids), block_size) - blocks
+            more = cdiv(have + len(request.spec_token_ids) + behind, block_size) - blocks
             if more <= 0:
                 continue
             if more <= room:
                 room -= more
             else:
-                request.spec_token_ids = request.spec_token_ids[: max(0, blocks * block_size - have)]
+                request.spec_token_ids = request.spec_token_ids[: max(0, blocks * block_size - have - behind)]
 
     def tell_drafts(self, part: Part, draft_token_ids: DraftTokenIds) -> None:
         """What the drafts are that a step was scheduled with unknown; before its bitmask is asked for."""
@@ -141,18 +144,26 @@ class DraftDoors(ViewDoors):
     def decoding(self) -> list[Decoding]:
         """Requests that run, have computed their prompt, and may leave: with drafts all, else those whose last block is
         full."""
-        drafted, block_size = self.speculates, 1 if self.speculates else self.block_size
+        border = 1 if self.speculates else self.block_size
         return [
-            Decoding(
-                r.request_id,
-                # Of what is in flight, drafts may be wrong.
-                min(r.num_computed_tokens, r.num_tokens - 1) if drafted else r.num_computed_tokens,
-                r.num_output_tokens + r.num_output_placeholders,
-                r.num_tokens,
-            )
-            for r in self.running
-            if not r.num_computed_tokens % block_size and r.num_computed_tokens >= r.num_prompt_tokens
+            self._decoding(request)
+            for request in self.running
+            if not request.num_computed_tokens % border and request.num_computed_tokens >= request.num_prompt_tokens
         ]
+
+    def _decoding(self, request: Request) -> Decoding:
+        have, done, block_size = request.num_tokens, request.num_computed_tokens, self.block_size
+        blocks = len(self.held_blocks[request.request_id])
+        computed = min(done, have) if self.speculates else done  # of what is in flight, drafts may be wrong
+        return Decoding(
+            request.request_id,
+            computed,
+            request.num_output_tokens + request.num_output_placeholders,
+            have,
+            missing=max(0, cdiv(max(have, done + 1), block_size) - blocks),
+            rest=max(0, blocks - computed // block_size),
+            flying=bool(request.num_in_flight_tokens or request.num_output_placeholders),
+        )
 
     def give_up_rest(self, request: Request, keeper_id: str, first_block: int) -> None:
         """Of a request that leaves, free what its keeper has beyond full blocks: the last one may be partial, or for

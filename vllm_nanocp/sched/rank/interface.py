@@ -36,12 +36,18 @@ class Decoding(NamedTuple):
         computed: tokens whose KV is there or in flight; with drafts those that are there for certain.
         made: output tokens, those in flight included.
         known: tokens that have come back.
+        missing: blocks that it has yet to take for the next step.
+        rest: blocks beyond its full ones, which come free once it has left.
+        flying: whether it has tokens in flight, and so cannot leave with this step.
     """
 
     request_id: str
     computed: int
     made: int
     known: int
+    missing: int
+    rest: int
+    flying: bool
 
 
 def batch_of(part: SchedulerOutput) -> Batch:

@@ -3,12 +3,16 @@
 
 Without priorities vLLM's scheduler preempts the last of ``Scheduler.running``. So before a step in which a block may be
 missing, those that are to be preempted are put there. With priorities it preempts the least important, as in vLLM.
-Touches vLLM 0.32's ``Scheduler.running``.
+
+With priorities it preempts also those that have their tokens of the step already. Blocks that were to be full with
+these are in the prefix cache by then, and who finds them there, the preempted request itself first, would read what
+nobody has computed (so in vLLM 0.32 and 0.33). They are taken out of it.
+Touches vLLM 0.32's ``Scheduler.running`` and ``Scheduler._preempt_request``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -52,3 +56,14 @@ class VictimDoors(BlockNumbers, _Base):
             held = [block for block in held if not block.is_null]
         frees = [block.ref_cnt for block in held].count(1)
         return Victim(request.num_computed_tokens, frees, request.num_preemptions)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        uncomputed = set()
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            # What is in flight is computed before anybody reads it.
+            blocks = manager.req_to_blocks.get(request.request_id, ())
+            behind = blocks[request.num_computed_tokens // manager.block_size :]
+            uncomputed |= {block.block_id for block in behind if block.block_hash is not None}
+        if uncomputed:
+            self.kv_cache_manager.evict_blocks(uncomputed)
+        super()._preempt_request(request, *args, **kwargs)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draft models on two GPUs: the error of their later forwards against float64, and tokens and drafts next to stock
-vLLM's with the same head. V2's runner, eager, over both exchanges; MTP also with graphs. EAGLE3 with graphs, V1's
-runner and latent attention, which are refused, where ``NANOCP_MODEL_DRAFTS`` names them."""
+vLLM's with the same head. V2's runner, eager, over both exchanges; MTP also with graphs, MTP of latent attention
+eager. What is refused, EAGLE3 and latent attention with graphs and V1's runner, where ``NANOCP_MODEL_DRAFTS`` names
+it."""
 
 from __future__ import annotations
 
@@ -62,13 +63,13 @@ MODES = {
 }
 V1_IS_REFUSED = "speculative decoding on GPUs with the V1"
 GRAPHS_ARE_REFUSED = "eagle or eagle3 on GPUs with CUDA graphs"
-LATENT_IS_REFUSED = "a draft model of latent attention"
+LATENT_GRAPHS_ARE_REFUSED = "a draft model of latent attention (MLA) on GPUs with CUDA graphs"
 
 
 def refused(mode: Mode) -> tuple[str, ...]:
     """How those refusals begin that the mode is to be run in spite of."""
     graphs = (GRAPHS_ARE_REFUSED,) * (mode.graphs and mode.method.startswith("eagle"))
-    latent = (LATENT_IS_REFUSED,) * (mode.method == "latent mtp")
+    latent = (LATENT_GRAPHS_ARE_REFUSED,) * (mode.graphs and mode.method == "latent mtp")
     return (V1_IS_REFUSED,) * (mode.runner == "0") + graphs + latent
 
 

@@ -47,10 +47,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="JSON",
         help='Settings, for example \'{"segment_size": 65536, "max_degree": 4}\'. '
-        "segment_size: tokens a shard should hold before another rank is used. "
+        "ranks: of LLM(...); here --data-parallel-size says it. "
+        'segment_size: tokens a shard should hold before another rank is used, or "auto". '
         "max_degree: most ranks one request may use (default: all). "
         f"placement: {' or '.join(nanocp_config.PLACEMENTS)}. exchange: {' or '.join(nanocp_config.EXCHANGES)}. "
-        "moves, parallel_prefill, graph_capacities: see the user guide.",
+        "moves, parallel_prefill, prefill_gap, graph_capacities, scheduler_processes: see the user guide. "
+        "decode_bench: for benchmarks only, answers are meaningless.",
     )
 
 

@@ -3,13 +3,17 @@
 """How late first tokens come where all prompts are computed: the real schedulers, simulated steps.
 
     python benchmarks/prompt_waits.py --trace TRACE.jsonl [--seeds 24] [--rates 5] [--out FILE]
+    python benchmarks/prompt_waits.py --trace TRACE.jsonl --ranks 2 --slots 256 --most 130048 --visit 2 \\
+        --coefficients '{"base": 0.02, "spread": 8e-6, "prompt": 5e-7, "pair": 7.5e-10}'
 
 The load is that of ``loads.py computed:5xSEED``: lengths of the conversation trace as they are, Poisson arrivals for 18
 seconds, requests that come after 4 count. Seeds 0 to 2 are the ones that were measured on 4 H200s
 (``gpu_control_plane_4xH200.json``); each further one takes other requests of the trace. They are served by
-``NanoCPScheduler`` (``plugin``) and by as many of vLLM's own schedulers as there are ranks (``stock``), to which four
-API servers send each request as vLLM's data-parallel balancer chooses, whose counts are up to 100 ms old. No request
-finds its prefix in a cache. A step's length is that of the simulator's machine (``vllm_nanocp.sim.machine``).
+``NanoCPScheduler`` (``plugin``) and by as many of vLLM's own schedulers as there are ranks (``stock``), to which as
+many API servers send each request as vLLM's data-parallel balancer chooses, whose counts are up to 100 ms old. No
+request finds its prefix in a cache. A step's length is that of the simulator's machine (``vllm_nanocp.sim.machine``),
+with other coefficients where they are given; ``--visit`` is what a pair of a query and a key costs where the query
+visits, 1 at home.
 **Times are simulated, not measured.**
 """
 
@@ -24,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +44,7 @@ from vllm_nanocp.sim.stock import Balancer
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = ROOT / "tests" / "data" / "conversation_lengths.json"
-MEASURED, WINDOW, SETTLE, FRONTENDS = 3, 18.0, 4.0, 4
+MEASURED, WINDOW, SETTLE = 3, 18.0, 4.0
 # Rows of the trace from one seed's first request to the next one's.
 APART = 400
 SETTINGS: dict[str, Any] = {"moves": False, "parallel_prefill": True, "scheduler_processes": False}
@@ -57,12 +61,38 @@ class Ask:
     output: int
 
 
-def scenario(rate: float) -> Scenario:
-    """Default flags on an H200, 40 GB of KV a rank."""
-    return Scenario(rate=rate, clients=0, capacity=406_896, budget=8192, slots=1024, segment_size=65_536)
+@dataclass(frozen=True)
+class Served:
+    """What serves the requests.
+
+    Attributes:
+        machine: what its steps take.
+        visit: what a pair costs where its query visits, next to one at home.
+        ranks: how many.
+        slots: requests of each.
+        most: tokens of a prompt; longer ones are cut.
+    """
+
+    machine: Machine
+    visit: float = 1.0
+    ranks: int = 4
+    slots: int = 1024
+    most: int | None = None
+
+    def scenario(self, rate: float) -> Scenario:
+        """Default flags on an H200, KV for as many tokens a rank as 40 GB hold with 48 layers."""
+        return Scenario(
+            ranks=self.ranks,
+            rate=rate,
+            clients=0,
+            capacity=406_896,
+            budget=8192,
+            slots=self.slots,
+            segment_size=65_536,
+        )
 
 
-def draw(trace: Path, seed: int, rate: float, machine: Machine) -> list[Ask]:
+def draw(trace: Path, seed: int, rate: float, served: Served) -> list[Ask]:
     """The requests of a seed, in the order in which they come to the scheduler."""
     if seed < MEASURED:
         rows = [(prompt, output) for _, prompt, output, _ in json.loads(LENGTHS.read_text())["requests"]]
@@ -75,7 +105,8 @@ def draw(trace: Path, seed: int, rate: float, machine: Machine) -> list[Ask]:
     while now < WINDOW:
         now += dice.expovariate(rate)
         prompt, output = rows[len(asks) % len(rows)]
-        asks.append(Ask(now, now + machine.frontend * prompt, prompt, max(2, min(600, output))))
+        prompt = min(prompt, served.most or prompt)
+        asks.append(Ask(now, now + served.machine.frontend * prompt, prompt, max(2, min(600, output))))
     return sorted(asks, key=lambda ask: ask.at)
 
 
@@ -83,15 +114,16 @@ class ComputedPrompts(Service):
     """Serves the requests; steps are as long as the machine's.
 
     Args:
-        machine: what steps take.
+        served: what steps take.
         seed: of the front-ends that requests come through.
     """
 
-    def __init__(self, case: Scenario, schedulers: list[Any], asks: Sequence[Ask], machine: Machine, seed: int) -> None:
+    def __init__(self, case: Scenario, schedulers: list[Any], asks: Sequence[Ask], served: Served, seed: int) -> None:
         super().__init__(case, schedulers, [(ask.at, ask.prompt, ask.output) for ask in asks])
         self.requests = asks
-        self.machine = machine.split() if self.plugin else machine
-        self.balancer = Balancer(case.ranks, FRONTENDS, seed, self._look)
+        self.machine = served.machine.split() if self.plugin else served.machine
+        self.visit = served.visit
+        self.balancer = Balancer(case.ranks, case.ranks, seed, self._look)
         self.via: dict[str, int] = {}
 
     def _look(self) -> list[list[float]]:
@@ -131,7 +163,7 @@ class ComputedPrompts(Service):
                         kv[holder.rank] += holder.length
                         guests[holder.rank] += holder.rank != home
                     else:
-                        pairs[holder.rank] += tokens * holder.length
+                        pairs[holder.rank] += tokens * holder.length * (self.visit if holder.rank != home else 1.0)
         return self.machine.seconds(kv, decodes, computed, pairs, guests, np.zeros(count))
 
     def figures(self) -> dict[str, float]:
@@ -153,16 +185,21 @@ class ComputedPrompts(Service):
 
 
 def serve(
-    model: str, trace: Path, settings: dict[str, Any], draws: int, point: tuple[float, int, dict[str, Any] | None]
+    model: str,
+    trace: Path,
+    served: Served,
+    settings: dict[str, Any],
+    draws: int,
+    point: tuple[float, int, dict[str, Any] | None],
 ) -> dict[str, Any]:
     """Both systems under a seed's load: the plugin's figures, and the medians of stock's over so many draws of the
     front-ends that requests come through, or those of an earlier result."""
     rate, seed, known = point
-    machine, case = PRESETS["h200-qwen3-30b-a3b"], scenario(rate)
-    asks = draw(trace, seed, rate, machine)
+    case = served.scenario(rate)
+    asks = draw(trace, seed, rate, served)
 
     def run(system: str, number: int) -> dict[str, float]:
-        service = ComputedPrompts(case, make_schedulers(model, case, system, settings), asks, machine, number)
+        service = ComputedPrompts(case, make_schedulers(model, case, system, settings), asks, served, number)
         service.run()
         return service.figures()
 
@@ -209,23 +246,31 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="of the front-ends that stock's requests come through")
     parser.add_argument("--before", type=Path, help="an earlier result with the same seeds: stock's figures are its")
     parser.add_argument("--settings", type=json.loads, default={}, help="more of the plugin's, a JSON object")
+    parser.add_argument("--ranks", type=int, default=Served.ranks)
+    parser.add_argument("--slots", type=int, default=Served.slots, help="requests of a rank (max_num_seqs)")
+    parser.add_argument("--most", type=int, help="tokens of a prompt; longer ones are cut")
+    parser.add_argument("--visit", type=float, default=Served.visit, help="cost of a pair whose query visits")
+    parser.add_argument("--coefficients", type=json.loads, default={}, help="others of the machine, a JSON object")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     from tests.tiny_models import make_qwen3_moe
 
+    machine = replace(PRESETS["h200-qwen3-30b-a3b"], **args.coefficients)
+    served = Served(machine, args.visit, args.ranks, args.slots, args.most)
     result: dict[str, Any] = {
         **about(np),
         "what": "real schedulers, simulated steps; ratios are the plugin's over the median of stock's draws",
-        "machine": asdict(PRESETS["h200-qwen3-30b-a3b"]),
-        "scenario": asdict(scenario(args.rates[0])),
+        "machine": asdict(machine),
+        "visit": served.visit,
+        "scenario": asdict(served.scenario(args.rates[0])),
         "rates": {},
     }
     seeds = range(args.first, args.first + args.seeds)
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(args.jobs, spawn) as pool:
         model = str(make_qwen3_moe(folder))
-        work = partial(serve, model, args.trace, SETTINGS | args.settings, args.draws)
+        work = partial(serve, model, args.trace, served, SETTINGS | args.settings, args.draws)
         for rate in args.rates:
             points = []
             known: dict[int, Any] = {}

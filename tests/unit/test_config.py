@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -229,6 +230,29 @@ def test_moves_are_refused(value: Any) -> None:
         parse({"moves": value}, 2)
 
 
+@pytest.mark.parametrize(
+    "key", [f.name for f in fields(MoveConfig) if isinstance(f.default, int) and not isinstance(f.default, bool)]
+)
+@pytest.mark.parametrize("value", [True, 3.5, 8.0, "8", None, [8], float("nan"), float("inf"), -1])
+def test_integers_of_moves_are_integers(key: str, value: Any) -> None:
+    line = refusal({"moves": {key: value}}, 2)
+    assert line.startswith(f"nanocp: moves: {key} must be an integer of at least ") and f"got {value!r};" in line
+
+
+@pytest.mark.parametrize("key", ["batch_margin", "kv_margin"])
+@pytest.mark.parametrize("value", [True, False, "0.1", None, [0.1], float("nan"), float("inf"), 10**400, -0.1])
+def test_margins_of_moves_are_numbers(key: str, value: Any) -> None:
+    assert refusal({"moves": {key: value}}, 2).startswith(f"nanocp: moves: {key} must be a number of at least 0, got ")
+    for right in (0, 1, 0.5):
+        assert parse({"moves": {key: right}}, 2).move_config == MoveConfig(max_degree=2, **{key: right})
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", None, 1.0])
+def test_weigh_exchange_is_a_boolean(value: Any) -> None:
+    line = refusal({"moves": {"weigh_exchange": value}}, 2)
+    assert line.startswith(f"nanocp: moves: weigh_exchange must be true or false, got {value!r};")
+
+
 @pytest.mark.parametrize("fixed", [{"placement": "round_robin"}, {"max_degree": 1}])
 def test_moves_where_homes_stay(fixed: dict[str, Any]) -> None:
     still = parse(fixed, 2)
@@ -258,6 +282,9 @@ def test_parallel_prefill() -> None:
         assert config.chunk_tokens == (512 if isinstance(value, dict) else None)
     with pytest.raises(NanoCPConfigError, match="nanocp: chunk_tokens must be an integer of at least 1"):
         parse({"parallel_prefill": {"chunk_tokens": 0}}, 2)
+    for value in (True, 4.0, "4", None, float("nan"), -1):
+        with pytest.raises(NanoCPConfigError, match="nanocp: chunk_tokens must be an integer of at least 1"):
+            parse({"parallel_prefill": {"chunk_tokens": value}}, 2)
     for wrong in (1, "yes", {}, {"tokens": 3}, {"chunk_tokens": 3, "x": 1}):
         with pytest.raises(NanoCPConfigError, match="nanocp: parallel_prefill must be true, false or"):
             parse({"parallel_prefill": wrong}, 2)

@@ -8,13 +8,14 @@ import pickle
 import subprocess
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllm_nanocp.compat import unsupported_reason
 from vllm_nanocp.config import DECODE_BENCH, EXCHANGES, MAX_PLACES, PLACEMENTS, NanoCPConfig, of, parse
-from vllm_nanocp.entry.engine_config import with_defaults
+from vllm_nanocp.entry.engine_config import make, with_defaults
 from vllm_nanocp.errors import NanoCPConfigError
 from vllm_nanocp.placement.moves import MoveConfig
 
@@ -308,14 +309,28 @@ def test_what_is_on_when_left_out(settings: dict[str, Any], cpu: bool, moves: bo
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("parallel_prefill", True), ("graph_capacities", [4]), ("exchange", "routed")]
+    ("key", "value"),
+    [("parallel_prefill", True), ("graph_capacities", [4]), ("graph_capacities", []), ("exchange", "routed")],
 )
 def test_what_has_no_effect_without_shards_is_refused(key: str, value: Any) -> None:
     line = refusal({key: value, "max_degree": 1}, 2)
     assert line == f"nanocp: {key} has no effect with max_degree 1, for nothing is sharded; leave it out"
     assert parse({key: value, "max_degree": 2}, 2)
-    config = parse({"max_degree": 1, "parallel_prefill": False, "graph_capacities": []}, 2)
+    config = parse({"max_degree": 1, "parallel_prefill": False, "graph_capacities": None}, 2)
     assert parse(config.to_dict(), 1) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("graph_capacities", []), ("graph_capacities", [4]), ("exchange", "routed")]
+)
+def test_what_is_for_gpus_is_refused_on_cpu(key: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    for name, here in (("is_cpu", True), ("is_cuda", False)):
+        monkeypatch.setattr(current_platform, name, lambda here=here: here)
+    args = SimpleNamespace(additional_config={"nanocp": {key: value}}, data_parallel_size=2)
+    with pytest.raises(NanoCPConfigError, match=f"^nanocp: {key} .*on CPU is not supported: "):
+        make(args, lambda: pytest.fail("vLLM was asked"))
 
 
 def test_the_routed_exchange_needs_places() -> None:

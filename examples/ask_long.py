@@ -10,6 +10,7 @@ Python.
 import argparse
 import json
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def post(url: str, body: dict[str, Any]) -> Any:
 
 
 def ask(url: str, tokens: int, max_tokens: int) -> None:
-    """Stream one answer, and print it with its times."""
+    """Stream one answer, and print it with its times. Raises `HTTPError`; `SystemExit` for an error in the stream."""
     text = TEXT.read_text(encoding="utf-8").strip()
     wanted = int(tokens * CHARACTERS_A_TOKEN)
     copies = (text + "\n\n") * (wanted // len(text) + 1)
@@ -48,6 +49,8 @@ def ask(url: str, tokens: int, max_tokens: int) -> None:
             if not data or data == "[DONE]":
                 continue
             chunk = json.loads(data)
+            if "error" in chunk:  # the server has said 200 by now
+                raise SystemExit(f"\nthe answer ended with an error: {data}")
             usage = chunk.get("usage") or usage
             for choice in chunk["choices"]:
                 if choice["delta"].get("content"):
@@ -64,4 +67,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=70000, help="of the prompt, about (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=64, help="of the answer (default: %(default)s)")
     given = parser.parse_args()
-    ask(given.url.rstrip("/"), given.tokens, given.max_tokens)
+    try:
+        ask(given.url.rstrip("/"), given.tokens, given.max_tokens)
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"{error}: {error.read().decode(errors='replace')}") from None

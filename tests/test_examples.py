@@ -2,7 +2,11 @@
 """The demo's model computes what the dense one does, and the demo reads and judges what servers say."""
 
 import json
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import demo
@@ -130,3 +134,46 @@ def test_a_server_that_dies_is_reported_with_its_log(tmp_path: Path, monkeypatch
     monkeypatch.setattr(demo.sys, "executable", "/bin/false")
     with pytest.raises(demo.DemoError, match="ended with exit code 1"), demo.server("bad", (), {}):
         pytest.fail("it never gets ready")
+
+
+ERROR = '{"error": {"message": "too long by far"}}'
+
+
+class _Failing(BaseHTTPRequestHandler):
+    """A server that has a model, and answers with what ``server.reply`` says."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _send(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def do_GET(self) -> None:
+        self._send(200, json.dumps({"data": [{"id": "m"}]}))
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._send(*self.server.reply)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (400, ERROR),
+        (200, 'data: {"choices": [{"delta": {"content": "Four"}}]}\n\ndata: ' + ERROR + "\n\n"),
+    ],
+    ids=["refused", "in the stream"],
+)
+def test_a_long_question_that_fails_says_what_the_server_said(reply: tuple[int, str]) -> None:
+    with HTTPServer(("127.0.0.1", 0), _Failing) as server:
+        server.reply = reply  # type: ignore[attr-defined]
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        command = [sys.executable, str(Path(demo.__file__).with_name("ask_long.py")), "--url", url, "--tokens", "10"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        server.shutdown()
+    assert done.returncode == 1
+    assert "too long by far" in done.stderr and "Traceback" not in done.stderr
+    assert ("Four" in done.stdout) == (reply[0] == 200)

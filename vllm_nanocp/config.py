@@ -170,7 +170,7 @@ def parse(raw: Any, data_parallel_size: int = 1) -> NanoCPConfig:
     if values.get("max_degree") == 1:
         for key, given in (
             ("parallel_prefill", values.get("parallel_prefill")),
-            ("graph_capacities", values.get("graph_capacities")),
+            ("graph_capacities", values.get("graph_capacities") is not None),
             ("exchange", values.get("exchange") == "routed"),
         ):
             if given:

@@ -7,13 +7,15 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllm_nanocp.compat import unsupported_reason
 from vllm_nanocp.config import DECODE_BENCH, EXCHANGES, MAX_PLACES, PLACEMENTS, NanoCPConfig, of, parse
-from vllm_nanocp.entry.engine_config import with_defaults
+from vllm_nanocp.entry.engine_config import make, with_defaults
 from vllm_nanocp.errors import NanoCPConfigError
 from vllm_nanocp.placement.moves import MoveConfig
 
@@ -229,6 +231,29 @@ def test_moves_are_refused(value: Any) -> None:
         parse({"moves": value}, 2)
 
 
+@pytest.mark.parametrize(
+    "key", [f.name for f in fields(MoveConfig) if isinstance(f.default, int) and not isinstance(f.default, bool)]
+)
+@pytest.mark.parametrize("value", [True, 3.5, 8.0, "8", None, [8], float("nan"), float("inf"), -1])
+def test_integers_of_moves_are_integers(key: str, value: Any) -> None:
+    line = refusal({"moves": {key: value}}, 2)
+    assert line.startswith(f"nanocp: moves: {key} must be an integer of at least ") and f"got {value!r};" in line
+
+
+@pytest.mark.parametrize("key", ["batch_margin", "kv_margin"])
+@pytest.mark.parametrize("value", [True, False, "0.1", None, [0.1], float("nan"), float("inf"), 10**400, -0.1])
+def test_margins_of_moves_are_numbers(key: str, value: Any) -> None:
+    assert refusal({"moves": {key: value}}, 2).startswith(f"nanocp: moves: {key} must be a number of at least 0, got ")
+    for right in (0, 1, 0.5):
+        assert parse({"moves": {key: right}}, 2).move_config == MoveConfig(max_degree=2, **{key: right})
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", None, 1.0])
+def test_weigh_exchange_is_a_boolean(value: Any) -> None:
+    line = refusal({"moves": {"weigh_exchange": value}}, 2)
+    assert line.startswith(f"nanocp: moves: weigh_exchange must be true or false, got {value!r};")
+
+
 @pytest.mark.parametrize("fixed", [{"placement": "round_robin"}, {"max_degree": 1}])
 def test_moves_where_homes_stay(fixed: dict[str, Any]) -> None:
     still = parse(fixed, 2)
@@ -258,6 +283,9 @@ def test_parallel_prefill() -> None:
         assert config.chunk_tokens == (512 if isinstance(value, dict) else None)
     with pytest.raises(NanoCPConfigError, match="nanocp: chunk_tokens must be an integer of at least 1"):
         parse({"parallel_prefill": {"chunk_tokens": 0}}, 2)
+    for value in (True, 4.0, "4", None, float("nan"), -1):
+        with pytest.raises(NanoCPConfigError, match="nanocp: chunk_tokens must be an integer of at least 1"):
+            parse({"parallel_prefill": {"chunk_tokens": value}}, 2)
     for wrong in (1, "yes", {}, {"tokens": 3}, {"chunk_tokens": 3, "x": 1}):
         with pytest.raises(NanoCPConfigError, match="nanocp: parallel_prefill must be true, false or"):
             parse({"parallel_prefill": wrong}, 2)
@@ -281,14 +309,28 @@ def test_what_is_on_when_left_out(settings: dict[str, Any], cpu: bool, moves: bo
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("parallel_prefill", True), ("graph_capacities", [4]), ("exchange", "routed")]
+    ("key", "value"),
+    [("parallel_prefill", True), ("graph_capacities", [4]), ("graph_capacities", []), ("exchange", "routed")],
 )
 def test_what_has_no_effect_without_shards_is_refused(key: str, value: Any) -> None:
     line = refusal({key: value, "max_degree": 1}, 2)
     assert line == f"nanocp: {key} has no effect with max_degree 1, for nothing is sharded; leave it out"
     assert parse({key: value, "max_degree": 2}, 2)
-    config = parse({"max_degree": 1, "parallel_prefill": False, "graph_capacities": []}, 2)
+    config = parse({"max_degree": 1, "parallel_prefill": False, "graph_capacities": None}, 2)
     assert parse(config.to_dict(), 1) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("graph_capacities", []), ("graph_capacities", [4]), ("exchange", "routed")]
+)
+def test_what_is_for_gpus_is_refused_on_cpu(key: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    for name, here in (("is_cpu", True), ("is_cuda", False)):
+        monkeypatch.setattr(current_platform, name, lambda here=here: here)
+    args = SimpleNamespace(additional_config={"nanocp": {key: value}}, data_parallel_size=2)
+    with pytest.raises(NanoCPConfigError, match=f"^nanocp: {key} .*on CPU is not supported: "):
+        make(args, lambda: pytest.fail("vLLM was asked"))
 
 
 def test_the_routed_exchange_needs_places() -> None:

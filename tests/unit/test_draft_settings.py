@@ -7,12 +7,14 @@ import re
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.config.speculative import MTPModelTypes
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.unit.test_derived_settings import (  # noqa: F401
@@ -28,7 +30,7 @@ from tests.unit.test_derived_settings import (  # noqa: F401
     refusal,
 )
 from vllm_nanocp.entry.drafters import GPU_WORKER
-from vllm_nanocp.entry.refusals import check_settings
+from vllm_nanocp.entry.refusals import check_flags, check_settings
 from vllm_nanocp.errors import NanoCPConfigError
 
 
@@ -125,6 +127,21 @@ def test_drafts_of_latent_attention(tiny_model: str) -> None:
 
 
 METHODS = re.compile(r"\b(ngram_gpu|ngram|suffix|custom_class|eagle3|eagle|mtp)\b")
+
+
+@pytest.mark.parametrize("on_gpus", [False, True], ids=["cpu", "gpus"])
+def test_mtp_by_its_older_names(on_gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which vLLM turns into the one it has now, after the flags were looked at."""
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: not on_gpus)
+    names = get_args(MTPModelTypes)
+    assert {"mtp", "deepseek_mtp", "glm4_moe_mtp"} <= set(names)
+    for name in names:
+        check_flags(SimpleNamespace(speculative_config={"method": name, "num_speculative_tokens": 1}))
+        check_flags(SimpleNamespace(spec_method=name))
+    for other in ("medusa", "deepseek", "draft_model"):
+        for given in ({"speculative_config": {"method": other}}, {"spec_method": other}):
+            with pytest.raises(NanoCPConfigError, match="of the ways to draft with a model only"):
+                check_flags(SimpleNamespace(**given))
 
 
 def advised(line: str, on_gpus: bool, latent: bool) -> set[str]:

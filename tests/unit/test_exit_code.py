@@ -73,9 +73,11 @@ def test_the_launcher_ends_before_its_monitor(
 
 
 @pytest.mark.usefixtures("monitored")
-@pytest.mark.parametrize("exitcode", [1, -9, 0, None])
+@pytest.mark.parametrize(
+    ("exitcode", "ends_s"), [(1, 0.1), (-9, 0.1), (0, 0.1), (None, None), pytest.param(1, 1.0, id="behind its workers")]
+)
 def test_api_servers_end_before_their_engine(
-    exitcode: int | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    exitcode: int | None, ends_s: float | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They have heard of its failure; vLLM's launcher wakes up by the end of one, before the engine has ended."""
     sentinel, end = os.pipe()
@@ -83,10 +85,13 @@ def test_api_servers_end_before_their_engine(
     process = SimpleNamespace(sentinel=sentinel, exitcode=exitcode, join=joined.append)
     monkeypatch.setattr(exit_code, "_managers", [SimpleNamespace(failed_proc_name=None, processes=[process])])
     monkeypatch.setattr(exit_code, "_MOMENT_S", 0.5)
+    # An engine whose scheduler has failed waits so long for its workers.
+    monkeypatch.setattr(exit_code, "_TERMINATED_S", 0.0)
+    monkeypatch.setenv("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
 
     def died() -> None:
-        if exitcode is not None:
-            threading.Timer(0.1, os.close, [end]).start()
+        if ends_s is not None:
+            threading.Timer(ends_s, os.close, [end]).start()
         raise RuntimeError("Process ApiServer_0 died with exit code None")
 
     monkeypatch.setattr(cli_serve, "wait_for_completion_or_failure", died)

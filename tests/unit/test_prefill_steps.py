@@ -176,6 +176,15 @@ def test_the_setting() -> None:
     for wrong in (1, "yes", {"gap": 3}, {"ms": 0}, {"ms": "x"}, {"decode_steps": 1.5}, {"fill": 2}, {"late_ms": -1}):
         with pytest.raises(NanoCPConfigError, match=r"^nanocp: prefill_gap.*leave it out"):
             parse({"prefill_gap": wrong}, 2)
+    for key, most in (("ms", 3_600_000), ("decode_steps", 10**9), ("fill", 1), ("late_ms", 1e300)):
+        for wrong in (True, "1", None, [1], math.nan, math.inf, 10**400 if key != "decode_steps" else 1.0):
+            with pytest.raises(NanoCPConfigError, match=f"^nanocp: prefill_gap: {key} must be .*leave it out"):
+                parse({"prefill_gap": {key: wrong}}, 2)
+        gap = parse({"prefill_gap": {key: most}}, 2).gap
+        assert gap is not None
+        steps = PrefillSteps(gap, 2, 4096)
+        allowed = steps.begin([9000, 0], True, 0.0)
+        assert allowed is not None and 0 <= allowed.take(0, 4096) <= 4096
 
 
 # -- the scheduler ----------------------------------------------------------------------------------------------------

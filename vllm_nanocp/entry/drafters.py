@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from ..attention.cache_dtypes import FLOAT8_CACHES
 from ..attention.families import flashinfer_chosen
@@ -19,8 +19,12 @@ GPU_DRAFTERS = ("ngram_gpu",)
 
 
 def _named(drafts: Any) -> Any:
-    """The method that a flag names: of ``--spec-method`` its value, of a configuration a part."""
-    return drafts.get("method") if isinstance(drafts, dict) else drafts
+    """The method that a flag names: of ``--spec-method`` its value, of a configuration a part. As vLLM will call it: it
+    still takes the names that MTP layers had for each model, and has only one."""
+    from vllm.config.speculative import MTPModelTypes
+
+    method = drafts.get("method") if isinstance(drafts, dict) else drafts
+    return "mtp" if method in get_args(MTPModelTypes) else method
 
 
 def other_drafter(drafts: Any) -> bool:

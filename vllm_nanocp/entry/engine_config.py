@@ -301,7 +301,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
         worker = CPU_WORKER
         if config.exchange == "routed":
             refuse("exchange 'routed' on CPU", "it is made of GPU kernels", "use 'auto' or 'collective'")
-        if config.graph_capacities:
+        if config.graph_capacities is not None:
             refuse("graph_capacities on CPU", "there are no CUDA graphs", "leave it out")
     else:
         refuse(f"the platform {current_platform.device_name}", "there is no attention path for it", "use CUDA or CPU")

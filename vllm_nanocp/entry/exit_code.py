@@ -22,8 +22,10 @@ from typing import IO, Any
 from ..errors import REFUSAL_FILE, NanoCPConfigError
 from ..wrapping import to_wrap, wraps
 
-# How long an engine that has failed takes to end, behind its API servers.
+# How long an engine that has failed takes to end, behind its API servers: vLLM's executor first waits for its workers
+# as long as it is told to, and once more after SIGTERM.
 _MOMENT_S = 5.0
+_TERMINATED_S = 4.0
 _failed = False
 # Those whose engines this process watches.
 _managers: list[Any] = []
@@ -72,9 +74,12 @@ def _has_failed() -> bool:
 
 def _look_at_engines() -> None:
     """The launcher is about to end. If an engine has failed, its API servers may have been the first to end: the engine
-    then ends in a moment, unless it is told to before."""
+    then ends in a moment, or when its workers have, unless it is told to before."""
+    import vllm.envs as envs
+
+    limit = envs.VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS + _TERMINATED_S + _MOMENT_S
     processes = [process for manager in _managers for process in manager.processes]
-    ended = connection.wait([process.sentinel for process in processes], _MOMENT_S) if processes else []
+    ended = connection.wait([process.sentinel for process in processes], limit) if processes else []
     for process in processes:
         if process.sentinel in ended:
             process.join(_MOMENT_S)  # its exit code may come a little later

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from .checks import is_integer, is_number
 from .cost import CostModel, StepLoad
 from .place import RankLoad, cdiv
 from .visits import Visits
@@ -78,7 +79,7 @@ class MoveConfig:
         max_degree: most ranks that may hold a shard of one request; None means all.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value of the wrong type or out of range.
     """
 
     batch_margin: float = 0.1
@@ -94,15 +95,18 @@ class MoveConfig:
     max_degree: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"batch_margin": 0, "kv_margin": 0, "min_gap": 2, "min_steps_between": 0, "max_moves": 0}
-        least |= {"spare_blocks": 0, "reserve_blocks": 0, "growth_blocks": 1, "min_remaining_tokens": 0}
-        for name, value in least.items():
-            if not getattr(self, name) >= value:
-                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        for name in ("batch_margin", "kv_margin"):
+            if not (is_number(value := getattr(self, name)) and value >= 0):
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        least = {"min_gap": 2, "min_steps_between": 0, "max_moves": 0, "spare_blocks": 0, "growth_blocks": 1}
+        least |= {"reserve_blocks": 0, "min_remaining_tokens": 0}
+        if self.max_degree is not None:
+            least["max_degree"] = 1
+        for name, low in least.items():
+            if not (is_integer(value := getattr(self, name)) and value >= low):
+                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
         if not isinstance(self.weigh_exchange, bool):
             raise ValueError(f"weigh_exchange must be true or false, got {self.weigh_exchange!r}")
-        if self.max_degree is not None and self.max_degree < 1:
-            raise ValueError(f"max_degree must be at least 1, got {self.max_degree}")
 
     def growth(self, remaining_tokens: int, block_size: int) -> int:
         """Blocks a rank must have free for a request with this many tokens to come."""

@@ -18,6 +18,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .checks import is_integer, is_number
+
 # Tokens of the first chunk of a rank in a prefill step, however deep: else the end of a long prompt would never come.
 LEAST = 64
 # Of a step's time for prompts, the part for tokens follows what it was in the last steps, with this gain and between
@@ -26,6 +28,8 @@ _GAIN, _PART_LEAST, _PART_MOST = 0.2, 0.2, 0.9
 # Weight of a measured prefill step after each further one, and of the prior in such steps.
 _FORGETTING, _PRIOR = 0.95, 0.05
 _DECODE_GAIN = 0.1
+# An hour: beyond it, what fits into a step may be too much for a number.
+_MOST_MS = 3_600_000
 # Part of the prior that a coefficient has at least.
 _LOW = 0.01
 
@@ -47,18 +51,14 @@ class PrefillGap:
     late_ms: float = 50.0
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.ms) and 0 < self.ms < math.inf):
-            raise ValueError(f"ms must be a number above 0, got {self.ms!r}")
-        if isinstance(self.decode_steps, bool) or not isinstance(self.decode_steps, int) or self.decode_steps < 0:
+        if not (is_number(self.ms) and 0 < self.ms <= _MOST_MS):
+            raise ValueError(f"ms must be a number above 0, at most {_MOST_MS}, got {self.ms!r}")
+        if not (is_integer(self.decode_steps) and self.decode_steps >= 0):
             raise ValueError(f"decode_steps must be an integer of at least 0, got {self.decode_steps!r}")
-        if not (_is_number(self.fill) and 0 <= self.fill <= 1):
+        if not (is_number(self.fill) and 0 <= self.fill <= 1):
             raise ValueError(f"fill must be a number from 0 to 1, got {self.fill!r}")
-        if not (_is_number(self.late_ms) and 0 <= self.late_ms < math.inf):
+        if not (is_number(self.late_ms) and self.late_ms >= 0):
             raise ValueError(f"late_ms must be a number of at least 0, got {self.late_ms!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(slots=True)

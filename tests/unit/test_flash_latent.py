@@ -35,7 +35,14 @@ from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.flash_launches import ShardLaunch
 from vllm_nanocp.attention.mla import flash_latent, flash_mla
 from vllm_nanocp.attention.mla.flash_latent import Absorbed, Projected, attend
-from vllm_nanocp.attention.mla.latent_fixed import FixedLatentTables, empty_block_table, parts_of, pieces_of
+from vllm_nanocp.attention.mla.latent_fixed import (
+    FixedLatentTables,
+    empty_block_table,
+    parts_of,
+    pieces_of,
+    places_memory,
+    spans_of,
+)
 from vllm_nanocp.attention.mla.latent_kernel import Latents, Piece
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
 from vllm_nanocp.attention.mla.latent_tables import PROJECTED, heads_together, most_memory, projected_at_once
@@ -290,9 +297,17 @@ def test_memory_of_the_routed_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     assert family.most_memory(4, 8192) == large
     # With drafts a launch has a rank's own places or the others', of four queries each.
     monkeypatch.setattr(context, "queries", 4)
-    rows = 4 * 4 * 64
-    pieces = rows * 128 * 4 * 512 * pieces_of(rows, family.sizes)
-    assert family.most_memory(4, 64) == rows * 128 * (2 * 512 + 2 * 512 + 4 * 128) + pieces
+
+    def launch(rows: int) -> int:
+        numbers = 2 * 512 + 2 * 512 + 4 * 128 + 4 * 512 * pieces_of(rows, family.sizes)
+        return rows * family.sizes.num_heads * numbers
+
+    assert family.most_memory(4, 64) == launch(4 * 4 * 64)
+    # Here 2,016 rows are cut into more pieces than a launch of 2,112, and take more.
+    monkeypatch.setattr(context, "routes", {344: None})
+    spans = spans_of(3 * 344, 4 * 344, 4, family.kernel.most_rows)
+    assert {4 * (part.stop - part.start) for part, _ in spans} == {1376, 2016, 2112}
+    assert places_memory(344, 3, 4, family.sizes, family.dtype, family.kernel) == launch(2016) > launch(2112)
 
 
 def test_fixed_tables_begin_at_multiples_of_16_bytes() -> None:

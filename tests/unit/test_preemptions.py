@@ -95,20 +95,17 @@ def test_who_is_more_important_starts_beside_a_prompt(vllm_config: Any) -> None:
 
 
 def test_what_a_preempted_request_did_not_compute_is_not_cached(vllm_config: Any) -> None:  # noqa: F811
-    """The less important one has its tokens of the step, and full blocks with them, when the other needs its room."""
-    one, hasher = OneRank(vllm_config, chunk=40, priorities=True, caching=True), get_request_block_hasher(16, sha256)
-    params = SamplingParams(max_tokens=4, ignore_eos=True)
-    low = Request("low", list(range(10, 210)), params, None, priority=1, block_hasher=hasher)
-    high = Request("high", list(range(300, 500)), params, None, block_hasher=hasher)
-    computed = 0
-    for request in (low, high):
-        one.rank.enter(request)
-        computed += one.step().get("low", 0)
-    while not one.preempted:
-        computed += one.step().get("low", 0)
-    assert one.preempted == ["low"] and computed > 32
+    """The less important one has its tokens of the step, and full blocks with them, when the other needs a block."""
+    one, hasher = OneRank(vllm_config, budget=272, priorities=True, caching=True), get_request_block_hasher(16, sha256)
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    low = Request("low", list(range(10, 290)), params, None, priority=1, block_hasher=hasher)
+    one.rank.enter(Request("high", list(range(300, 332)), params, None, block_hasher=hasher))
+    one.rank.enter(low)
+    assert one.step() == {"high": 32, "low": 240}
+    one.rank.running.reverse()  # as if the other had begun later
+    assert one.step() == {"high": 1} and one.preempted == ["low"]
     _, found, *_ = one.rank.kv_cache_manager.get_computed_blocks(low)
-    assert found == computed // 16 * 16
+    assert found == 240
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -125,6 +125,28 @@ def test_the_exchange_of_a_family(wanted: str, unrouted: str, taken: bool, monke
     assert context.routes == ({16: "routes of 16", 64: "routes of 64"} if taken else {})
 
 
+@pytest.mark.parametrize("routed", [True, False])
+def test_later_drafts_take_the_routed_exchange_where_the_family_has_them(
+    routed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context, "routes", {})
+    monkeypatch.setattr(context, "draft_routes", {})
+    monkeypatch.setattr(context, "capacities", ())
+    monkeypatch.setattr(context, "queries", 3)
+    group = SimpleNamespace(cpu_group=0, device_group=0, rank_in_group=0)
+    monkeypatch.setattr(gpu_worker, "get_dp_group", lambda: group)
+    monkeypatch.setattr(gpu_worker, "reachable", lambda *_: "")
+    monkeypatch.setattr(gpu_worker, "first_problem", lambda problem, _: problem)
+    monkeypatch.setattr(gpu_worker, "capacities", lambda _, routed: (16,))
+    worker: Any = object.__new__(NanoCPGPUWorker)
+    worker.nanocp = SimpleNamespace(graph_capacities=None, exchange="routed", ranks=2)
+    worker.device, worker.global_rank, worker.vllm_config = torch.device("cpu"), 1, None
+    worker.runner = SimpleNamespace(drafts=object())
+    worker.family = SimpleNamespace(unrouted="", routes_drafts=routed, routes=lambda *args: args[3])
+    worker._choose_exchange()
+    assert context.routes == {16: 3} and context.draft_routes == ({16: 1} if routed else {})
+
+
 def test_memory_of_a_sharded_step_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     """While vLLM measures, every layer of its dummy step takes it for a moment; afterwards, none. Tables of fixed size
     are made once, and stay."""

@@ -136,9 +136,12 @@ def places_memory(
         kernel: attends.
     """
     launches = spans_of(capacity * num_ranks, places_of(capacity, num_ranks), queries, kernel.most_rows)
-    rows = queries * max(part.stop - part.start for part, _ in launches)
-    numbers = 2 * sizes.rank * dtype.itemsize + 4 * sizes.rank * pieces_of(rows, sizes) + 4 * sizes.value_size
-    return max(rows * sizes.num_heads * numbers, kernel.memory(rows, sizes, dtype))
+    needed = [kernel.memory(queries * (part.stop - part.start), sizes, dtype) for part, _ in launches]
+    for part, _ in launches:  # a smaller one may be cut into more pieces, and take more
+        rows = queries * (part.stop - part.start)
+        numbers = 2 * sizes.rank * dtype.itemsize + 4 * sizes.rank * pieces_of(rows, sizes) + 4 * sizes.value_size
+        needed.append(rows * sizes.num_heads * numbers)
+    return max(needed)
 
 
 class FixedLatentTables:

@@ -6,7 +6,8 @@ missing, those that are to be preempted are put there. With priorities it preemp
 
 With priorities it preempts also those that have their tokens of the step already. Blocks that were to be full with
 these are in the prefix cache by then, and who finds them there, the preempted request itself first, would read what
-nobody has computed (so in vLLM 0.32 and 0.33). They are taken out of it.
+nobody has computed (so in vLLM 0.32 and 0.33: its pull request 43569, its issue 57580). They are taken out of it.
+This can go when vLLM does so itself.
 Touches vLLM 0.32's ``Scheduler.running`` and ``Scheduler._preempt_request``.
 """
 

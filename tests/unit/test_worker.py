@@ -96,6 +96,28 @@ def test_kernels_are_warmed_up_before_vllm_watches_for_compilation(monkeypatch: 
     assert calls == ["its layer", "vllm"]
 
 
+def choosing_worker(monkeypatch: pytest.MonkeyPatch, wanted: str, made: tuple[int, ...]) -> Any:
+    """Of two ranks whose GPUs reach each other's memory, before it chooses its exchange; without a runner and a family.
+
+    Args:
+        monkeypatch: the test's.
+        wanted: the exchange.
+        made: capacities.
+    """
+    monkeypatch.setattr(context, "routes", {})
+    monkeypatch.setattr(context, "draft_routes", {})
+    monkeypatch.setattr(context, "capacities", ())
+    group = SimpleNamespace(cpu_group=0, device_group=0, rank_in_group=0)
+    monkeypatch.setattr(gpu_worker, "get_dp_group", lambda: group)
+    monkeypatch.setattr(gpu_worker, "reachable", lambda *_: "")
+    monkeypatch.setattr(gpu_worker, "first_problem", lambda problem, _: problem)
+    monkeypatch.setattr(gpu_worker, "capacities", lambda _, routed: made)
+    worker: Any = object.__new__(NanoCPGPUWorker)
+    worker.nanocp = SimpleNamespace(graph_capacities=None, exchange=wanted, ranks=2)
+    worker.device, worker.global_rank, worker.vllm_config = torch.device("cpu"), 1, None
+    return worker
+
+
 @pytest.mark.parametrize(
     ("wanted", "unrouted", "taken"),
     [("auto", "", True), ("auto", "not measured", False), ("routed", "not measured", True), ("collective", "", False)],
@@ -108,17 +130,7 @@ def test_the_exchange_of_a_family(wanted: str, unrouted: str, taken: bool, monke
         asked.append((capacity, queries))
         return f"routes of {capacity}"
 
-    monkeypatch.setattr(context, "routes", {})
-    monkeypatch.setattr(context, "capacities", ())
-    monkeypatch.setattr(
-        gpu_worker, "get_dp_group", lambda: SimpleNamespace(cpu_group=0, device_group=0, rank_in_group=0)
-    )
-    monkeypatch.setattr(gpu_worker, "reachable", lambda *_: "")
-    monkeypatch.setattr(gpu_worker, "first_problem", lambda problem, _: problem)
-    monkeypatch.setattr(gpu_worker, "capacities", lambda _, routed: (16, 64))
-    worker: Any = object.__new__(NanoCPGPUWorker)
-    worker.nanocp = SimpleNamespace(graph_capacities=None, exchange=wanted, ranks=2)
-    worker.device, worker.global_rank, worker.vllm_config = torch.device("cpu"), 1, None
+    worker = choosing_worker(monkeypatch, wanted, (16, 64))
     worker.runner, worker.family = SimpleNamespace(drafts=None), SimpleNamespace(unrouted=unrouted, routes=routes)
     worker._choose_exchange()
     assert asked == ([(16, 1), (64, 1)] if taken else [])
@@ -129,18 +141,8 @@ def test_the_exchange_of_a_family(wanted: str, unrouted: str, taken: bool, monke
 def test_later_drafts_take_the_routed_exchange_where_the_family_has_them(
     routed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(context, "routes", {})
-    monkeypatch.setattr(context, "draft_routes", {})
-    monkeypatch.setattr(context, "capacities", ())
     monkeypatch.setattr(context, "queries", 3)
-    group = SimpleNamespace(cpu_group=0, device_group=0, rank_in_group=0)
-    monkeypatch.setattr(gpu_worker, "get_dp_group", lambda: group)
-    monkeypatch.setattr(gpu_worker, "reachable", lambda *_: "")
-    monkeypatch.setattr(gpu_worker, "first_problem", lambda problem, _: problem)
-    monkeypatch.setattr(gpu_worker, "capacities", lambda _, routed: (16,))
-    worker: Any = object.__new__(NanoCPGPUWorker)
-    worker.nanocp = SimpleNamespace(graph_capacities=None, exchange="routed", ranks=2)
-    worker.device, worker.global_rank, worker.vllm_config = torch.device("cpu"), 1, None
+    worker = choosing_worker(monkeypatch, "routed", (16,))
     worker.runner = SimpleNamespace(drafts=object())
     worker.family = SimpleNamespace(unrouted="", routes_drafts=routed, routes=lambda *args: args[3])
     worker._choose_exchange()

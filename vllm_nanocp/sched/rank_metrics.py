@@ -87,8 +87,10 @@ class Readers:
         self._told.add(client)
         if self._scheduler.has_requests():
             return
-        for other in self._told - {client}:
-            outputs.setdefault(other, EngineCoreOutputs()).scheduler_stats = self._uncounted(stats)
+        others = self._told - {client}
+        uncounted = self._uncounted(stats) if others else None
+        for other in others:
+            outputs.setdefault(other, EngineCoreOutputs()).scheduler_stats = uncounted
 
     def _uncounted(self, stats: SchedulerStats) -> SchedulerStats:
         """How the ranks stand, without what has been counted in the step: that is told once."""

@@ -261,9 +261,7 @@ class FlashAttention:
 
     def memory(self, queries: int, sizes: LatentSizes, dtype: torch.dtype) -> int:
         pieces = pieces_that_fit(queries, sizes.num_heads, sizes.rank, 1)
-        # Absorbed queries, results in pieces and merged, and their values.
-        each = sizes.rank * (2 * dtype.itemsize + 4 * pieces) + 4 * sizes.value_size
-        return queries * sizes.num_heads * each
+        return sizes.absorbed_bytes(queries, pieces, dtype.itemsize)
 
     def self_check(self, sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> None:
         self_check(sizes, dtype, device)

@@ -126,8 +126,8 @@ def spans_of(here: int, places: int, queries: int, most: int) -> list[tuple[slic
 def places_memory(
     capacity: int, num_ranks: int, queries: int, sizes: LatentSizes, dtype: torch.dtype, kernel: LatentKernel
 ) -> int:
-    """Bytes that a layer takes for all places outside of graphs, over the routed exchange: a launch's absorbed queries,
-    its float32 pieces, their 16-bit results and the float32 values of these.
+    """Bytes that a layer takes for all places outside of graphs, over the routed exchange: those of whichever launch
+    takes most. A smaller one may be cut into more pieces.
 
     Args:
         capacity, num_ranks, queries: of the tables.
@@ -136,12 +136,10 @@ def places_memory(
         kernel: attends.
     """
     launches = spans_of(capacity * num_ranks, places_of(capacity, num_ranks), queries, kernel.most_rows)
-    needed = [kernel.memory(queries * (part.stop - part.start), sizes, dtype) for part, _ in launches]
-    for part, _ in launches:  # a smaller one may be cut into more pieces, and take more
-        rows = queries * (part.stop - part.start)
-        numbers = 2 * sizes.rank * dtype.itemsize + 4 * sizes.rank * pieces_of(rows, sizes) + 4 * sizes.value_size
-        needed.append(rows * sizes.num_heads * numbers)
-    return max(needed)
+    return max(
+        max(sizes.absorbed_bytes(rows, pieces_of(rows, sizes), dtype.itemsize), kernel.memory(rows, sizes, dtype))
+        for rows in (queries * (part.stop - part.start) for part, _ in launches)
+    )
 
 
 class FixedLatentTables:

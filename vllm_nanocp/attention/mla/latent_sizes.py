@@ -35,3 +35,14 @@ class LatentSizes:
         each key and head."""
         inner = self.unrotated + self.value_size
         return rows * (2 * self.rank - inner) <= self.rank * inner
+
+    def absorbed_bytes(self, rows: int, pieces: int, item_bytes: int) -> int:
+        """Of a launch of so many absorbed queries: these, their float32 results in pieces, merged, and the float32
+        values of what is merged.
+
+        Args:
+            rows: queries.
+            pieces: that a row is cut into.
+            item_bytes: of a number of the model's.
+        """
+        return rows * self.num_heads * (self.rank * (2 * item_bytes + 4 * pieces) + 4 * self.value_size)

@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -16,7 +17,6 @@ from tests.unit.flash_latent_steps import make_routes
 from tests.unit.processes import gpu_of
 from tests.unit.route_steps import draw as draw_counts
 from vllm_nanocp.attention.row_routes import RowRoutes
-from vllm_nanocp.attention.sharded_step import Guest, OwnRow, ShardedStep
 
 HEADS, QUERY, VALUES, LAYERS = 6, 48, 32, 3
 CAPACITIES = (5, 9)
@@ -47,18 +47,16 @@ def expected(queries: torch.Tensor, holders: list[int], emptied: list[bool]) -> 
     return (lses.softmax(0)[..., None] * outputs).sum(0)
 
 
-def a_step(step: int, rank: int, counts: list[list[int]], capacity: int) -> ShardedStep:
+def fill(routes: RowRoutes, step: int, counts: list[list[int]]) -> None:
     """Row i of a home visits each rank that it sends more than i queries to."""
-    size, rows = len(counts), max(counts[rank])
-    made = ShardedStep(rank, send_counts=counts[rank], recv_counts=[c[rank] for c in counts], capacity=capacity)
-    made.serial = step
+    rank, size, capacity = routes.rank, routes.num_ranks, routes.capacity
+    rows = max(counts[rank])
+    pick = np.full((rows, size + 1), -1)
     for i in range(rows):
-        visits = [(holder, i) for holder in range(size) if i < counts[rank][holder]]
-        made.own.append(OwnRow(lambda row=i: row, 1, 0, 0, visits))  # type: ignore[misc]
-    none = torch.zeros(1, dtype=torch.int32)
-    for home in range(size):
-        made.guests += [Guest(home, i, 1, f"{home}.{i}", none, 1) for i in range(counts[home][rank])]
-    return made
+        places = [size * capacity + i] + [to * capacity + i for to in range(size) if i < counts[rank][to]]
+        pick[i, : len(places)] = places
+    answers = [home * capacity + i for home in range(size) for i in range(counts[home][rank])]
+    routes.fill(step, pick, np.arange(rows), np.array(answers + [size * capacity + i for i in range(rows)], dtype=int))
 
 
 def is_empty(step: int, holder: int, home: int, i: int, own: bool = False) -> bool:
@@ -112,7 +110,7 @@ def stress(rank: int, size: int, steps: int, device: str, shared: str | None, la
     for step in range(1, steps + 1):
         routes = made[random.Random(step).randrange(len(made))]
         counts = draw_counts(step, size)
-        routes.fill(a_step(step, rank, counts, routes.capacity), torch.arange(max(counts[rank]) + 1))
+        fill(routes, step, counts)
         for layer in range(LAYERS):
             if late and random.Random(step * 31 + rank * 7 + layer).random() < 0.1:
                 time.sleep(late)

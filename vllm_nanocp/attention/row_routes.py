@@ -36,7 +36,6 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from .flags import RouteMemory, await_flag, offsets_of, place_there, signal
 from .flash_launches import empty_numbers, places_of, split_numbers
 from .partial_rows import RowLayout
-from .sharded_step import ShardedStep
 
 # Layers that a step's epochs have room for.
 MAX_LAYERS = 4096
@@ -114,37 +113,32 @@ class RowRoutes(RouteMemory):
         """Bytes of a buffer."""
         return offsets_of(_parts(places_of(capacity, num_ranks), layout, query_bytes))[-1]
 
-    def fill(self, step: ShardedStep, starts: torch.Tensor) -> RowRoute:
+    def fill(self, serial: int, pick: np.ndarray, tokens: np.ndarray, answers: np.ndarray) -> RowRoute:
         """Write a step's route, in one copy.
 
         Args:
-            step: this rank's part; nowhere more queries than the capacity.
-            starts: on the host, int32 [rows of the batch + 1], the first query of each.
+            serial: of the step, see ``ShardedStep``.
+            pick: int64 [results, num_ranks + 1], the places that make each result, in the order in which they are
+                merged: of this rank's own first, then of those visited; -1 for none.
+            tokens: int64 [results], where in the batch each is.
+            answers: int64 [any], places whose queries come here, this rank's own among them.
 
         Returns:
             The same tensors each time.
         """
         host = np.zeros(len(self._ints), dtype=np.int64)
         at = _Parts(*split_numbers(host, self._sizes))
-        pick, width = at.pick.reshape(self.capacity, -1), self.capacity
-        pick[:], at.tokens[:] = -1, -1
-        asks: list[tuple[int, int]] = []
-        answers = [guest.home * width + guest.index + j for guest in step.guests for j in range(guest.num_queries)]
-        first, results = starts.tolist(), 0
-        for own in step.own:
-            token = first[own.batch_row()]
-            for j in range(own.num_queries):
-                visited = [rank * width + index + j for rank, index in own.visits]
-                here = self.num_ranks * width + results
-                asks += [(place, token + j) for place in (*visited, here)]
-                answers.append(here)
-                # In the order in which ``FixedLatentTables`` merges.
-                pick[results, : len(visited) + 1] = here, *visited
-                at.tokens[results] = token + j
-                results += 1
-        at.asks[: 2 * len(asks)] = np.array(asks, dtype=np.int64).reshape(-1)
+        mine, away = pick[:, 0], pick[:, 1:]
+        visited = away >= 0
+        # What travels furthest leaves first.
+        places = np.concatenate((away[visited], mine))
+        asks = at.asks.reshape(-1, 2)[: len(places)]
+        asks[:, 0], asks[:, 1] = places, np.concatenate((np.repeat(tokens, visited.sum(1)), tokens))
         at.answers[: len(answers)] = answers
-        at.counts[:] = step.serial * MAX_LAYERS, len(asks), len(answers), results
+        at.counts[:] = serial * MAX_LAYERS, len(asks), len(answers), len(pick)
+        at.pick[: pick.size] = pick.reshape(-1)
+        at.tokens[: len(tokens)] = tokens
+        at.pick[pick.size :], at.tokens[len(tokens) :] = -1, -1
         async_tensor_h2d(host, out=self._ints)
         return self.route
 

@@ -231,7 +231,8 @@ class FixedLatentTables:
             the kernel takes, int32 [num_reqs]. The same tensors each time.
         """
         host, table, at = np.zeros(len(self._ints), dtype=np.int64), self._block_table, self._at
-        copies = self._lay_out(step, common, _Parts(*split_numbers(host, self._sizes)))
+        laid = _Parts(*split_numbers(host, self._sizes))
+        copies = self._lay_out(step, common, laid)
         async_tensor_h2d(host, out=self._ints)
         self._lengths.copy_(at.lengths)
         torch.eq(at.lengths.unsqueeze(1).expand(-1, self.queries), 0, out=self._empty)
@@ -243,7 +244,7 @@ class FixedLatentTables:
             grid = (len(copies), triton.cdiv(int(copies[:, 2].max()), _BLOCK))
             _copy_kernel[grid](at.copies, table, table.stride(0), BLOCK=_BLOCK)
         if self.routes is not None:
-            self.routes.fill(step, common.query_start_loc_cpu)
+            self._route(self.routes, step, laid, copies[:, 0])
         for work in self._fixed:
             self._kernel.schedule(work.launch, *self._layers)
         return LatentRows(
@@ -261,6 +262,23 @@ class FixedLatentTables:
             fixed=self._fixed,
             routed=self.routes,
         ), lengths_without(at.visiting, common, self._seq_lens, self._fewest)
+
+    def _route(self, routes: RowRoutes, step: ShardedStep, laid: _Parts, places: np.ndarray) -> None:
+        """Write the step's route from what is laid out: a place of these tables is ``queries`` of the route's.
+
+        Args:
+            routes: of this step's capacity.
+            step: this rank's part.
+            laid: the tables, on the host.
+            places: int64 [any], those in use here.
+        """
+        results, queries = len(step.own) * self.queries, np.arange(self.queries)
+        routes.fill(
+            step.serial,
+            laid.pick.reshape(-1, self.num_ranks + 1)[:results],
+            laid.tokens[:results],
+            (places[:, None] * self.queries + queries).reshape(-1),
+        )
 
     def _end_with_the_batch(self, common: CommonAttentionMetadata) -> None:
         """What rows see of their last run ends with the batch's own lengths: with async scheduling the plan's count
@@ -288,10 +306,14 @@ class FixedLatentTables:
         pick[:], at.tokens[:], at.visiting[:] = -1, -1, self.max_reqs
         pick[:mine, :, 0], send[here] = here[:, None] * queries + each, token
         at.tokens.reshape(-1, queries)[:mine], at.visiting[:mine] = token, rows
-        for i, own in enumerate(step.own):
-            for column, (rank, index) in enumerate(own.visits, 1):
-                place = rank * self.capacity + index // queries
-                pick[i, :, column], send[place] = place * queries + each, token[i]
+        visits = [
+            (i, column, rank * self.capacity + index // queries)
+            for i, own in enumerate(step.own)
+            for column, (rank, index) in enumerate(own.visits, 1)
+        ]
+        if visits:
+            row, column, place = np.array(visits, dtype=np.int64).T
+            pick[row, :, column], send[place] = place[:, None] * queries + each, token[row]
         if queries > 1:
             at.hidden[:mine] = hidden_tokens(step, rows.tolist(), common)
         seen = [

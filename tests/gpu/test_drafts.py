@@ -36,6 +36,7 @@ ENGINES = {
     # Of a model with latent attention.
     "latent-collective": ("1", "ngram_gpu", False, "collective"),
     "latent-graphs-collective": ("1", "ngram_gpu", True, "collective"),
+    "latent-graphs": ("1", "ngram_gpu", True, "routed"),
 }
 LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 

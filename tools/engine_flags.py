@@ -141,9 +141,8 @@ ENGINE = (
           "gpu/test_exact.py::test_tokens"),
     Group(WORKS, "16 bits and fp8, on CPU fp8_e5m2 too; what the attention of shards cannot read is refused",
           "kv_cache_dtype", "engine/test_cache_dtypes.py::test_sharded_requests_with_another_cache_dtype"),
-    Group(WORKS, "by `mtp` (of latent attention on GPUs only with `--enforce-eager`), `eagle`, `eagle3` (on GPUs "
-          "only with `--enforce-eager`); on CPU by `ngram`, `suffix`, `custom_class`, on GPUs by `ngram_gpu`; other "
-          "methods are refused",
+    Group(WORKS, "by `mtp`, `eagle`, `eagle3`; on CPU by `ngram`, `suffix`, `custom_class`, on GPUs by `ngram_gpu`; "
+          "other methods are refused",
           "speculative_config spec_method spec_model spec_tokens", "engine/test_speculation.py::test_tokens"),
     Group(REFUSED, "the line that is printed says why", _ONLY_REFUSED),
     Group(VLLM, "only `enable_return_routed_experts` in it is refused; the rest has no effect without it",

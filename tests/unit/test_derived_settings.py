@@ -299,9 +299,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "a draft model with attention of its own": _drafts("eagle3", kv_cache_dtype="fp8"),
     "a draft model beside recurrent states": _drafts("mtp", "lora_config", object()),
     "a draft model other than MTP layers": _latent_drafts("eagle3"),
-    "a draft model of latent attention": _latent_on_a_gpu("mtp", "auto"),
     "a draft model with FLASHINFER": partial(_drafts_with_flashinfer, method="mtp"),
-    "eagle or eagle3 on GPUs with CUDA graphs": _on_a_gpu("eagle3"),
     "a draft model with --enable-prompt-embeds": _drafts("eagle", "model_config.enable_prompt_embeds", True),
     "another way to verify drafts on CPU": _drafts("ngram", rejection_sample_method="synthetic"),
     "speculative decoding on GPUs by this method": _drafts("ngram", "parallel_config.worker_cls", GPU_WORKER),
@@ -360,15 +358,15 @@ def test_drafts_on_gpus(tiny_model: str) -> None:
     check_settings(config, RANKS)
 
 
-def test_mtp_of_latent_attention_on_gpus(tiny_model: str) -> None:
-    """Eager, with a cache of 16 bits."""
+@pytest.mark.parametrize("eager", [True, False])
+def test_mtp_of_latent_attention_on_gpus(tiny_model: str, eager: bool) -> None:
+    """With a cache of 16 bits."""
     config = create(tiny_model, *NANOCP)
     _latent_on_a_gpu("mtp", "auto")(config)
     _set("scheduler_config.async_scheduling", True)(config)
-    assert "--enforce-eager" in refusal(lambda: check_settings(config, RANKS))
     model = config.model_config
-    eager = type("Eager", (), {"enforce_eager": True, "__getattr__": lambda _, name: getattr(model, name)})()
-    _set("model_config", eager)(config)
+    made = type("Eager", (), {"enforce_eager": eager, "__getattr__": lambda _, name: getattr(model, name)})()
+    _set("model_config", made)(config)
     check_settings(config, RANKS)
 
 

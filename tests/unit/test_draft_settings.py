@@ -80,7 +80,7 @@ def test_draft_models_that_attend_otherwise(tiny_model: str) -> None:
 
 @pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp"])
 def test_draft_models_on_gpus(tiny_model: str, method: str) -> None:
-    """With V2's runner, vLLM's default there; with graphs MTP only."""
+    """With V2's runner, vLLM's default there, eager and with graphs."""
     config = create(tiny_model, "--enforce-eager", *NANOCP)
     _drafts(method, "parallel_config.worker_cls", GPU_WORKER)(config)
     assert "on GPUs with the V1" in refusal(lambda: check_settings(config, RANKS))
@@ -89,10 +89,7 @@ def test_draft_models_on_gpus(tiny_model: str, method: str) -> None:
     check_settings(config, RANKS)
     _set("model_config.enforce_eager", False)(config)
     for degree in (1, RANKS):
-        if method == "mtp":
-            check_settings(config, degree)
-        else:
-            assert "add --enforce-eager" in refusal(partial(check_settings, config, degree))
+        check_settings(config, degree)
     _drafts("ngram_gpu")(config)
     check_settings(config, RANKS)
 
@@ -110,7 +107,7 @@ def test_draft_models_with_flashinfer(tiny_model: str) -> None:
 
 
 def test_drafts_of_latent_attention(tiny_model: str) -> None:
-    """MTP layers on CPU, if they attend as their target; on GPUs n-grams, with a cache of 16 bits."""
+    """MTP layers, if they attend as their target; on GPUs n-grams, too, with a cache of 16 bits."""
     config = create(tiny_model, *NANOCP)
     _latent_drafts("mtp")(config)
     check_settings(config, RANKS)

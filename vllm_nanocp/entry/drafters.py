@@ -59,12 +59,6 @@ def drafts_by_model(vllm_config: Any) -> bool:
     return draft_method(vllm_config) in MODEL_DRAFTERS
 
 
-def drafts_in_graphs(vllm_config: Any) -> bool:
-    """Whether a draft model other than MTP layers is to run on GPUs other than eagerly."""
-    on_gpus, other = vllm_config.parallel_config.worker_cls == GPU_WORKER, draft_method(vllm_config) != "mtp"
-    return on_gpus and other and drafts_by_model(vllm_config) and not vllm_config.model_config.enforce_eager
-
-
 def unequal_drafts(vllm_config: Any) -> bool:
     """Whether a draft model's forwards have other tokens than the target's, which the other ranks cannot know."""
     drafts = vllm_config.speculative_config
@@ -110,12 +104,6 @@ def other_than_latent_mtp(vllm_config: Any) -> bool:
         and vllm_config.model_config.use_mla
         and not (drafts.method == "mtp" and drafts.draft_model_config.use_mla)
     )
-
-
-def latent_drafts_in_graphs(vllm_config: Any) -> bool:
-    """Whether a draft model of latent attention is to run on GPUs other than eagerly."""
-    model, on_gpus = vllm_config.model_config, vllm_config.parallel_config.worker_cls == GPU_WORKER
-    return on_gpus and drafts_by_model(vllm_config) and model.use_mla and not model.enforce_eager
 
 
 def drafts_over_float8_latents(vllm_config: Any) -> bool:

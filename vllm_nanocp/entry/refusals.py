@@ -23,11 +23,9 @@ from .drafters import (
     MODEL_DRAFTERS,
     draft_method,
     drafts_by_model,
-    drafts_in_graphs,
     drafts_on_a_gpu,
     drafts_over_float8_latents,
     drafts_with_flashinfer,
-    latent_drafts_in_graphs,
     other_attention,
     other_drafter,
     other_than_latent_mtp,
@@ -96,12 +94,10 @@ class Flag:
 _DRAFT_MODEL = "of the ways to draft with a model only EAGLE, EAGLE3 and MTP have been run"
 _OTHER_DRAFTER = (
     "leave it out, or use ngram, suffix, custom_class or mtp on CPU, ngram_gpu on GPUs, or beside grouped-query "
-    "attention mtp, or eagle or eagle3 (on GPUs with --enforce-eager)"
+    "attention mtp, eagle or eagle3"
 )
 _DRAFTS_ON_GPUS = "it has not been run on GPUs"
-_DRAFT_ON_GPUS = (
-    "leave it out, or use ngram_gpu, or beside grouped-query attention mtp, or with --enforce-eager eagle or eagle3"
-)
+_DRAFT_ON_GPUS = "leave it out, or use ngram_gpu, or beside grouped-query attention mtp, eagle or eagle3"
 _ONE_ENGINE = "one engine holds all ranks"
 _ONE_ADDRESS = "one scheduler serves all ranks behind one address"
 _MICRO_BATCHES = "a sharded step cannot be cut into micro-batches"
@@ -278,9 +274,7 @@ SETTINGS = (
             "it has not been run", "use the method ngram on CPU, ngram_gpu on GPUs, or leave it out"),
     Setting(other_than_latent_mtp, "a draft model other than MTP layers of latent attention beside latent attention "
             "(MLA)", "no other has been run, and a head of grouped-query attention needs other KV blocks",
-            "use the method mtp or ngram on CPU, mtp (with --enforce-eager) or ngram_gpu on GPUs, or leave it out"),
-    Setting(latent_drafts_in_graphs, "a draft model of latent attention (MLA) on GPUs with CUDA graphs",
-            "it has not been run on a GPU with graphs yet", "add --enforce-eager, or use the method ngram_gpu"),
+            "use the method mtp or ngram on CPU, mtp or ngram_gpu on GPUs, or leave it out"),
     Setting(lambda c: drafts_by_model(c) and drafts_with_flashinfer(c), "a draft model with FLASHINFER",
             "its forwards have not been run on its kernels",
             "use --attention-backend FLASH_ATTN on Hopper, or leave the draft model out"),
@@ -298,8 +292,6 @@ SETTINGS = (
     Setting(lambda c: draft_method(c) and c.parallel_config.worker_cls == GPU_WORKER and not c.use_v2_model_runner,
             "speculative decoding on GPUs with the V1 model runner", "it has been run with V2's only",
             "leave VLLM_USE_V2_MODEL_RUNNER unset, or leave speculative decoding out"),
-    Setting(drafts_in_graphs, "eagle or eagle3 on GPUs with CUDA graphs",
-            "it has not been run on a GPU with graphs yet", "add --enforce-eager, or use the method mtp or ngram_gpu"),
     Setting(lambda c: draft_method(c) in GPU_DRAFTERS and c.parallel_config.worker_cls == CPU_WORKER,
             "the method ngram_gpu on CPU", "it drafts on a GPU", "use the method ngram"),
     Setting(lambda c: draft_method(c) and c.use_v2_model_runner and c.parallel_config.worker_cls == CPU_WORKER,

@@ -19,9 +19,9 @@ RANK = 8
 MODULES = ("q_proj", "k_proj", "v_proj")
 
 
-def make_adapter(path: Path, seed: int) -> Path:
-    """Write an adapter into the folder `path`; what it adds is as large as what is there."""
-    shape = TinyShape()
+def make_adapter(path: Path, seed: int, **sizes: int) -> Path:
+    """Write an adapter for a model of these sizes into the folder `path`; what it adds is as large as what is there."""
+    shape = TinyShape(**sizes)
     heads = dict(zip(MODULES, (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), strict=True))
     generator = torch.Generator().manual_seed(seed)
     weights = {}

@@ -33,7 +33,10 @@ LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 def common() -> dict[str, Any]:
     # So little memory that other programs' use of the GPU, and its changes, do not matter.
     memory = dict(gpu_memory_utilization=0.03, kv_cache_memory_bytes=1 << 30)
-    return dict(dtype="bfloat16", block_size=16, num_gpu_blocks_override=8192, **memory)
+    # FlashInfer's search for its fastest kernels takes 40 s of a start.
+    return dict(
+        dtype="bfloat16", block_size=16, num_gpu_blocks_override=8192, enable_flashinfer_autotune=False, **memory
+    )
 
 
 def mode_params() -> list[Any]:

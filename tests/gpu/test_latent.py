@@ -20,7 +20,7 @@ from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
 
 from . import FOUR_GPUS, GPUS, ONE_GPU, SHARED, TWO_GPUS
 from .modes import check_error, on_ranks
-from .test_exact import all_partings, check_partings
+from .test_exact import all_partings, check_partings, common
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = [
@@ -226,10 +226,7 @@ def engines(request: pytest.FixtureRequest, deepseek: str) -> Iterator[tuple[str
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0" if mode == "v1" else "1")
         graphs = mode in GRAPHS
-        args: dict[str, Any] = dict(
-            dtype="bfloat16", block_size=16, num_gpu_blocks_override=8192, gpu_memory_utilization=0.03,
-            kv_cache_memory_bytes=1 << 30, attention_config={"backend": "FLASH_ATTN_MLA"}, enforce_eager=not graphs,
-        )  # fmt: skip
+        args = common() | dict(attention_config={"backend": "FLASH_ATTN_MLA"}, enforce_eager=not graphs)
         if graphs:
             passes = {"fuse_allreduce_rms": False} if mode == "tensor parallel" else {}
             sizes = [1, 2, 4, 8, 16, 24, 32]

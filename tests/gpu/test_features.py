@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What engines on CPU are tested with, or cannot be: adapters, weights of 8 bits, the policies that need no numbers.
+V2's runner, CUDA graphs, bfloat16 activations: greedy tokens of two ranks next to stock vLLM's on one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.lora.request import LoRARequest
+
+from tests.engine.harness import Ask, Engine, prompt
+from tests.tiny_adapters import MODULES, RANK, make_adapter
+from tests.tiny_models import make_deepseek_v2
+from tests.tiny_quantized import quantize
+
+from . import SHARED, TWO_GPUS
+from .test_exact import LENGTHS, all_partings, check_partings, common
+from .test_latent import HOPPER
+
+pytestmark = [pytest.mark.gpu, pytest.mark.engine, TWO_GPUS]
+
+SIZES = dict(head_dim=64, hidden_size=256, num_heads=8, num_kv_heads=2)
+SHARDS = {"segment_size": 600}
+
+
+class Feature:
+    """How engines are started, and what each of a test's requests brings.
+
+    Args:
+        folder: empty.
+        model: grouped-query attention, small.
+    """
+
+    def __init__(self, folder: Path, model: str) -> None:
+        self.folder, self.model = folder, model
+        self.args: dict[str, Any] = {}
+        self.config: dict[str, Any] = dict(SHARDS)
+        self.adapters: list[LoRARequest | None] = [None]
+
+
+def adapters(to: Feature) -> None:
+    """Steps with adapters attend outside of graphs."""
+    made = [LoRARequest(f"adapter-{n}", n, str(make_adapter(to.folder / str(n), n, **SIZES))) for n in (1, 2, 3)]
+    to.adapters += made
+    to.args = dict(enable_lora=True, max_loras=2, max_lora_rank=RANK, lora_target_modules=list(MODULES))
+
+
+def weights_of_8_bits(to: Feature) -> None:
+    to.args = dict(quantization="fp8")
+
+
+def latent_weights_of_8_bits(to: Feature) -> None:
+    sizes = dict(hidden_size=256, num_heads=16, qk_nope_head_dim=128, v_head_dim=128, q_lora_rank=128)
+    inner = dict(moe_intermediate_size=256, dense_intermediate_size=256)
+    to.model = quantize(make_deepseek_v2(to.folder / "blocks", dtype="bfloat16", **sizes, **inner))
+    to.args = dict(attention_config={"backend": "FLASH_ATTN_MLA"})
+
+
+def no_numbers(to: Feature) -> None:
+    """With caches so small that the bounds of a shard's length let some of the requests be sharded."""
+    to.config = {"segment_size": "auto", "moves": True, "prefill_gap": True}
+    to.args = dict(num_gpu_blocks_override=700)
+
+
+FEATURES: dict[str, Callable[[Feature], None]] = {
+    "adapters": adapters,
+    "fp8 weights": weights_of_8_bits,
+    "latent fp8 weights": latent_weights_of_8_bits,
+    "auto": no_numbers,
+}
+
+
+def params() -> list[Any]:
+    chosen = os.environ.get("NANOCP_FEATURES")
+    hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+    return [
+        pytest.param(name, marks=hopper if name.startswith("latent") else ())
+        for name in (chosen.split(",") if chosen else FEATURES)
+    ]
+
+
+@pytest.fixture(scope="module", params=params())
+def engines(
+    request: pytest.FixtureRequest, model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Feature, Engine, Engine]]:
+    feature = Feature(tmp_path_factory.mktemp("feature"), model)
+    FEATURES[request.param](feature)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        args = common() | dict(compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32]}) | feature.args
+        stock = Engine(feature.model, 1, **args)
+        nanocp = Engine(feature.model, 2, feature.config, **args)
+    yield request.param, feature, stock, nanocp
+    stock.close()
+    nanocp.close()
+
+
+def test_tokens(engines: tuple[str, Feature, Engine, Engine]) -> None:
+    """As ``test_exact.py`` has it."""
+    name, feature, stock, nanocp = engines
+    asks = [
+        Ask(
+            prompt(n, 50 + n + 7 * k),
+            dict(max_tokens=24, logprobs=20),
+            delay=0.01 * i,
+            adapter=feature.adapters[(i + k) % len(feature.adapters)],
+        )
+        for k in range(2 if SHARED else 4)
+        for i, n in enumerate(LENGTHS)
+    ]
+    together, alone = stock.ask(asks), [stock.ask([ask])[0] for ask in asks]
+    ours, ours_alone = nanocp.ask(asks), [nanocp.ask([ask])[0] for ask in asks]
+    found = all_partings(name, (together, alone), (ours, ours_alone))
+    nanocp.check_nothing_left()
+    counters, status = nanocp.call(nanocp.llm.collective_rpc("nanocp_counters")), nanocp.status()
+    print(f"{name}: {counters} {status}")
+    for worker in counters:
+        assert worker["sharded_steps"] > 0
+        assert (worker["captured_steps"] > 0) == (name != "adapters")
+    if len(feature.adapters) > 1:
+        plain = stock.ask([Ask(ask.prompt, ask.params) for ask in asks])
+        differ = sum(a.tokens != b.tokens for a, b in zip(together, plain, strict=True))
+        assert differ > len(asks) / 3, "an adapter changes what a request says"
+    check_partings(found)

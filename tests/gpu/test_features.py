@@ -25,6 +25,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.engine, TWO_GPUS]
 
 SIZES = dict(head_dim=64, hidden_size=256, num_heads=8, num_kv_heads=2)
 SHARDS = {"segment_size": 600}
+# vLLM's own choice is FlashInfer's kernel, which is compiled for minutes.
+FP8_EXPERTS = dict(moe_backend="triton")
 
 
 class Feature:
@@ -50,14 +52,14 @@ def adapters(to: Feature) -> None:
 
 
 def weights_of_8_bits(to: Feature) -> None:
-    to.args = dict(quantization="fp8")
+    to.args = dict(quantization="fp8", **FP8_EXPERTS)
 
 
 def latent_weights_of_8_bits(to: Feature) -> None:
     sizes = dict(hidden_size=256, num_heads=16, qk_nope_head_dim=128, v_head_dim=128, q_lora_rank=128)
     inner = dict(moe_intermediate_size=256, dense_intermediate_size=256)
     to.model = quantize(make_deepseek_v2(to.folder / "blocks", dtype="bfloat16", **sizes, **inner))
-    to.args = dict(attention_config={"backend": "FLASH_ATTN_MLA"})
+    to.args = dict(attention_config={"backend": "FLASH_ATTN_MLA"}, **FP8_EXPERTS)
 
 
 def no_numbers(to: Feature) -> None:
@@ -91,7 +93,9 @@ def engines(
     FEATURES[request.param](feature)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-        args = common() | dict(compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32]}) | feature.args
+        sizes = [1, 2, 4, 8, 16, 24, 32]
+        graphs = dict(enforce_eager=False, compilation_config={"cudagraph_capture_sizes": sizes})
+        args = common() | graphs | feature.args
         stock = Engine(feature.model, 1, **args)
         nanocp = Engine(feature.model, 2, feature.config, **args)
     yield request.param, feature, stock, nanocp

@@ -6,13 +6,16 @@ from __future__ import annotations
 import pickle
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from tests.unit.attention_steps import Shape
 from tests.unit.flash_steps import make_impl
@@ -22,6 +25,7 @@ from vllm_nanocp.plan import IDLE, Batch, StepPlan
 from vllm_nanocp.step_messages import StepMessage, generators_in
 from vllm_nanocp.worker import gpu_worker
 from vllm_nanocp.worker.gpu_worker import NanoCPGPUWorker
+from vllm_nanocp.worker.runner import V1Runner, V2Runner
 from vllm_nanocp.worker.worker import OneRank
 
 
@@ -68,6 +72,57 @@ def test_generators_are_reported_once(rank: _Rank) -> None:
     rank.execute_model(step(["gone"]))
     rank.execute_model(step([]))
     assert generators_in(rank.sample_tokens(None)) == {}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_step_that_failed_is_not_sampled(rank: _Rank, busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With async scheduling the engine looks at the second answer only, and the other ranks have none: an empty one of
+    this rank would have it wait for them for ever."""
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise ValueError("in the middle of the step")
+
+    rank.execute_model(step([]))
+    with monkeypatch.context() as patch:
+        patch.setattr(*((_Stock, "execute_model") if busy else (rank.runner, "run_idle")), failing)
+        with pytest.raises(ValueError, match="in the middle"):
+            rank.execute_model(step([]))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="rank 0 has failed in this step"):
+            rank.sample_tokens(None)
+    rank.execute_model(step([]))
+    rank.sample_tokens(None)
+
+
+class _Runner(LoRAModelRunnerMixin):
+    """A model runner that does nothing but what vLLM's do with adapters in a pass without requests."""
+
+    def __init__(self, adapters: bool) -> None:
+        self.lora_config = SimpleNamespace(max_loras=2, max_lora_rank=8) if adapters else None
+        self.lora_manager = MagicMock()
+        self.passes = 0
+
+    def _dummy_run(self, num_tokens: int, **_: Any) -> None:
+        scheduled = np.array([num_tokens], dtype=np.int32)
+        with self.maybe_dummy_run_with_lora(self.lora_config, scheduled, None, remove_lora=True, num_active_loras=2):
+            self.passes += 1
+
+
+@pytest.mark.parametrize("runner", [V1Runner, V2Runner])
+@pytest.mark.parametrize("adapters", [True, False])
+def test_a_pass_without_requests_keeps_adapters(runner: Any, adapters: bool) -> None:
+    """It neither loads any, stand-ins neither, nor unloads those of requests; before serving it does."""
+    adapter = object.__new__(runner)
+    made = adapter.model_runner = _Runner(adapters)
+    adapter.drafts = None
+    adapter.run_idle(attention=True)
+    calls = made.lora_manager.mock_calls
+    assert made.passes == 1 and [name for name, *_ in calls] == ["set_active_adapters"] * adapters
+    if adapters:
+        requests, mapping = calls[0].args
+        assert not requests and set(mapping.index_mapping) | set(mapping.prompt_mapping) == {0}
+        made._dummy_run(1)
+        assert made.lora_manager.remove_all_adapters.called and made.lora_manager.add_dummy_lora.called
 
 
 def test_a_draft_model_runs_when_others_sample(rank: _Rank) -> None:

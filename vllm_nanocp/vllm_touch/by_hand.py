@@ -122,8 +122,10 @@ BY_HAND: dict[str, dict[str, str]] = {
     },
     "queues.py": {"vllm.v1.executor.multiproc_executor.WorkerProc": "_init_message_queues rank worker"},
     "runner.py": {
-        _V1_RUNNER: "_dummy_run compilation_config input_batch parallel_config requests",
-        _V2_RUNNER: "_dummy_run is_encoder_decoder lora_config prepare_attn",
+        _V1_RUNNER: "_dummy_run compilation_config input_batch lora_config maybe_dummy_run_with_lora "
+        "maybe_select_dummy_loras parallel_config requests",
+        _V2_RUNNER: "_dummy_run is_encoder_decoder lora_config maybe_dummy_run_with_lora maybe_select_dummy_loras "
+        "prepare_attn",
         "vllm.v1.worker.gpu_input_batch.InputBatch": "req_id_to_index",
         "vllm.v1.worker.gpu_input_batch.CachedRequestState": "generator output_token_ids req_id",
         "vllm.v1.worker.gpu.input_batch.InputBatch": "req_ids",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -96,7 +98,8 @@ class V1Runner:
 
     def run_idle(self, attention: bool) -> None:
         def run() -> None:
-            self.model_runner._dummy_run(1, uniform_decode=True, force_attention=attention)
+            with _adapters_kept(self.model_runner):
+                self.model_runner._dummy_run(1, uniform_decode=True, force_attention=attention)
 
         run() if self.drafts is None else self.drafts.put_off(run)
 
@@ -173,9 +176,32 @@ class V2Runner:
 
     def run_idle(self, attention: bool) -> None:
         def run() -> None:
-            self.model_runner._dummy_run(1, uniform_decode=True)  # always with attention
+            with _adapters_kept(self.model_runner):
+                self.model_runner._dummy_run(1, uniform_decode=True)  # always with attention
 
         run() if self.drafts is None else self.drafts.put_off(run)
+
+
+@contextmanager
+def _adapters_kept(model_runner: Any) -> Iterator[None]:
+    """A pass without requests uses no LoRA adapter, and loads and unloads none.
+
+    vLLM's loads stand-ins by the numbers 1 to ``max_loras`` and unloads all adapters behind it, as before serving.
+    Where some of these numbers are adapters of requests, V2's cannot find the stand-ins for the others, and raises;
+    else the requests' adapters are read from disk again in each step that follows one without tokens.
+    """
+    if model_runner.lora_config is None:
+        yield
+        return
+
+    def without(lora_config: Any, num_scheduled_tokens: Any, *_: Any, **__: Any) -> Any:
+        return model_runner.maybe_select_dummy_loras(lora_config, num_scheduled_tokens)
+
+    model_runner.maybe_dummy_run_with_lora = without
+    try:
+        yield
+    finally:
+        del model_runner.maybe_dummy_run_with_lora
 
 
 def _check(same: Any, seen: Any, plan: StepPlan, rank: int) -> None:

@@ -50,6 +50,7 @@ class OneRank(_Base):
     runner: RunnerAdapter
     family: Family
     _generators: dict[str, bytes]
+    _failed = False
     num_sharded_steps = 0
     num_captured_steps = 0
     num_routed_steps = 0
@@ -124,13 +125,26 @@ class OneRank(_Base):
         Returns:
             As vLLM's worker; a rank without tokens answers, too.
         """
+        self._failed = False
         if not isinstance(scheduler_output, StepMessage):
             # vLLM's V2 runner warms up with steps of its own, the same on all ranks.
             self._idle = False
             self._generators = {}
             return super().execute_model(scheduler_output)
-        plan = scheduler_output.plan
-        part = scheduler_output.part(self.shards.rank)
+        try:
+            output = self._run(scheduler_output)
+        except BaseException:
+            self._failed = True
+            self._end_step()
+            raise
+        if self.runner.drafts is None or not scheduler_output.plan.batches:
+            self._end_step()
+        return self._reply(output)
+
+    def _run(self, message: StepMessage) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        """The step itself. What it leaves of its state is for ``sample_tokens``."""
+        plan = message.plan
+        part = message.part(self.shards.rank)
         self.shards.update(plan)
         context.step = make_step(plan, self.shards, self.nanocp.ranks, self.runner.batch_row)
         if self.runner.drafts is not None:
@@ -141,21 +155,15 @@ class OneRank(_Base):
             context.step.capacity = _smallest(context.routes, plan.most_visits(self.nanocp.ranks, context.queries))
         self.runner.plan = plan
         self._generators = self.runner.generator_states(plan.departing) if plan.departing else {}
-        try:
-            output = super().execute_model(part)
-            self._idle = not part.total_num_scheduled_tokens
-            if self._idle and plan.batches:
-                self.runner.run_idle(attention=context.step is not None)
-            if context.step is not None:
-                self.num_sharded_steps += 1
-                self.num_captured_steps += context.step.captured
-                self.num_routed_steps += bool(context.routes and context.step.capacity)
-        except BaseException:
-            self._end_step()
-            raise
-        if self.runner.drafts is None or not plan.batches:
-            self._end_step()
-        return self._reply(output)
+        output = super().execute_model(part)
+        self._idle = not part.total_num_scheduled_tokens
+        if self._idle and plan.batches:
+            self.runner.run_idle(attention=context.step is not None)
+        if context.step is not None:
+            self.num_sharded_steps += 1
+            self.num_captured_steps += context.step.captured
+            self.num_routed_steps += bool(context.routes and context.step.capacity)
+        return output
 
     def _end_step(self) -> None:
         context.step = context.draft_step = self.runner.plan = None
@@ -175,7 +183,14 @@ class OneRank(_Base):
     def sample_tokens(  # type: ignore[override]
         self, grammar_output: NanoCPGrammarOutput | GrammarOutput | None
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
-        """As vLLM's worker. A draft model runs here, on a rank without tokens, too."""
+        """As vLLM's worker. A draft model runs here, on a rank without tokens, too.
+
+        Raises:
+            RuntimeError: the step has failed here. With async scheduling the engine looks at this answer, not at that
+                of ``execute_model``, and the other ranks, which wait for this one in a collective, have none.
+        """
+        if self._failed:
+            raise RuntimeError(f"nanocp: rank {self.shards.rank} has failed in this step")
         try:
             if self._idle:
                 if self.runner.plan is not None and self.runner.drafts is not None:

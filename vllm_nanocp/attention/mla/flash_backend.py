@@ -282,8 +282,6 @@ class LatentOnHopper:
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         assert isinstance(model.dtype, torch.dtype)
         self.config, self.dtype = vllm_config, model.dtype
-        if vllm_config.speculative_config is not None:
-            self.unrouted = "no engine has run it with latent attention and speculative decoding"
         self.sizes = _sizes_of(model.get_num_attention_heads(parallel), get_mla_dims(model))
         self.layout = RowLayout(self.sizes.num_heads, self.sizes.value_size)
         self.query_bytes = self.sizes.num_heads * self.sizes.query_size * self.dtype.itemsize

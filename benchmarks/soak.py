@@ -61,7 +61,9 @@ RESET_EVERY_S = 20.0
 MAX_GROWTH = 0.02
 # On CPU, oneDNN keeps what it has compiled for each size of a batch, up to 1024 of them: tens of MiB over the first
 # tens of minutes, in stock vLLM as well. A small cache is full before the warm-up ends.
-STEADY = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+# N-grams are looked for by numba, whose threads, one a core, spin when they have nothing to do: ten times as long steps
+# with three ranks on two cores.
+STEADY = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "NUMBA_NUM_THREADS": "1"}
 # Only then does a server let clients reset its prefix cache.
 DEVELOPERS = {"VLLM_SERVER_DEV_MODE": "1"}
 # Tiny models: grouped-query attention, latent attention, and one whose next token hangs on its last.

@@ -51,7 +51,7 @@ from serving import STOP_LIMIT_S, Server, end, environment, free_port, probe, ru
 from soak_checks import latencies, memory, nothing_lost, scored, tokens
 from soak_kill import kill_under_load
 from soak_load import OUTPUTS, Job, give_priorities, make_jobs, run_job, run_jobs
-from soak_watch import Watch, files, left, log
+from soak_watch import Watch, files, kinds, left, log
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVE = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
@@ -338,7 +338,9 @@ def soak(args: argparse.Namespace, logs: Path, result: dict[str, Any]) -> None:
         sample = [job for job in sample if job.body["temperature"] == 0]
     port = free_port()
     env = environment("stock", gpu, False)
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env["PYTHONPATH"]])
+    stock_files = logs / "stock-tmp"
+    stock_files.mkdir(exist_ok=True)
+    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), env["PYTHONPATH"]]), "TMPDIR": str(stock_files)}
     with running(stock_command(args, model, port), env, port, logs / "stock.log") as s:
         s.wait(START_LIMIT_S)
         if args.dtype == "float32":
@@ -346,6 +348,7 @@ def soak(args: argparse.Namespace, logs: Path, result: dict[str, Any]) -> None:
         else:
             greedy = [job for job in sample if job.body["temperature"] == 0 and job.tokens]
             checks["tokens"] = scored(greedy, asyncio.run(score(greedy, s.url, model)), args.gap)
+    result["temporary_files_of_stock"] = kinds(stock_files)
 
 
 def main(argv: list[str] | None = None) -> int:

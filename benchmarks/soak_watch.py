@@ -135,15 +135,19 @@ def left(server: Server, shared: set[str], folder: Path, limit: float = 10.0) ->
     while (members := server.members()) and time.monotonic() < end:
         time.sleep(0.2)
     names = sorted(shared & set(os.listdir(SHARED)))
-    kinds = collections.Counter(re.sub(r"[\da-f]{8}[\da-f-]*", "*", path.name) for path in folder.iterdir())
     processes = [name(process) for process in members]
     return {
         "pass": not processes and not names,
         "processes": processes,
         "shared_memory": names,
         "shared_memory_seen": len(shared),
-        "temporary_files": dict(kinds),
+        "temporary_files": kinds(folder),
     }
+
+
+def kinds(folder: Path) -> dict[str, int]:
+    """Names in a folder, with a star for what is random in them, and how many there are of each."""
+    return dict(collections.Counter(re.sub(r"[\da-f]{8}[\da-f-]*", "*", path.name) for path in folder.iterdir()))
 
 
 def log(text: str) -> dict[str, Any]:

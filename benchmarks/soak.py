@@ -48,7 +48,7 @@ from typing import Any
 import aiohttp
 import psutil  # type: ignore[import-untyped]
 from serving import STOP_LIMIT_S, Server, end, environment, free_port, probe, running, write_json
-from soak_checks import latencies, memory, nothing_lost, scored, tokens
+from soak_checks import latencies, memory, nothing_lost, scored, tokens, waits
 from soak_kill import kill_under_load
 from soak_load import OUTPUTS, Job, give_priorities, make_jobs, run_job, run_jobs
 from soak_watch import Watch, files, kinds, left, log
@@ -289,6 +289,7 @@ def under_load(args: argparse.Namespace, server: Server, model: str, jobs: list[
         checks["memory"] = memory(watch.series, warm_up, MAX_GROWTH)
         checks["files"] = files(watch.files)
         checks["latency"] = latencies(jobs, warm_up, start, args.latency_limit)
+        result["first_token_s_by_priority"] = waits(jobs)
         step = max(1, len(next(iter(watch.series.values()))) // 120)
         result["rss_mib"] = {
             label: [[t, round(mib, 2)] for t, mib in points[::step]] for label, points in watch.series.items()

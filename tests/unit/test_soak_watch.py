@@ -54,7 +54,7 @@ def test_log(text: str, passes: bool, raised: dict[str, int]) -> None:
 )
 def test_files(end: dict[str, list[int]], passes: bool) -> None:
     """A process that is gone holds none, which is not what was there at the start."""
-    found = watch.files([{"a": [20, 3]}, {"a": [90, 9]}, end])
+    found = watch.files([{"a": [6, 3]}, {"a": [20, 3]}, *[{"a": [90, 9]}] * 3, end])
     assert found["pass"] == passes
     assert found["most"] == {"a": [90, 9]}
 

@@ -108,8 +108,8 @@ def shared_memory(processes: Iterable[psutil.Process]) -> set[str]:
 
 
 def files(looks: list[dict[str, list[int]]]) -> dict[str, Any]:
-    """Whether each process ends with about as many files and threads as it had at most in the first third: some are made
-    when they are needed first.
+    """Whether each process ends with about as many files and threads as it had at most in the first third: some are
+    made when they are needed first.
 
     Args:
         looks: the idle server at the start, then under load, and the idle server at the end.

@@ -61,8 +61,8 @@ RESET_EVERY_S = 20.0
 MAX_GROWTH = 0.02
 # On CPU, oneDNN keeps what it has compiled for each size of a batch, up to 1024 of them: tens of MiB over the first
 # tens of minutes, in stock vLLM as well. A small cache is full before the warm-up ends.
-# N-grams are looked for by numba, whose threads, one a core, spin when they have nothing to do: ten times as long steps
-# with three ranks on two cores.
+# N-grams are looked for by numba, whose threads, one a core, spin when they have nothing to do: with three ranks on two
+# cores the second one took as much of each worker's time as the worker.
 STEADY = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "NUMBA_NUM_THREADS": "1"}
 # Only then does a server let clients reset its prefix cache.
 DEVELOPERS = {"VLLM_SERVER_DEV_MODE": "1"}

@@ -16,7 +16,7 @@ import aiohttp
 VOCAB = range(3, 512)
 STEMS = (200, 700, 1600, 2500)
 OUTPUTS = (1, 8, 40, 120)
-REQUEST_LIMIT_S = 300.0
+REQUEST_LIMIT_S = 600.0
 # Bodies that no server may answer with 200, and none may die of.
 REFUSED: tuple[dict[str, Any], ...] = (
     {"prompt": [5, 10**9]},

@@ -63,7 +63,13 @@ MAX_GROWTH = 0.02
 # tens of minutes, in stock vLLM as well. A small cache is full before the warm-up ends.
 # N-grams are looked for by numba, whose threads, one a core, spin when they have nothing to do: with three ranks on two
 # cores the second one took as much of each worker's time as the worker.
-STEADY = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "NUMBA_NUM_THREADS": "1"}
+# With thresholds of its own, glibc gives tensors that are freed back to the system, however large the last ones were.
+STEADY = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+    "NUMBA_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "262144",
+    "MALLOC_TRIM_THRESHOLD_": "262144",
+}
 # Only then does a server let clients reset its prefix cache.
 DEVELOPERS = {"VLLM_SERVER_DEV_MODE": "1"}
 # Tiny models: grouped-query attention, latent attention, and one whose next token hangs on its last.

@@ -132,7 +132,7 @@ def most(looks: list[dict[str, list[int]]]) -> dict[str, list[int]]:
     return {label: [max(look[label][i] for look in looks if label in look) for i in (0, 1)] for label in sorted(labels)}
 
 
-def left(server: Server, shared: set[str], folder: Path, limit: float = 10.0) -> dict[str, Any]:
+def left(server: Server, shared: set[str], folder: Path, limit: float = 30.0) -> dict[str, Any]:
     """What is left of a server that has ended: processes (after so many seconds), names of shared memory, temporary
     files (only said: stock vLLM leaves sockets).
 
@@ -140,14 +140,22 @@ def left(server: Server, shared: set[str], folder: Path, limit: float = 10.0) ->
         shared: names of its shared memory that were seen. Others use /dev/shm, too.
         folder: for its temporary files alone.
     """
-    end = time.monotonic() + limit
-    while (members := server.members()) and time.monotonic() < end:
+    began = time.monotonic()
+    seconds: dict[str, float] = {}  # when each was last seen
+    while (members := server.members()) and (now := time.monotonic() - began) < limit:
+        seen: collections.Counter[str] = collections.Counter()
+        for process in members:
+            with contextlib.suppress(psutil.Error):
+                label = name(process)
+                seen[label] += 1
+                seconds[label if seen[label] == 1 else f"{label} {seen[label]}"] = round(now, 1)
         time.sleep(0.2)
     names = sorted(shared & set(os.listdir(SHARED)))
     processes = [name(process) for process in members]
     return {
         "pass": not processes and not names,
         "processes": processes,
+        "last_seen_s": seconds,
         "shared_memory": names,
         "shared_memory_seen": len(shared),
         "temporary_files": kinds(folder),

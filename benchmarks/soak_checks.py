@@ -55,6 +55,18 @@ def latencies(jobs: Sequence[Job], warm_up: float, start: float, limit: float | 
     return result
 
 
+def waits(jobs: Sequence[Job]) -> dict[str, list[float]]:
+    """How many requests of each priority there were, and their median and longest seconds to the first token."""
+    found: dict[int, list[float]] = {}
+    for job in jobs:
+        if job.first is not None:
+            found.setdefault(job.body.get("priority", 0), []).append(job.first - job.sent)
+    return {
+        str(one): [len(all_), round(statistics.median(all_), 3), round(max(all_), 3)]
+        for one, all_ in sorted(found.items())
+    }
+
+
 def _first(job: Job) -> float | None:
     return None if job.first is None else job.first - job.sent
 

@@ -7,6 +7,7 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import aiohttp
 VOCAB = range(3, 512)
 STEMS = (200, 700, 1600, 2500)
 OUTPUTS = (1, 8, 40, 120)
-REQUEST_LIMIT_S = 300.0
+REQUEST_LIMIT_S = 600.0
 # Bodies that no server may answer with 200, and none may die of.
 REFUSED: tuple[dict[str, Any], ...] = (
     {"prompt": [5, 10**9]},
@@ -65,20 +66,30 @@ class Job:
         return None
 
 
-def make_jobs(seed: int, count: int, seconds: float, max_length: int, sample: int) -> list[Job]:
+def give_priorities(jobs: list[Job], seed: int) -> None:
+    """Random ones; of the same jobs without them nothing else changes."""
+    rng = random.Random(seed)
+    for job in jobs:
+        job.body["priority"] = rng.choice([-5, 0, 0, 0, 3, 10])
+
+
+def make_jobs(
+    seed: int, count: int, seconds: float, max_length: int, sample: int, outputs: Sequence[int] = OUTPUTS
+) -> list[Job]:
     """Requests over so many seconds: lengths mostly short with a long tail, a third on shared prefixes, bursts and
     pauses, seeded sampling, clients that leave, requests that make no sense. Every ``sample``-th is to be compared.
+    ``outputs``: how many tokens they ask for.
     """
     rng = random.Random(seed)
     stems = [rng.choices(VOCAB, k=min(length, max_length // 2)) for length in STEMS]
     jobs = []
     dues = _arrivals(rng, count, seconds)
     for number, due in enumerate(dues):
-        room = max_length - max(OUTPUTS)
+        room = max_length - max(outputs)
         stem = rng.choice(stems) if rng.random() < 0.35 else []
         length = max(1, min(room - len(stem), int(rng.paretovariate(0.9) * 60)))
         tokens = [*stem, *rng.choices(VOCAB, k=length)]
-        body: dict[str, Any] = dict(prompt=tokens, max_tokens=rng.choice(OUTPUTS), temperature=0, ignore_eos=True)
+        body: dict[str, Any] = dict(prompt=tokens, max_tokens=rng.choice(outputs), temperature=0, ignore_eos=True)
         if rng.random() < 0.25:
             body |= dict(temperature=0.8, seed=number, repetition_penalty=1.1)
         job = Job(number, due, body)

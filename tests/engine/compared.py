@@ -27,7 +27,8 @@ def differences(case: Case, ours: Seen, stocks: Seen, block: int) -> list[str]:
     for index in set(ours.choices) & set(stocks.choices):
         found += [f"choice {index}: {one}" for one in choice_differences(ours.choices[index], stocks.choices[index])]
     cached, length = ours.cached or 0, len(ours.prompt_tokens or ())
-    if cached % block or not 0 <= cached <= max(0, length - 1) or (cached and case.alone):
+    alone = case.alone and case.params.get("n", 1) == 1
+    if cached % block or not 0 <= cached <= max(0, length - 1) or (cached and alone):
         found.append(f"cached: {cached} of {length}")
     return found
 
@@ -38,9 +39,9 @@ def choice_differences(ours: Choice, stocks: Choice) -> list[str]:
         found += _same(name, getattr(ours, name), getattr(stocks, name))
     found += _logprobs("logprobs", ours.logprobs, stocks.logprobs)
     mine, theirs = ours.cumulative_logprob, stocks.cumulative_logprob
-    if (mine is None) != (theirs is None):
-        found.append(f"cumulative_logprob: {mine} not {theirs}")
-    elif mine is not None and theirs is not None and not abs(mine - theirs) <= TOLERANCE * (1 + len(ours.tokens)):
+    if mine is None or theirs is None:
+        return found + _same("cumulative_logprob", mine, theirs)
+    if not abs(mine - theirs) <= TOLERANCE * (1 + len(ours.tokens)):
         found.append(f"cumulative_logprob: {mine} not {theirs}")
     return found
 

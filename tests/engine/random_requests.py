@@ -147,8 +147,7 @@ class Maker:
             given.clear()
             given["prompt"] = " ".join(rng.choice(WORDS) for _ in range(rng.choice([1, 20, 400])))
             if self.chance(0.5):
-                case.tokenization = {"truncate_prompt_tokens": rng.choice([1, 7, 100]), "truncation": True}
-                case.tokenization.pop("truncation")
+                case.tokenization = {"truncate_prompt_tokens": rng.choice([1, 7, 100])}
         elif self.embeddings is not None and self.chance(0.1):
             given.clear()
             given["prompt_embeds"] = self.embeddings[tokens]
@@ -156,6 +155,8 @@ class Maker:
             given["cache_salt"] = rng.choice(["s", "t", f"only-{self.seed}-{self.serial}"])
             case.alone = given["cache_salt"].startswith("only")
         self.sampling(params)
+        if "prompt_embeds" in given:  # vLLM counts the prompt that its row in the batch had before
+            params.pop("repetition_penalty", None)
         self.ends(params)
         self.told(params)
         if self.chance(0.1):
@@ -251,7 +252,8 @@ class Maker:
     def bad(self) -> Case:
         """What an engine refuses, or might."""
         rng = self.rng
-        case = Case({"prompt_token_ids": prompt(rng.choice([5, 900]), self.serial)}, dict(max_tokens=4, temperature=0.0))
+        tokens = prompt(rng.choice([5, 900]), self.serial)
+        case = Case({"prompt_token_ids": tokens}, dict(max_tokens=4, temperature=0.0))
         case.params |= rng.choice(
             [
                 {"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"logprobs": 21}, {"logprobs": -2},
@@ -269,7 +271,7 @@ class Maker:
             case.params = dict(max_tokens=4, temperature=0.0)
             case.given = rng.choice(
                 [
-                    {"prompt_token_ids": []}, {"prompt": ""}, {"prompt_token_ids": [KINDS]},
+                    {"prompt_token_ids": []}, {"prompt": ""}, {"prompt_token_ids": [KINDS + 90]},
                     {"prompt_token_ids": [KINDS - 1, 0, 1, 2]},
                     {"prompt_embeds": torch.zeros(3, 128)}, {"prompt_token_ids": [5, 6], "cache_salt": ""},
                     {"prompt_token_ids": prompt(self.longest + 1, 5)}, {"prompt_token_ids": prompt(self.longest, 5)},

@@ -259,7 +259,7 @@ def _asked(client: httpx.Client, call: Call) -> Reply:
 
 
 def together(text: str) -> dict[str, Any]:
-    """Of a stream: texts, tokens and logprobs of each choice joined, and what else it told; how many events is chance."""
+    """Of a stream: texts, tokens and logprobs of each choice joined, and what else it told."""
     whole: dict[str, Any] = {"done": text.rstrip().endswith("data: [DONE]"), "events": set()}
     for line in text.splitlines():
         if line.startswith("event: "):
@@ -300,7 +300,7 @@ def differences(ours: Any, stocks: Any, at: str = "") -> list[str]:
     """Where two JSON values differ by more than rounding and what differs from run to run."""
     if isinstance(ours, dict) and isinstance(stocks, dict):
         found = [f"{at}: {sorted(set(ours) ^ set(stocks))} in one only"] if set(ours) != set(stocks) else []
-        if at.endswith("top_logprobs") or at.endswith("]") and "prompt_logprobs" in at:
+        if at.endswith("top_logprobs") or (at.endswith("]") and "prompt_logprobs" in at):
             found = found if len(set(ours) ^ set(stocks)) > 2 else []
         for name in set(ours) & set(stocks) - UNLIKE:
             found += differences(ours[name], stocks[name], f"{at}.{name}")

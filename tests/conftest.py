@@ -16,6 +16,7 @@ os.environ.update(
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_CPU_KVCACHE_SPACE="1",
     OMP_NUM_THREADS="1",
+    NUMBA_NUM_THREADS="1",  # its threads spin between the searches of n-grams
     HF_HUB_OFFLINE="1",
     VLLM_NO_USAGE_STATS="1",
     VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # tests send functions to workers

@@ -47,6 +47,10 @@ def test_adapters(engines: Callable[..., Engine], adapters: list[LoRARequest | N
     assert after["sharded_steps"] > before["sharded_steps"]
     assert after["moves"] + after["spills"] > before["moves"] + before["spills"]
     ours.check_nothing_left()
+    loaded = ours.call(ours.llm.collective_rpc("list_loras"))
+    assert all(loaded)
+    ours.ask([Ask(prompt(40, 69), params, rank=0)])
+    assert ours.call(ours.llm.collective_rpc("list_loras")) == loaded, "ranks without tokens keep theirs"
 
 
 def test_prompt_embeddings(engines: Callable[..., Engine], tiny_model: str) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from collections import deque
@@ -12,6 +13,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
 from vllm_nanocp.executor.replies import Replies
@@ -21,6 +23,8 @@ OK, FAILURE = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.FAILU
 
 class Queue:
     """Behaves as vLLM's ``MessageQueue`` at its reader."""
+
+    current_idx = 0
 
     def __init__(self, *answers: Any) -> None:
         self.answers = deque(answers)
@@ -126,6 +130,39 @@ def test_a_call_that_one_worker_answers() -> None:
     queues[0].answers.append((OK, "0b"))
     queues[1].answers.append((OK, "1b"))
     assert call(replies) == ["0b", "1b"]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["awaited", "looked at"])
+def test_a_large_answer_whose_body_comes_late(first: bool) -> None:
+    """By shared memory comes a notice, by a socket the rest: here a second later."""
+    writer = MessageQueue(1, 1, max_chunk_bytes=64)
+    reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+    ready = threading.Thread(target=writer.wait_until_ready)
+    ready.start()
+    reader.wait_until_ready()
+    ready.join()
+    late = Queue()
+
+    def answer() -> None:
+        with writer.acquire_write() as buffer:
+            buffer[0] = 1
+        time.sleep(1.0)
+        late.answers.append((OK, "other"))
+        writer.local_socket.send_multipart([pickle.dumps((OK, "large"))])
+        time.sleep(0.1)
+        writer.enqueue((OK, "next"))
+
+    replies = Replies([reader, late] if first else [late, reader])  # type: ignore[list-item]
+    writing = threading.Thread(target=answer)
+    writing.start()
+    try:
+        assert sorted(call(replies)) == ["large", "other"]
+        late.answers.append((OK, "next"))
+        assert call(replies) == ["next"] * 2
+    finally:
+        writing.join()
+        reader.shutdown()
+        writer.shutdown()
 
 
 def test_shutdown_reaches_all() -> None:

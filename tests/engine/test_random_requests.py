@@ -90,22 +90,28 @@ def test_answers_are_stocks(name: str, tiny_model: str, tiny_deepseek: str) -> N
         embeddings = load_file(Path(model) / "model.safetensors")["model.embed_tokens.weight"]
     ours, stock = Engine(model, **COMMON | mine), Engine(model, **COMMON | STOCK | stocks)
     found: list[str] = []
+    answered = 0
     try:
         for seed in SEEDS:
             maker = Maker(seed, LONGEST, drafting=name == "drafting", ranks=ours.ranks, embeddings=embeddings)
             for part in range(0, COUNT, AT_ONCE):
                 cases = maker.many(min(AT_ONCE, COUNT - part))
-                found += compare(ours, stock, cases, f"{name} seed {seed} part {part}", disturbed=seed % 2 == 1)
+                label = f"{name} seed {seed} part {part}"
+                differ, answers = compare(ours, stock, cases, label, disturbed=seed % 2 == 1)
+                found, answered = found + differ, answered + answers
                 ours.check_nothing_left()
-        print({key: value for key, value in ours.status().items() if key not in ("finished", "sharded")})
+        status = {key: value for key, value in ours.status().items() if key not in ("finished", "sharded")}
+        print(status)
     finally:
         ours.close()
         stock.close()
     assert not found, "\n".join(found)
+    assert answered > COUNT * len(SEEDS) / 2, "what is compared is refused"
+    assert status["sharded_steps"] > 0 or mine["nanocp"]["segment_size"] == "auto", "what is compared is short"
 
 
-def compare(ours: Engine, stock: Engine, cases: list[Case], label: str, disturbed: bool) -> list[str]:
-    """Both engines' answers to requests that come together; what differs."""
+def compare(ours: Engine, stock: Engine, cases: list[Case], label: str, disturbed: bool) -> tuple[list[str], int]:
+    """Both engines' answers to requests that come together: what differs, and how many of ours had tokens."""
     answers = asked(ours, cases, label, disturbed)
     expected = asked(stock, cases, label, False)
     refused = Counter(seen.error[0] for seen in answers if seen.error)
@@ -117,7 +123,7 @@ def compare(ours: Engine, stock: Engine, cases: list[Case], label: str, disturbe
             length = len(case.given.get("prompt_token_ids", ())) or list(case.given)
             found.append(f"{label} request {index}: {one}\n    of {length} {case.params}")
             print(found[-1], flush=True)
-    return found
+    return found, sum(any(choice.tokens for choice in seen.choices.values()) for seen in answers)
 
 
 def asked(engine: Engine, cases: list[Case], label: str, disturbed: bool) -> list[Seen]:

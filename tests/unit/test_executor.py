@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the executor tells vLLM of the machine."""
+"""What the executor tells vLLM of the machine, and which answers it waits for."""
 
 from __future__ import annotations
 
+from collections import deque
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,9 @@ from vllm.utils.cpu_resource_utils import LogicalCPUInfo
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from vllm_nanocp.executor.multiproc import NanoCPMultiprocExecutor
+from tests.test_replies import FAILURE, OK, Queue
+from vllm_nanocp.executor.multiproc import NanoCPMultiprocExecutor, RankGather
+from vllm_nanocp.executor.replies import Replies
 
 RANKS, CORES = 2, 8
 
@@ -45,3 +49,38 @@ def test_ranks_share_all_cores_whatever_the_number_of_api_servers(monkeypatch: p
         executor._init_executor()
         assert parallel._api_process_count == api_servers, "the front-end's caches go by it"
     assert bound == [CORES] * 3
+
+
+def executor_of(*queues: Queue) -> Any:
+    """Whose workers have answered so."""
+    executor: Any = NanoCPMultiprocExecutor.__new__(NanoCPMultiprocExecutor)
+    executor.is_failed, executor.futures_queue, executor.rank_gather = False, deque(), RankGather(1)
+    executor.rpc_broadcast_mq = SimpleNamespace(enqueue=lambda _: None)
+    executor.response_mqs = Replies(queues)
+    return executor
+
+
+def test_a_call_behind_a_step_that_failed_waits_for_nobody() -> None:
+    """The other rank hangs in that step: it would be waited for for ever, by whatever is asked before the engine looks
+    at the step's own answer."""
+    executor = executor_of(Queue(), Queue((FAILURE, "why"), (FAILURE, "again"), (OK, "added"), (OK, None)))
+    steps = [executor.execute_model("step", non_block=True), executor.sample_tokens(None, non_block=True)]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="why"):
+            executor.collective_rpc("add_lora", 3.0, ("adapter",))
+    with pytest.raises(RuntimeError, match="why"):
+        executor.take_draft_token_ids()
+    for step in steps:
+        with pytest.raises(RuntimeError, match=r"why|again"):
+            step.result()
+
+
+def test_a_call_behind_steps_has_its_own_answer() -> None:
+    """Also behind a call that failed."""
+    calls = [(FAILURE, "no such adapter"), (OK, "listed")]
+    executor = executor_of(Queue((OK, None), (OK, "a"), *calls), Queue((OK, None), (OK, "b"), *calls))
+    steps = [executor.execute_model("step", non_block=True), executor.sample_tokens(None, non_block=True)]
+    with pytest.raises(RuntimeError, match="no such adapter"):
+        executor.collective_rpc("add_lora", 3.0, ("adapter",))
+    assert executor.collective_rpc("list_loras", 3.0) == ["listed"] * 2
+    assert [step.result() for step in steps] == [None, ["a", "b"]]

@@ -93,11 +93,11 @@ class Flag:
 
 _DRAFT_MODEL = "of the ways to draft with a model only EAGLE, EAGLE3 and MTP have been run"
 _OTHER_DRAFTER = (
-    "leave it out, or use ngram, suffix, custom_class or mtp on CPU, ngram_gpu on GPUs, or beside grouped-query "
-    "attention mtp, eagle or eagle3"
+    "leave it out, or use ngram, suffix or custom_class on CPU, ngram_gpu on GPUs, mtp, or beside grouped-query "
+    "attention eagle or eagle3"
 )
 _DRAFTS_ON_GPUS = "it has not been run on GPUs"
-_DRAFT_ON_GPUS = "leave it out, or use ngram_gpu, or beside grouped-query attention mtp, eagle or eagle3"
+_DRAFT_ON_GPUS = "leave it out, or use ngram_gpu or mtp, or beside grouped-query attention eagle or eagle3"
 _ONE_ENGINE = "one engine holds all ranks"
 _ONE_ADDRESS = "one scheduler serves all ranks behind one address"
 _MICRO_BATCHES = "a sharded step cannot be cut into micro-batches"

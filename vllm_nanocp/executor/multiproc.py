@@ -52,6 +52,9 @@ class RankGather:
 class OneWorld(_Base):
     """Mixed into vLLM's executor: its world spans all ranks, and a step's result is one output a rank."""
 
+    # Steps whose answers are awaited later: those that are in flight, and those that failed.
+    _steps: Sequence[Future[Any]] = ()
+
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         # The world of all ranks is the workers' matter. The engine tells front-ends of one rank's, and a front-end in
         # its process has the same object.
@@ -86,6 +89,29 @@ class OneWorld(_Base):
         if queue is not None:  # else a worker has died meanwhile, and all is shut down
             unlink(queue)
         self.response_mqs = Replies(self.response_mqs)  # type: ignore[assignment]
+
+    def collective_rpc(  # type: ignore[override]
+        self,
+        method: Any,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        non_block: bool = False,
+        **answering: Any,
+    ) -> Any:
+        """As vLLM's. A call that is waited for comes behind the steps in flight: where one of these has failed, a rank
+        hangs in it and answers nothing more, while the others may do well what is asked.
+
+        Raises:
+            RuntimeError: a worker fails, in this call or in a step before it.
+        """
+        answer = super().collective_rpc(method, timeout, args, kwargs, True, **answering)
+        if non_block:
+            self._steps = [*(step for step in self._steps if not step.done() or step.exception()), answer]
+            return answer
+        for step in self._steps:
+            step.result()
+        return answer.result()
 
     def execute_model(  # type: ignore[override]
         self, scheduler_output: SchedulerOutput, non_block: bool = False

@@ -10,7 +10,8 @@ not matter where a step is answered by one worker only, and do where each rank a
 - If a call fails, the answers behind the first failure are left in their queues, where the next call would find them.
 
 Touches the executor's ``response_mqs`` (iterated for the answers of all workers, indexed for that of one) and
-``MessageQueue.dequeue`` and ``.shutdown``; ``WorkerProc.ResponseStatus``.
+``MessageQueue.dequeue``, ``.recv`` and ``.shutdown``, ``current_idx`` and ``local_socket``;
+``WorkerProc.ResponseStatus``.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.v1.executor.multiproc_executor import WorkerProc
-
-if TYPE_CHECKING:
-    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
 # How long one worker is waited for before the others are looked at. Longer than nearly all steps, so that these cost
 # nothing; shorter than a person notices.
 _LOOK_AROUND_S = 0.5
+# How long the body of a large answer may take behind the notice of it: whoever has written the one sends the other.
+_BODY_S = 60.0
 
 
 class _Queue:
@@ -43,10 +44,21 @@ class _Queue:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            answer = self._early.popleft() if self._early else self.queue.dequeue(timeout=left)
+            answer = self._early.popleft() if self._early else self._read(left)
             if not self.stale:
                 return answer
             self.stale -= 1
+
+    def _read(self, timeout: float | None) -> Any:
+        """An answer too large for shared memory comes by a socket. vLLM's queue takes the notice of it out before it
+        waits for it, with the same timeout: if that ends then, the answer is not lost, only late."""
+        noticed = self.queue.current_idx
+        try:
+            return self.queue.dequeue(timeout=timeout)
+        except TimeoutError:
+            if self.queue.current_idx == noticed:
+                raise
+            return MessageQueue.recv(self.queue.local_socket, _BODY_S)
 
     def peek(self) -> Any | None:
         """The next answer, if it has come; it stays to be taken."""

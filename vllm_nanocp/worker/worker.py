@@ -124,8 +124,12 @@ class OneRank(_Base):
 
         Returns:
             As vLLM's worker; a rank without tokens answers, too.
+
+        Raises:
+            RuntimeError: an earlier step has failed here. The other ranks may still wait in it, and would take what this
+                one did in a later step for its part of that.
         """
-        self._failed = False
+        self._check_whole()
         if not isinstance(scheduler_output, StepMessage):
             # vLLM's V2 runner warms up with steps of its own, the same on all ranks.
             self._idle = False
@@ -165,6 +169,10 @@ class OneRank(_Base):
             self.num_routed_steps += bool(context.routes and context.step.capacity)
         return output
 
+    def _check_whole(self) -> None:
+        if self._failed:
+            raise RuntimeError(f"nanocp: rank {self.shards.rank} has failed in a step")
+
     def _end_step(self) -> None:
         context.step = context.draft_step = self.runner.plan = None
 
@@ -189,8 +197,7 @@ class OneRank(_Base):
             RuntimeError: the step has failed here. With async scheduling the engine looks at this answer, not at that
                 of ``execute_model``, and the other ranks, which wait for this one in a collective, have none.
         """
-        if self._failed:
-            raise RuntimeError(f"nanocp: rank {self.shards.rank} has failed in this step")
+        self._check_whole()
         try:
             if self._idle:
                 if self.runner.plan is not None and self.runner.drafts is not None:

@@ -126,8 +126,8 @@ class OneRank(_Base):
             As vLLM's worker; a rank without tokens answers, too.
 
         Raises:
-            RuntimeError: an earlier step has failed here. The other ranks may still wait in it, and would take what this
-                one did in a later step for its part of that.
+            RuntimeError: an earlier step has failed here. The other ranks may still wait in it, and would take what
+                this one did in a later step for its part of that.
         """
         self._check_whole()
         if not isinstance(scheduler_output, StepMessage):

@@ -8,8 +8,8 @@ module 'triton.language' has no attribute 'float32'`, in the worker, at the firs
 
 Versions: 0.32.0, 0.33.0.
 
-Repair: on CPU experts are chosen as without LoRA. With adapters of the experts themselves vLLM then ends at start:
-"Monolithic kernels are not supported for Fused MoE LoRA."
+Repair: on CPU experts are chosen as without LoRA. Where the experts are to have adapters themselves, as without
+`--lora-target-modules`, vLLM then ends at start: "CPUUnquantizedExperts does not support LoRA".
 
 Can go: when vLLM chooses so itself, or CPU has experts with adapters.
 """

@@ -55,7 +55,10 @@ def test_draft_models_with_batches_of_their_own(tiny_model: str, kind: dict[str,
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [("lora_config", object()), ("model_config.multimodal_config", object())],
+    [
+        ("lora_config", SimpleNamespace(target_modules=["q_proj"])),
+        ("model_config.multimodal_config", object()),
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_draft_models_beside_what_none_was_run_with(tiny_model: str, path: str, value: Any) -> None:
@@ -65,6 +68,27 @@ def test_draft_models_beside_what_none_was_run_with(tiny_model: str, path: str, 
         check_settings(config, RANKS)
     _drafts("mtp")(config)
     assert "a draft model beside" in refusal(lambda: check_settings(config, RANKS))
+
+
+@pytest.mark.parametrize(
+    ("modules", "served"),
+    [
+        (None, False),
+        (["experts"], False),
+        (["q_proj", "model.layers.0.mlp.experts"], False),
+        (["q_proj", "o_proj"], True),
+    ],
+)
+def test_adapters_of_experts(tiny_model: str, modules: list[str] | None, served: bool) -> None:
+    """On CPU vLLM ends at start where it would prepare experts for adapters."""
+    config = create(tiny_model, *NANOCP)
+    _set("lora_config", SimpleNamespace(target_modules=modules))(config)
+    if served:
+        check_settings(config, RANKS)
+        return
+    assert "--lora-target-modules" in refusal(lambda: check_settings(config, RANKS))
+    _set("parallel_config.worker_cls", GPU_WORKER)(config)
+    check_settings(config, RANKS)
 
 
 def test_draft_models_that_attend_otherwise(tiny_model: str) -> None:

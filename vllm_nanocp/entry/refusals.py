@@ -242,6 +242,15 @@ def _without_kv(vllm_config: Any) -> bool:
     return model.attn_type == "encoder_only" or bool(_multimodal(vllm_config, "mm_encoder_only"))
 
 
+def _adapts_experts_on_cpu(vllm_config: Any) -> bool:
+    """Whether vLLM would prepare experts for LoRA adapters on CPU: where nobody says which layers are to have any, all
+    are."""
+    lora = vllm_config.lora_config
+    if lora is None or vllm_config.parallel_config.worker_cls != CPU_WORKER:
+        return False
+    return lora.target_modules is None or any("experts" in name.split(".") for name in lora.target_modules)
+
+
 _INDEPENDENT = "serve it without --nanocp, in independent replicas"
 
 SETTINGS = (
@@ -301,6 +310,8 @@ SETTINGS = (
             "speculative decoding with async scheduling and the V1 model runner",
             "what its runner knows of tokens in flight is another thing, and was not tried",
             "add --no-async-scheduling"),
+    Setting(_adapts_experts_on_cpu, "--enable-lora on CPU for experts", "vLLM has no experts with adapters there",
+            "name the other layers, for example --lora-target-modules q_proj k_proj v_proj o_proj"),
     Setting(lambda c: c.kv_transfer_config is not None,
             "a KV connector (--kv-transfer-config, --kv-offloading-size)", _CONNECTORS),
     Setting(lambda c: c.ec_transfer_config is not None, "--ec-transfer-config",

@@ -9,7 +9,7 @@ module 'triton.language' has no attribute 'float32'`, in the worker, at the firs
 Versions: 0.32.0, 0.33.0.
 
 Repair: on CPU experts are chosen as without LoRA. Where the experts are to have adapters themselves, as without
-`--lora-target-modules`, vLLM then ends at start: "CPUUnquantizedExperts does not support LoRA".
+`--lora-target-modules`, there is nothing to choose: that is refused before (`entry/refusals.py`).
 
 Can go: when vLLM chooses so itself, or CPU has experts with adapters.
 """

@@ -174,8 +174,8 @@ ENGINE = (
           "ec_manager_config"),
     Group(WORKS, "without it refused with `prefill_gap`", "enable_chunked_prefill",
           "engine/test_exact.py::test_tokens_and_logprobs"),
-    Group(WORKS, "each rank's workers load adapters as an engine's do; sharded steps then attend outside of graphs; on CPU "
-          "refused for experts",
+    Group(WORKS, "each rank's workers load adapters as an engine's do; sharded steps then attend outside of graphs; "
+          "on CPU refused for experts",
           "enable_lora max_loras max_lora_rank lora_target_modules", "engine/test_adapters.py::test_adapters"),
     Group(WORKS, "such requests stay on one rank", "enable_prompt_embeds",
           "engine/test_adapters.py::test_prompt_embeddings"),

@@ -13,19 +13,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.random_runs import COUNT, MARKS, SEEDS
+
 from .compared import differences
 from .conftest import DRAFTS
 from .harness import RESTLESS, Engine
 from .random_requests import Case, Maker, Seen, watch
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.timeout(3000),
-    pytest.mark.skipif("NANOCP_RANDOM_REQUESTS" not in os.environ, reason="minutes: NANOCP_RANDOM_REQUESTS=60"),
-]
+pytestmark = MARKS
 
-COUNT = int(os.environ.get("NANOCP_RANDOM_REQUESTS", "60"))
-SEEDS = [int(seed) for seed in os.environ.get("NANOCP_RANDOM_SEEDS", "1").split(",")]
 NAMES = os.environ.get("NANOCP_RANDOM_ENGINES", "two,three").split(",")
 AT_ONCE = 60
 LONGEST = 2500

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,17 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.random_runs import COUNT, MARKS, SEEDS
+
 from .random_http import Call, Caller, Reply, asked, differences
 from .serving import BLOCK, IDLE_LIMIT_S, Server, serving, wait_for
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.timeout(3000),
-    pytest.mark.skipif("NANOCP_RANDOM_REQUESTS" not in os.environ, reason="minutes: NANOCP_RANDOM_REQUESTS=60"),
-]
+pytestmark = MARKS
 
-COUNT = int(os.environ.get("NANOCP_RANDOM_REQUESTS", "60"))
-SEEDS = [int(seed) for seed in os.environ.get("NANOCP_RANDOM_SEEDS", "1").split(",")]
 AT_ONCE = 8
 LONGEST = 1500
 NAME = "tiny"

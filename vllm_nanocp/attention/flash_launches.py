@@ -119,6 +119,25 @@ def split_numbers(numbers: _Numbers, sizes: Sequence[int]) -> list[_Numbers]:
     return views
 
 
+def visited_places(step: ShardedStep, capacity: int, queries: int) -> np.ndarray:
+    """Of each visit of a rank's own rows: which of these, which of the row's visits (the first is 1), and its place.
+
+    Args:
+        step: this rank's part.
+        capacity: of the tables.
+        queries: of a row that visits.
+
+    Returns:
+        int64 [3, visits].
+    """
+    visits = [
+        (row, number, rank * capacity + index // queries)
+        for row, own in enumerate(step.own)
+        for number, (rank, index) in enumerate(own.visits, 1)
+    ]
+    return np.array(visits, dtype=np.int64).reshape(-1, 3).T
+
+
 def hidden_tokens(step: ShardedStep, rows: list[int], common: CommonAttentionMetadata) -> list[int]:
     """For each own row, the tokens before those that are held here of its last run. What it sees here ends with the
     batch's own length: with drafts and async scheduling the plan has the most that this may be, as the runner's bound.

@@ -11,7 +11,15 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..flash_launches import empty_numbers, hidden_tokens, lengths_without, places_of, split_numbers, table_address
+from ..flash_launches import (
+    empty_numbers,
+    hidden_tokens,
+    lengths_without,
+    places_of,
+    split_numbers,
+    table_address,
+    visited_places,
+)
 from ..partial_rows import RowLayout
 from ..sharded_step import ShardedStep
 from ..stream_k import cut
@@ -161,12 +169,7 @@ class CapturedTables:
         queries, each = self.queries, np.arange(self.queries)
         rows = np.array([own.batch_row() for own in step.own], dtype=np.int64)
         mine, here = len(rows), self.capacity * self.num_ranks + np.arange(len(rows))
-        visits = [
-            (i, j, rank * self.capacity + index // queries)
-            for i, own in enumerate(step.own)
-            for j, (rank, index) in enumerate(own.visits, 1)
-        ]
-        row, column, place = np.array(visits, dtype=np.int64).reshape(-1, 3).T
+        row, column, place = visited_places(step, self.capacity, queries)
         token = common.query_start_loc_cpu.numpy()[rows].astype(np.int64)
         pick, send = at.pick.reshape(self.capacity, queries, -1), at.send.reshape(-1, queries)
         pick[:], at.tokens[:], at.visiting[:] = -1, -1, self.max_tokens

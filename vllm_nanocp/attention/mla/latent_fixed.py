@@ -24,6 +24,7 @@ from ..flash_launches import (
     places_of,
     split_numbers,
     table_address,
+    visited_places,
 )
 from ..partial_rows import RowLayout
 from ..row_routes import RowRoutes
@@ -306,14 +307,8 @@ class FixedLatentTables:
         pick[:], at.tokens[:], at.visiting[:] = -1, -1, self.max_reqs
         pick[:mine, :, 0], send[here] = here[:, None] * queries + each, token
         at.tokens.reshape(-1, queries)[:mine], at.visiting[:mine] = token, rows
-        visits = [
-            (i, column, rank * self.capacity + index // queries)
-            for i, own in enumerate(step.own)
-            for column, (rank, index) in enumerate(own.visits, 1)
-        ]
-        if visits:
-            row, column, place = np.array(visits, dtype=np.int64).T
-            pick[row, :, column], send[place] = place[:, None] * queries + each, token[row]
+        row, column, place = visited_places(step, self.capacity, queries)
+        pick[row, :, column], send[place] = place[:, None] * queries + each, token[row]
         if queries > 1:
             at.hidden[:mine] = hidden_tokens(step, rows.tolist(), common)
         seen = [

@@ -38,6 +38,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         norm_topk_prob=True, routed_scaling_factor=2.5, num_nextn_predict_layers=0,
     ),
 }  # fmt: skip
+_CONFIGS["deepseek-v3-slice-mtp"] = _CONFIGS["deepseek-v3-slice"] | dict(num_nextn_predict_layers=1)
 SHAPES = tuple(_CONFIGS)
 
 

@@ -160,7 +160,7 @@ class Loads:
         of_one = [pair for pair in gaps(others[:1]) if pair[1] > window[0] and pair[0] < window[1]]
         return {
             "ttft_ms": round(1e3 * (window[1] - window[0]), 1),
-            "gaps_of_one": [round(1e3 * (end - start), 1) for start, end in of_one],  # the steps, as a short one saw them
+            "gaps_of_one": [round(1e3 * (end - start), 1) for start, end in of_one],  # steps, as it saw them
             "before": figures(others, (0.0, window[0])),
             "during": figures(others, window, touch=True),
         }

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +24,9 @@ from tests.unit.processes import run_ranks
 from tests.unit.test_model_drafts import BLOCK, MOST, random_plan
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.plan import IDLE, Batch, StepPlan, idle_batch
-from vllm_nanocp.worker.dp_agreement import agree
+from vllm_nanocp.worker.dp_agreement import agree, capacity_of
 from vllm_nanocp.worker.rank_step import ShardTable, make_step
+from vllm_nanocp.worker.sharded_graphs import ShardedDescriptor
 from vllm_nanocp.worker.speculator_drafts import SpeculatorDrafts
 
 RANKS = 3
@@ -101,7 +103,10 @@ class Tables:
 
 
 class Graphs:
-    """In the place of a manager of graphs: one for each number of requests that is a multiple."""
+    """In the place of a manager of graphs: one for each number of requests that is a multiple, with shards for each of
+    some capacities."""
+
+    capacities = (2, 64)
 
     def __init__(self, queries: int, replay: Any = None, captured: bool = True) -> None:
         self.sharded: list[Any] = []
@@ -115,7 +120,9 @@ class Graphs:
 
     def sharded_graph(self, num_tokens: int, visits: int) -> Any:
         desc = self.dispatch(0, num_tokens, self.decode_query_len)
-        return None if desc.cg_mode == CUDAGraphMode.NONE else desc
+        if desc.cg_mode == CUDAGraphMode.NONE:
+            return None
+        return ShardedDescriptor(**vars(desc), capacity=min(c for c in self.capacities if c >= visits))
 
     def specialize_spec_tokens(self, desc: Any, most: int) -> Any:
         return desc
@@ -179,13 +186,20 @@ class Rank:
         yield
 
     def replayed(self, desc: Any) -> None:
-        self.forward("graph", desc.num_tokens, torch.full((self.speculator.dp_size,), desc.num_tokens), None)
+        """The graph's tables were filled for a step of its capacity."""
+        first = desc.uniform_token_count == 1 + MOST
+        step = context.step if first else context.draft_step
+        assert capacity_of(desc) == (0 if step is None else step.capacity) and (first or step is None or self.builds)
+        sizes = torch.full((self.speculator.dp_size,), desc.num_tokens)
+        self.forward({"layer": (step, None)}, desc.num_tokens, sizes, None, graph=True)
 
     def propose(self, lengths: list[int], queries: list[int], rejected: list[int], dummy: bool = False) -> Any:
         """Drafts for requests of so many tokens, of which the last ones are the step's queries."""
         count, starts = len(lengths), torch.tensor([0, *np.cumsum(queries)], dtype=torch.int32)
-        visits = None if context.step is None else 1
+        visits = None if context.step is None else self.plan.most_visits(self.speculator.dp_size, 1 + MOST)
         desc, state = agree(self.target, self.plan.batches, self.rank, context.step is not None, visits)  # type: ignore[arg-type]
+        if context.step is not None and capacity_of(desc):
+            context.step.capacity, context.step.captured = capacity_of(desc), True
         if dummy:  # as vLLM pads it
             count = desc.num_reqs or 1
             lengths, queries, rejected = [1 + MOST] * count, [1 + MOST] * count, [0] * count
@@ -221,12 +235,14 @@ class Compared:
     def __init__(self, rank: int, size: int) -> None:
         self.size, self.log = size, []
 
-    def __call__(self, metadata: Any, num_tokens: int, across: torch.Tensor, slots: Any) -> None:
-        step = None if metadata in (None, "graph") else metadata["layer"][0]
+    def __call__(
+        self, metadata: Any, num_tokens: int, across: torch.Tensor, slots: Any, graph: bool = False
+    ) -> None:
+        step = None if metadata is None else metadata["layer"][0]
         counts = None if step is None else (step.send_counts, step.recv_counts)
         assert counts is not None or context.step is None
         everyone: list[Any] = [None] * self.size
-        mine = (num_tokens, across.tolist(), metadata == "graph", counts)
+        mine = (num_tokens, across.tolist(), graph and step and step.capacity, counts)
         dist.all_gather_object(everyone, mine)
         sizes = [found[0] for found in everyone]
         assert all(found[1] == sizes for found in everyone), everyone
@@ -235,7 +251,7 @@ class Compared:
             for sender in range(self.size):
                 for receiver in range(self.size):
                     assert everyone[sender][3][0][receiver] == everyone[receiver][3][1][sender], everyone
-        self.log.append((sizes, metadata == "graph", counts and sum(counts[0])))
+        self.log.append((sizes, graph, counts and sum(counts[0])))
 
 
 def some_plan(dice: Random, size: int) -> StepPlan:
@@ -245,23 +261,28 @@ def some_plan(dice: Random, size: int) -> StepPlan:
         plan.batches = [
             Batch(b.num_reqs, b.num_reqs * (1 + MOST), 1 + MOST) if b is not IDLE else b for b in plan.batches
         ]
+        plan.rows = [replace(row, num_queries=1 + MOST) for row in plan.rows]
     plan.batches = [idle_batch(1 + MOST) if b is IDLE else b for b in plan.batches]
     return plan
 
 
-def same_forwards(rank: int, size: int, seeds: range, captured: bool) -> list[Any]:
-    """One rank's steps: it drafts, or has no tokens. What each forward saw."""
+def same_forwards(rank: int, size: int, seeds: range, captured: bool, routed: bool) -> list[Any]:
+    """One rank's steps: it drafts, or has no tokens. What each forward saw. With ``routed`` later forwards have
+    tables of fixed size."""
     use_references()
     forward = Compared(rank, size)
     me = Rank(rank, size, forward, captured, [40] * 64)
     module.set_forward_context = me.entered  # type: ignore[assignment]
     shards = ShardTable(rank, torch.device("cpu"))
-    idle = idle_batch(1 + MOST)
+    idle, replayed = idle_batch(1 + MOST), 0
     for seed in seeds:
         me.plan = plan = some_plan(Random(seed), size)
         shards.update(plan)
         context.step = make_step(plan, shards, size, int)
         context.draft_step = make_step(plan, shards, size, int, queries=1)
+        visits = plan.most_visits(size, None)
+        if routed and context.draft_step is not None and visits is not None:
+            context.draft_step.capacity = min(c for c in Graphs.capacities if c >= visits)
         mine, before, me.builds = plan.batches[rank], len(forward.log), 0
         if mine == idle:
             me.drafts.put_off(lambda: me.propose([], [], [], dummy=True))
@@ -275,20 +296,25 @@ def same_forwards(rank: int, size: int, seeds: range, captured: bool) -> list[An
             found = me.propose(lengths, queries, [min(1, n - 1) for n in queries])
             assert found.shape == (mine.num_reqs, MOST)
         assert me.speculator.supports_decode_metadata_update and not context.draft_index
+        replayed += sum(graph for _, graph, count in forward.log[before:] if count is not None)
         assert context.step is None or me.builds == MOST - 1
+    assert me.drafts.num_captured == replayed
     return forward.log
 
 
-@pytest.mark.parametrize("captured", [False, True])
-def test_ranks_run_the_same_forwards(captured: bool) -> None:
+@pytest.mark.parametrize(("captured", "routed"), [(False, False), (True, False), (True, True)])
+def test_ranks_run_the_same_forwards(captured: bool, routed: bool) -> None:
     """Busy or idle, with rows that visit or none, at the end of a request: as many forwards, of the sizes that the
-    others count on; from graphs where all are, and never with rows that visit; what one sends the other expects."""
-    logs = run_ranks(RANKS, same_forwards, range(STEPS), captured, seconds=60)
+    others count on; from graphs where all are, with rows that visit only from those that know shards, of the step's
+    capacity; what one sends the other expects."""
+    logs = run_ranks(RANKS, same_forwards, range(STEPS), captured, routed, seconds=60)
     for log in logs:
         assert [entry[:2] for entry in log] == [entry[:2] for entry in logs[0]]
     # vLLM's graph of later forwards has all of them.
     assert len(logs[0]) == STEPS * MOST if not captured else STEPS < len(logs[0]) < STEPS * MOST
     assert any(graph for _, graph, _ in logs[0]) == captured
+    first = [graph for _, graph, count in logs[0] if count is not None]  # sharded
+    assert (sum(first) > 3) == captured and (sum(first) > len(first) / 3) == routed, (sum(first), len(first))
     sent = [count for log in logs for _, _, count in log]
     assert sum(bool(count) for count in sent) > STEPS and sum(count is None for count in sent) > STEPS
 
@@ -302,14 +328,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[Any]]]:
     seen: list[Any] = []
 
     def make(blocks: list[int]) -> Rank:
-        def forward(metadata: Any, num_tokens: int, across: Any, slots: Any) -> None:
+        def forward(metadata: Any, num_tokens: int, across: Any, slots: Any, graph: bool = False) -> None:
             layer = slots["layer"]
             layer = layer[0] if layer.dim() > 1 else layer
             seen.append((layer.tolist(), metadata["layer"][1], me.speculator.input_buffers.input_ids.tolist()))
 
         me = Rank(0, 1, forward, False, blocks)
         monkeypatch.setattr(module, "set_forward_context", me.entered)
-        context.step = context.draft_step = SimpleNamespace(capacity=0)  # type: ignore[assignment]
+        context.step = context.draft_step = SimpleNamespace(capacity=0, captured=False)  # type: ignore[assignment]
         return me
 
     yield make, seen

@@ -37,7 +37,8 @@ class ModelDrafts:
 
     Attributes:
         num_sharded: forwards of the draft model with rows that visit, or guests of others.
-        num_routed: later ones of these that went over the routed exchange; not counted with this runner.
+        num_routed, num_captured: later ones of these that went over the routed exchange, and those from graphs; none
+            with this runner.
     """
 
     def __init__(self, model_runner: Any, plan: Callable[[], StepPlan | None]) -> None:
@@ -63,7 +64,7 @@ class ModelDrafts:
         # behind the longest request is written nowhere, and never verified.
         model_runner._input_fits_in_drafter = lambda common: common is not None
         self._dummy_run = self.drafter.dummy_run
-        self.num_sharded = self.num_routed = 0
+        self.num_sharded = self.num_routed = self.num_captured = 0
 
     def note_batch(self, input_batch: Any) -> None:
         """V1's runner keeps its batch."""

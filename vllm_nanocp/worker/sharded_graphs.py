@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA graphs for decode steps with sharded rows. Touches vLLM 0.32's ``vllm/v1/worker/gpu/cudagraph_utils.py``.
+"""CUDA graphs for decode steps with sharded rows, of the model and of one that drafts. Touches vLLM 0.32's
+``vllm/v1/worker/gpu/cudagraph_utils.py`` and ``spec_decode/target_dependent_ar/cudagraph_utils.py``.
 
 vLLM captures one full graph for each of many batch sizes. Besides those, a few sizes are captured once more with the
 exchange inside, for a few capacities: visits that any two ranks may exchange. A step takes the smallest that fits.
@@ -7,12 +8,14 @@ exchange inside, for a few capacities: visits that any two ranks may exchange. A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager, ModelCudaGraphManager
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 
 from .. import config as nanocp_config
 from ..attention.context import context
@@ -68,31 +71,49 @@ class ShardedCapture(CudaGraphManager):
         decode = [d.num_reqs for d in decodes if d.num_reqs]
         if not decode or config.degree_limit == 1 or not replays(self.vllm_config):
             return
+        capacities = sorted(context.draft_routes) if self._later else context.capacities
         self.sharded = [
             ShardedDescriptor(
                 CUDAGraphMode.FULL, size * queries, num_reqs=size, uniform_token_count=queries, capacity=capacity
             )
-            for size, capacity in sharded_sizes(decode, context.capacities)
+            for size, capacity in sharded_sizes(decode, capacities)
         ]
         # From large to small, so that the smaller ones find their memory in the pool; behind all of vLLM's, which takes
         # the first two for samples when it foresees the memory of all.
         self._capture_descs[CUDAGraphMode.FULL] = [*full, *sorted(self.sharded, key=lambda d: -d.num_tokens)]
 
-    def capture(self, create_forward_fn: Callable[..., Any], progress_bar_desc: str = "Capturing CUDA graphs") -> None:
-        num_ranks = nanocp_config.of(self.vllm_config).ranks
-        rank = self.vllm_config.parallel_config.data_parallel_rank
+    @property
+    def _later(self) -> bool:
+        """Whether these are a draft model's forwards after its first, of one query a row."""
+        return self.decode_query_len < context.queries
 
+    def capture(self, create_forward_fn: Callable[..., Any], progress_bar_desc: str = "Capturing CUDA graphs") -> None:
         def create(desc: BatchExecutionDescriptor, warmup: bool) -> Any:
             if not isinstance(desc, ShardedDescriptor):
                 return create_forward_fn(desc, warmup=warmup)
-            none = [0] * num_ranks
-            context.step = ShardedStep(rank, send_counts=none, recv_counts=none, capacity=desc.capacity)
-            try:
-                return create_forward_fn(desc, warmup=warmup)
-            finally:
-                context.step = None
+            with self._empty_step(desc.capacity):
+                forward = create_forward_fn(desc, warmup=warmup)
+
+            def run(mode: CUDAGraphMode) -> None:
+                with self._empty_step(desc.capacity):
+                    forward(mode)
+
+            return run
 
         super().capture(create, progress_bar_desc)
+
+    @contextmanager
+    def _empty_step(self, capacity: int) -> Iterator[None]:
+        """As in a sharded step, one in which nobody visits."""
+        none = [0] * nanocp_config.of(self.vllm_config).ranks
+        rank = self.vllm_config.parallel_config.data_parallel_rank
+        context.step = ShardedStep(rank, send_counts=none, recv_counts=none, capacity=capacity)
+        if self._later:
+            context.draft_step, context.draft_index = context.step, 1
+        try:
+            yield
+        finally:
+            context.step, context.draft_step, context.draft_index = None, None, 0
 
     def sharded_graph(self, num_tokens: int, visits: int) -> ShardedDescriptor | None:
         """The smallest captured graph for so many tokens on the largest rank, and visits of the busiest pair."""
@@ -102,3 +123,7 @@ class ShardedCapture(CudaGraphManager):
 
 class NanoCPCudaGraphManager(ModelCudaGraphManager, ShardedCapture):  # type: ignore[misc]
     """vLLM's manager of the model's graphs, with ``ShardedCapture`` below it."""
+
+
+class NanoCPDraftGraphManager(SpeculatorCudaGraphManager, ShardedCapture):  # type: ignore[misc]
+    """The same of a draft model's graphs: of its first forward, whose rows are the target's, or of the later ones."""

@@ -3,9 +3,9 @@
 
 What ``model_drafts.py`` says of V1's holds here, too; vLLM's code is another. Its speculator takes the target's
 metadata for the first forward, with its tables of shards, and its sizes from what the ranks agreed on for the target,
-without a question to them. So what is left to do is this: in sharded steps it drafts outside of its graphs, and each
-later forward has tables of its own; nothing is written or read behind the blocks that a request has; members draft from
-the token that follows them; and ranks without tokens draft when the others do.
+without a question to them. So what is left to do is this: sharded steps draft from graphs that know shards, or from
+none, and each later forward has tables of its own; nothing is written or read behind the blocks that a request has;
+members draft from the token that follows them; and ranks without tokens draft when the others do.
 
 Touches vLLM 0.32's ``TargetDependentARSpeculator`` (vllm/v1/worker/gpu/spec_decode/target_dependent_ar/speculator.py).
 """
@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import Target
 from ..attention.context import context
 from ..errors import refuse
 from ..plan import StepPlan
+from .sharded_graphs import NanoCPDraftGraphManager, ShardedDescriptor
 
 
 class HeldTables:
@@ -60,6 +61,7 @@ class SpeculatorDrafts:
     Attributes:
         num_sharded: forwards of the draft model with rows that visit, or guests of others.
         num_routed: later ones of these that went over the routed exchange.
+        num_captured: of ``num_sharded`` those that replayed a graph.
     """
 
     def __init__(self, model_runner: Any, plan: Callable[[], StepPlan | None]) -> None:
@@ -71,7 +73,7 @@ class SpeculatorDrafts:
                 "only EAGLE, EAGLE3 and MTP that attends as its target have been run",
                 "use the method ngram_gpu, or leave it out",
             )
-        self.num_sharded = self.num_routed = 0
+        self.num_sharded = self.num_routed = self.num_captured = 0
         # Tokens that fit a request's blocks, by its row in the batch. Graphs know the addresses.
         most = torch.iinfo(torch.int32).max
         self._held = torch.full((speculator.max_num_reqs,), most, dtype=torch.int32, device=speculator.device)
@@ -83,8 +85,11 @@ class SpeculatorDrafts:
         speculator.set_attn = self._attend_to_held  # type: ignore[method-assign, assignment]
         speculator.propose = self._propose  # type: ignore[method-assign, assignment]
         speculator._build_uniform_attn_metadata = self._build_later  # type: ignore[method-assign]
+        self._fused = speculator._generate_fused_drafts
+        speculator._generate_fused_drafts = self._generate  # type: ignore[method-assign]
         self._agree = module.dispatch_cg_and_sync_dp
         module.dispatch_cg_and_sync_dp = self._dispatch  # type: ignore[assignment]
+        module.SpeculatorCudaGraphManager = NanoCPDraftGraphManager  # type: ignore[misc]
 
     def note_batch(self, input_batch: Any) -> None:
         """How far the blocks of a batch reach, while vLLM's numbers of them are this step's."""
@@ -137,11 +142,32 @@ class SpeculatorDrafts:
                 states.last_sampled_tokens[row].fill_(token)
                 states.next_prefill_tokens[0, row].fill_(token)
 
-    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        """In place of ``dispatch_cg_and_sync_dp``: graphs of the draft model know no shards."""
-        if context.step is not None:
-            kwargs["need_eager"] = True
-        return self._agree(*args, **kwargs)
+    def _dispatch(self, manager: Any, num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        """In place of ``dispatch_cg_and_sync_dp``: in a sharded step a graph that knows shards, or none. All ranks find
+        the same, since size and capacity are those that they have found for the target."""
+        step, later = context.step, context.draft_step
+        if step is None:
+            return self._agree(manager, num_reqs, num_tokens, *args, **kwargs)
+        desc: ShardedDescriptor | None = None
+        first = manager is self.speculator.prefill_cudagraph_manager
+        if first and step.captured:
+            desc = manager.sharded_graph(num_tokens, step.capacity)
+            if desc is not None and (desc.num_tokens, desc.capacity) != (num_tokens, step.capacity):
+                desc = None  # it would read other tables than those that the target's metadata has filled
+        elif not first and manager is not None and later is not None and later.capacity:
+            desc = manager.sharded_graph(num_tokens, later.capacity)
+            if desc is not None:
+                later.capacity = desc.capacity
+        if desc is None:
+            return self._agree(manager, num_reqs, num_tokens, *args, **kwargs | {"need_eager": True})
+        self.num_captured += 1 if first else self.speculator.num_speculative_steps - 1
+        return desc, kwargs["dp_sync_state"]
+
+    def _generate(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM records all later forwards as one graph. In a sharded step each has tables of its own, so there a graph
+        is of one."""
+        run = self._fused if context.draft_step is None else self.speculator._generate_draft
+        run(*args, **kwargs)
 
     def _build_later(self, *args: Any, **kwargs: Any) -> Any:
         """Metadata of a forward after the first."""

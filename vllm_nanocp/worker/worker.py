@@ -178,10 +178,12 @@ class OneRank(_Base):
 
     def nanocp_counters(self) -> dict[str, int]:
         """Sharded steps of this worker; those that replayed a graph with it, those over the routed exchange. And
-        sharded forwards of a draft model; of those after its first, how many over the routed exchange."""
+        sharded forwards of a draft model; those that replayed a graph; of those after its first, how many over the
+        routed exchange."""
         drafts = self.runner.drafts
         return {
             "sharded_drafts": 0 if drafts is None else drafts.num_sharded,
+            "captured_drafts": 0 if drafts is None else drafts.num_captured,
             "routed_drafts": 0 if drafts is None else drafts.num_routed,
             "sharded_steps": self.num_sharded_steps,
             "captured_steps": self.num_captured_steps,

@@ -26,14 +26,25 @@ from vllm_nanocp.graph_capacities import capacities
 from vllm_nanocp.plan import IDLE, Batch, Holder, PlanRow, StepPlan, idle_batch
 from vllm_nanocp.worker.dp_agreement import agree, capacity_of
 from vllm_nanocp.worker.runner import V1Runner, V2Runner
-from vllm_nanocp.worker.sharded_graphs import NanoCPCudaGraphManager, ShardedDescriptor, sharded_sizes
+from vllm_nanocp.worker.sharded_graphs import (
+    NanoCPCudaGraphManager,
+    NanoCPDraftGraphManager,
+    ShardedCapture,
+    ShardedDescriptor,
+    sharded_sizes,
+)
 
 SIZES = [1, 2, 4, 8, 16, 24, 32]
 
 
 def make_manager(
-    monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode, degree: int = 2, lora: Any = None, queries: int = 1
-) -> NanoCPCudaGraphManager:
+    monkeypatch: pytest.MonkeyPatch,
+    mode: CUDAGraphMode,
+    degree: int = 2,
+    lora: Any = None,
+    queries: int = 1,
+    kind: type[Any] = NanoCPCudaGraphManager,
+) -> Any:
     """With graphs 'captured' for all it would capture."""
     monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: SimpleNamespace(is_first_rank=1, is_last_rank=1))
     nanocp = {"ranks": 2, "max_degree": degree}
@@ -51,7 +62,7 @@ def make_manager(
         additional_config={"nanocp": nanocp},
     )
     monkeypatch.setattr(cudagraph_utils.current_platform, "get_global_graph_pool", lambda: None, raising=False)
-    manager = NanoCPCudaGraphManager(config, torch.device("cpu"), mode, decode_query_len=queries)
+    manager = kind(config, torch.device("cpu"), mode, decode_query_len=queries)
     manager._graphs_captured = True
     manager.graphs = {d: SimpleNamespace() for d in manager._capture_descs.get(CUDAGraphMode.FULL, [])}  # type: ignore
     return manager
@@ -172,28 +183,63 @@ def test_the_smallest_graph_that_fits(managers: dict[CUDAGraphMode, NanoCPCudaGr
     assert found(1, 1) is None
 
 
+def captured_in(manager: Any, monkeypatch: pytest.MonkeyPatch) -> dict[BatchExecutionDescriptor, list[Any]]:
+    """For each graph the steps of the context: while vLLM prepares inputs, and in the forward that it records."""
+    seen: dict[BatchExecutionDescriptor, list[Any]] = {}
+
+    def note(desc: Any) -> None:
+        seen.setdefault(desc, []).append((context.step, context.draft_step, context.draft_index))
+
+    def prepare(desc: Any, warmup: bool) -> Callable[[Any], None]:
+        note(desc)
+        return lambda mode: note(desc)
+
+    def fake(self: Any, create: Callable[..., Any], progress: str) -> None:
+        for desc in self._capture_descs[CUDAGraphMode.FULL]:
+            forward = create(desc, warmup=True)
+            assert context.step is context.draft_step is None and not context.draft_index
+            forward(CUDAGraphMode.NONE)
+            assert context.step is context.draft_step is None and not context.draft_index
+
+    monkeypatch.setattr(CudaGraphManager, "capture", fake)
+    ShardedCapture.capture(manager, prepare)
+    assert len(seen) == len(manager._capture_descs[CUDAGraphMode.FULL])
+    return seen
+
+
 def test_capture_lays_out_an_empty_step(
     monkeypatch: pytest.MonkeyPatch, managers: dict[CUDAGraphMode, NanoCPCudaGraphManager]
 ) -> None:
     """While vLLM prepares the inputs of a sharded graph, and for no other."""
-    seen: dict[BatchExecutionDescriptor, ShardedStep | None] = {}
-
-    def fake(self: Any, create: Callable[..., Any], progress: str) -> None:
-        for desc in self._capture_descs[CUDAGraphMode.FULL]:
-            create(desc, warmup=True)
-            assert context.step is None
-
-    monkeypatch.setattr(CudaGraphManager, "capture", fake)
-    manager = managers[CUDAGraphMode.FULL_AND_PIECEWISE]
-    super(cudagraph_utils.ModelCudaGraphManager, manager).capture(
-        lambda desc, warmup: seen.update({desc: context.step})
-    )
-    for desc, step in seen.items():
+    for desc, contexts in captured_in(managers[CUDAGraphMode.FULL_AND_PIECEWISE], monkeypatch).items():
+        step = None
         if isinstance(desc, ShardedDescriptor):
-            assert step == ShardedStep(1, send_counts=[0, 0], recv_counts=[0, 0], capacity=desc.capacity)
-        else:
-            assert step is None
-    assert len(seen) == len(manager._capture_descs[CUDAGraphMode.FULL])
+            step = ShardedStep(1, send_counts=[0, 0], recv_counts=[0, 0], capacity=desc.capacity)
+        assert contexts == [(step, None, 0)] * 2
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_graphs_of_a_draft_model(monkeypatch: pytest.MonkeyPatch, routed: bool) -> None:
+    """Of its first forward as many as of the target, with the same rows. Of the later ones, of one query a row, where
+    these have tables of fixed size, and they are told apart."""
+    monkeypatch.setattr(context, "queries", 3)
+    monkeypatch.setattr(context, "draft_routes", {4: None, 1: None} if routed else {})
+    mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    target = make_manager(monkeypatch, mode, queries=3)
+    first = make_manager(monkeypatch, mode, queries=3, kind=NanoCPDraftGraphManager)
+    assert first.sharded == target.sharded and {d.capacity for d in first.sharded} == {2, 8}
+    for desc, contexts in captured_in(first, monkeypatch).items():
+        assert all((step is not None) == isinstance(desc, ShardedDescriptor) for step, _, _ in contexts)
+        assert all((later, index) == (None, 0) for _, later, index in contexts)
+    # vLLM takes graphs of one query a row for decodes only.
+    later = make_manager(monkeypatch, CUDAGraphMode.FULL_DECODE_ONLY, kind=NanoCPDraftGraphManager)
+    assert {d.capacity for d in later.sharded} == ({1, 4} if routed else set())
+    assert all(d.num_tokens == d.num_reqs for d in later.sharded)
+    for desc, contexts in captured_in(later, monkeypatch).items():
+        step = None
+        if isinstance(desc, ShardedDescriptor):
+            step = ShardedStep(1, send_counts=[0, 0], recv_counts=[0, 0], capacity=desc.capacity)
+        assert contexts == [(step, step, int(step is not None))] * 2
 
 
 def worlds_of(queries: int) -> st.SearchStrategy[list[Batch]]:

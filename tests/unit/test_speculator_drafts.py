@@ -4,6 +4,7 @@ CPU. Every wait has a time limit."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -235,9 +236,7 @@ class Compared:
     def __init__(self, rank: int, size: int) -> None:
         self.size, self.log = size, []
 
-    def __call__(
-        self, metadata: Any, num_tokens: int, across: torch.Tensor, slots: Any, graph: bool = False
-    ) -> None:
+    def __call__(self, metadata: Any, num_tokens: int, across: torch.Tensor, slots: Any, graph: bool = False) -> None:
         step = None if metadata is None else metadata["layer"][0]
         counts = None if step is None else (step.send_counts, step.recv_counts)
         assert counts is not None or context.step is None
@@ -364,3 +363,17 @@ def test_the_token_behind_a_run_is_known(alone: tuple[Any, list[Any]]) -> None:
     me.plan.next_tokens = {"1": 99, "elsewhere": 98}
     me.propose([64, 70], [2, 2], [0, 0])
     assert seen[0][2][:4] == [1, 7, 3, 99]
+
+
+def test_a_graph_of_a_sharded_step_is_of_one_forward(alone: tuple[Any, list[Any]]) -> None:
+    """vLLM's of later forwards is of all, whose lengths it goes on with itself; rows that visit are not in these."""
+    make, seen = alone
+    me = make([2])
+    me.speculator.idx_mapping[:] = 0
+    run = functools.partial(me.speculator._generate_fused_drafts, 1, 1, None, None, None, CUDAGraphMode.NONE, MOST)
+    me.speculator._run_model = lambda *args: seen.append(args) or (torch.zeros(1, 4), torch.zeros(1, 4))
+    run()
+    assert len(seen) == 1
+    context.step = context.draft_step = None
+    run()
+    assert len(seen) == 1 + MOST - 1

@@ -224,6 +224,9 @@ def test_tokens(engines: tuple[str, Seen, Engine]) -> None:
         # An MTP layer of latent attention is few beside the target's, and drafts over the collective exchange.
         routed = mode.exchange == "routed" and mode.method != "latent mtp"
         assert (worker["routed_drafts"] > steps) == routed
+        # Of each step that replays a graph all forwards, or the first one.
+        captured = worker["captured_steps"]
+        assert worker["captured_drafts"] >= MOST * captured if routed else worker["captured_drafts"] == captured
     check_partings(found, ROUNDED)
     # bfloat16 rounds otherwise over shards, and a random head's candidates are close.
     assert same[0] > 0.9 and min(same) > 0.75 if mode.method == "eagle3" else min(same) > 0.9, same

@@ -52,7 +52,7 @@ def adapters(to: Feature) -> None:
 
 
 def weights_of_8_bits(to: Feature) -> None:
-    """With a scale a block. What `--quantization fp8` makes has one scale a rank's batch, which vLLM's experts of several
+    """With a scale a block. `--quantization fp8` makes one scale of a rank's batch, which vLLM's experts of several
     ranks cannot gather (vLLM 54683)."""
     to.model = quantize(make_qwen3_moe(to.folder / "blocks", dtype="bfloat16", moe_intermediate_size=256, **SIZES))
     to.args = dict(**FP8_EXPERTS)

@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import fa_utils
 
@@ -502,3 +504,21 @@ def test_more_drafts_than_attend_in_the_latents_space_are_refused() -> None:
         family.config = SimpleNamespace(speculative_config=speculation)
         with pytest.raises(found):
             family.prepare(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_prompt_waits_for_no_compiler(compiled: bool) -> None:
+    """With 128 heads vLLM lays out keys by a kernel of FlashInfer's, compiled at its first call; what that sees at
+    start is what prompts have: parts of one projection, and one rotated key for all heads."""
+    seen: list[tuple[Any, ...]] = []
+
+    def concat(k_nope: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = MLACommonImpl._concat_k_nope_k_pe(
+            SimpleNamespace(_use_flashinfer_concat_mla_k=False), k_nope, k_pe
+        )
+        seen.append((made.shape, made.dtype, k_nope.stride(), k_pe.stride()))
+        return made
+
+    impl = SimpleNamespace(_use_flashinfer_concat_mla_k=compiled, _concat_k_nope_k_pe=concat)
+    flash_mla.warm_up_prompts(impl, LatentSizes(128, 128, 64, 512, 128), torch.bfloat16, torch.device("cpu"))
+    assert seen == [((1, 128, 192), torch.bfloat16, (128 * 256, 256, 1), (64, 64, 1))] * compiled

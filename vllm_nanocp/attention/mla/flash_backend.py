@@ -357,3 +357,4 @@ class LatentOnHopper:
             merge_rows(rows, layout, index[:n, None], index[:n], output)
         for routes in context.routes.values():
             routes.warm_up(self.dtype, self.sizes.query_size)
+        flash_mla.warm_up_prompts(layer.impl, self.sizes, self.dtype, device)

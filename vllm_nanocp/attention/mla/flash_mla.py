@@ -153,6 +153,22 @@ def attend_projected(
     return out, lse.transpose(0, 1)
 
 
+def warm_up_prompts(impl: Any, sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> None:
+    """With 128 heads vLLM lays out the keys of prompts by FlashInfer's kernel, which is compiled when it is first
+    called: seconds, in front of the first prompt and of all that decode beside it.
+
+    Args:
+        impl: vLLM's ``MLACommonImpl`` of a layer.
+        sizes: of the layer.
+        dtype: of its keys.
+        device: where they are.
+    """
+    if not impl._use_flashinfer_concat_mla_k:
+        return
+    both = torch.zeros((1, sizes.num_heads, sizes.unrotated + sizes.value_size), dtype=dtype, device=device)
+    impl._concat_k_nope_k_pe(both[..., : sizes.unrotated], both.new_zeros(1, 1, sizes.rotated))
+
+
 def self_check(sizes: LatentSizes, dtype: torch.dtype, device: torch.device) -> None:
     """Compare small launches with attention in float64: float32 products may be of TF32, where a user has set so.
 

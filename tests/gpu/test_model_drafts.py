@@ -221,8 +221,7 @@ def test_tokens(engines: tuple[str, Seen, Engine]) -> None:
         assert steps > 0 and worker["sharded_drafts"] == MOST * steps
         assert (worker["captured_steps"] > steps / 4) == mode.graphs
         assert (worker["routed_steps"] > steps / 4) == (mode.exchange == "routed")
-        # An MTP layer of latent attention is few beside the target's, and drafts over the collective exchange.
-        routed = mode.exchange == "routed" and mode.method != "latent mtp"
+        routed = mode.exchange == "routed"
         assert (worker["routed_drafts"] > steps) == routed
         # Of each step that replays a graph all forwards, or the first one.
         captured = worker["captured_steps"]

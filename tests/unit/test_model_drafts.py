@@ -120,12 +120,15 @@ def flash() -> Kernel:
     return replace(flash_kernel("cpu", 0, 0, False, None, 1), queries=1)
 
 
-def test_later_forwards_over_routes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("latent", [False, True])
+def test_later_forwards_over_routes(tmp_path: Path, latent: bool) -> None:
     """The same over memory that two processes share. Forwards repeat a layer, and none takes another's answers."""
     kernel = partial(flash_kernel, "cpu", 4, 0, True, str(tmp_path), 1)
-    results = run_ranks(2, later_forwards, range(4), ROUTED, kernel, seconds=100)
+    if latent:
+        kernel = partial(kernel_of, "cpu", 4, 0, shared=str(tmp_path), routed=True)
+    results = run_ranks(2, later_forwards, range(4), FLASH_LATENT if latent else ROUTED, kernel, seconds=100)
     for worst, counts in results:
-        assert worst < 4e-2 and counts["routed"] >= 2, (worst, counts)
+        assert worst < (8e-2 if latent else 4e-2) and counts["routed"] >= 2, (worst, counts)
     assert sum(counts["visiting"] for _, counts in results) > 3
 
 

@@ -190,16 +190,15 @@ def test_the_exchange_of_a_family(wanted: str, unrouted: str, taken: bool, monke
     assert context.routes == ({16: "routes of 16", 64: "routes of 64"} if taken else {})
 
 
-@pytest.mark.parametrize("routed", [True, False])
-def test_later_drafts_take_the_routed_exchange_where_the_family_has_them(
-    routed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(context, "queries", 3)
+@pytest.mark.parametrize("queries", [2, 3])
+def test_later_drafts_have_routes_of_their_own(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one draft a step there is no later forward."""
+    monkeypatch.setattr(context, "queries", queries)
     worker = choosing_worker(monkeypatch, "routed", (16,))
     worker.runner = SimpleNamespace(drafts=object())
-    worker.family = SimpleNamespace(unrouted="", routes_drafts=routed, routes=lambda *args: args[3])
+    worker.family = SimpleNamespace(unrouted="", routes=lambda *args: args[3])
     worker._choose_exchange()
-    assert context.routes == {16: 3} and context.draft_routes == ({16: 1} if routed else {})
+    assert context.routes == {16: queries} and context.draft_routes == ({16: 1} if queries > 2 else {})
 
 
 def test_memory_of_a_sharded_step_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,13 +118,11 @@ class GPUFamily(Family, Protocol):
         layout: of a partial result as a row, on this worker.
         query_bytes: of one query of this worker's heads.
         unrouted: why it takes the routed exchange only where that is asked for; empty if it does without.
-        routes_drafts: whether a draft model's forwards after its first go over the routed exchange, too.
     """
 
     layout: RowLayout
     query_bytes: int
     unrouted: str
-    routes_drafts: bool
 
     def prepare(self, device: torch.device) -> None:
         """Check that the kernels return what they should, and compile what every sharded step runs.

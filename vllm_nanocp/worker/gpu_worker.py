@@ -53,7 +53,7 @@ class NanoCPGPUWorker(OneRank, Worker):
         group, ranks = get_dp_group(), self.nanocp.ranks
         shared = partial(allocate, group=group.device_group, device=self.device)
         made = [(context.routes, context.queries)]
-        if self.runner.drafts is not None and context.queries > 2 and self.family.routes_drafts:
+        if self.runner.drafts is not None and context.queries > 2:
             made.append((context.draft_routes, 1))
         problem = reachable(self.device, group.cpu_group)
         if problem:

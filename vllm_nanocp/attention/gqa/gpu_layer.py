@@ -245,7 +245,6 @@ class GroupedQueryOnGPU:
 
     backend: type[Any]
     unrouted = ""
-    routes_drafts = True
 
     def __init__(self, vllm_config: Any) -> None:
         model, parallel = vllm_config.model_config, vllm_config.parallel_config

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -72,17 +72,25 @@ class LatentTables(MLACommonMetadataBuilder[Any]):
         return self._split(step, common_attn_metadata, fast_build)
 
     def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> Any:
-        """Of a draft model's forwards the first has the target's rows, the later ones one query a row, with tables of
-        their own size."""
+        """Of a draft model's forwards the first has the target's rows, the later ones one query a row. They repeat its
+        layers, so over routes of their own, with a number of the exchange for each."""
         step, later = context.step, context.draft_step
         if step is None or later is None or not draft_index:
             return self.build(0, common_attn_metadata, fast_build=True)
-        return self._split(later_draft(later, common_attn_metadata, self.page_size), common_attn_metadata, True)
+        step = later_draft(later, common_attn_metadata, self.page_size)
+        serial = step.serial * context.queries + draft_index
+        return self._split(replace(step, serial=serial), common_attn_metadata, True, 1)
 
-    def _split(self, step: ShardedStep, common_attn_metadata: CommonAttentionMetadata, fast_build: bool) -> Any:
+    def _split(
+        self,
+        step: ShardedStep,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool,
+        queries: int | None = None,
+    ) -> Any:
         stock, common = super().build, copy(common_attn_metadata)
         if step.capacity:
-            rows, common.seq_lens = self._fixed_tables(step).fill(step, common)
+            rows, common.seq_lens = self._fixed_tables(step, queries or context.queries).fill(step, common)
             rows.plain = metadata = stock(0, common, fast_build)
         else:
             rows, plain = exact_tables(step, common, self._sizes, self.page_size, self._dtype, self.kernel)
@@ -111,18 +119,37 @@ class LatentTables(MLACommonMetadataBuilder[Any]):
         assert isinstance(self.model_config.dtype, torch.dtype)
         return self.model_config.dtype
 
-    def _fixed_tables(self, step: ShardedStep) -> FixedLatentTables:
-        """The worker's; made here where there is none."""
-        made: dict[int, Any] = self.__dict__.setdefault("nanocp_tables", dict(context.tables))
+    def _fixed_tables(self, step: ShardedStep, queries: int) -> FixedLatentTables:
+        """The worker's, for rows of so many queries; made here where there are none."""
+        kept = context.tables if queries == context.queries else context.draft_tables
+        made: dict[int, Any] = self.__dict__.setdefault(f"nanocp_tables_{queries}", dict(kept))
         if step.capacity not in made:
             most = self.vllm_config.scheduler_config.max_num_seqs
             tokens = self.model_config.max_model_len
             table = empty_block_table(step.capacity, step.num_ranks, tokens, self.page_size, self.device)
-            made[step.capacity] = FixedLatentTables(
+            made[step.capacity] = _make_tables(
                 step.capacity, step.num_ranks, most, table, self._sizes, self.page_size, self._dtype, self.kernel,
-                context.queries, context.routes.get(step.capacity),
+                queries,
             )  # fmt: skip
         return made[step.capacity]
+
+
+def _make_tables(
+    capacity: int,
+    num_ranks: int,
+    max_reqs: int,
+    block_table: torch.Tensor,
+    sizes: LatentSizes,
+    block_size: int,
+    dtype: torch.dtype,
+    kernel: LatentKernel,
+    queries: int,
+) -> FixedLatentTables:
+    """For so many queries a row, and the routes of as many, if there are any. Where requests are decoded with drafts
+    lengths end on the device."""
+    routes = (context.routes if queries == context.queries else context.draft_routes).get(capacity)
+    layers, ends = (sizes, block_size, dtype, kernel), context.queries > 1
+    return FixedLatentTables(capacity, num_ranks, max_reqs, block_table, *layers, queries, routes, ends)
 
 
 @dataclass
@@ -275,7 +302,6 @@ class LatentOnHopper:
     backend: type[Any] = NanoCPFlashAttnMLABackend
     kernel: LatentKernel = FLASH_ATTENTION
     unrouted = ""
-    routes_drafts = False  # MTP has one layer, so little is won by it
     _block_table: torch.Tensor | None = None
 
     def __init__(self, vllm_config: Any) -> None:
@@ -333,8 +359,7 @@ class LatentOnHopper:
             most, tokens = max(context.capacities, default=capacity), self.config.model_config.max_model_len
             self._block_table = empty_block_table(most, num_ranks, tokens, block_size, device)
         table, layers = self._block_table, (self.sizes, block_size, self.dtype, self.kernel)
-        routes = context.routes.get(capacity)
-        return FixedLatentTables(capacity, num_ranks, max_reqs, table, *layers, queries, routes)
+        return _make_tables(capacity, num_ranks, max_reqs, table, *layers, queries)
 
     def routes(
         self, capacity: int, num_ranks: int, rank: int, queries: int, allocate: Callable[[int], Any]
@@ -355,6 +380,6 @@ class LatentOnHopper:
         index = torch.zeros(many, dtype=torch.int64, device=device)
         for n in (1, many):
             merge_rows(rows, layout, index[:n, None], index[:n], output)
-        for routes in context.routes.values():
+        for routes in (*context.routes.values(), *context.draft_routes.values()):
             routes.warm_up(self.dtype, self.sizes.query_size)
         flash_mla.warm_up_prompts(layer.impl, self.sizes, self.dtype, device)

@@ -72,8 +72,8 @@ class _Parts(NamedTuple):
     Attributes:
         send, pick, tokens: see ``LatentRows``.
         visiting: rows of the batch that visit; for an unused one, a spare row.
-        hidden: tokens that the table of a row of the batch has before those that the row's place attends to; none of
-            single queries, whose lengths are the plan's.
+        hidden: tokens that the table of a row of the batch has before those that the row's place attends to; none
+            without drafts, where lengths are the plan's.
         lengths: KV tokens that the queries at a place attend to.
         copies: of each row of block ids to copy its place, address, and how many.
     """
@@ -159,6 +159,7 @@ class FixedLatentTables:
         kernel: attends to what is held here.
         queries: of a row that visits.
         routes: of the routed exchange, whose places are of one query, so as many times more; None without it.
+        ends: whether rows of the batch end with its own lengths, which only the device knows; with several queries.
     """
 
     def __init__(
@@ -173,8 +174,10 @@ class FixedLatentTables:
         kernel: LatentKernel = FLASH_ATTENTION,
         queries: int = 1,
         routes: RowRoutes | None = None,
+        ends: bool = False,
     ) -> None:
         assert queries == 1 or kernel.takes(queries, sizes)
+        self._ends = ends or queries > 1
         assert routes is None or routes.capacity == capacity * queries
         self.routes = routes
         device = block_table.device
@@ -236,9 +239,11 @@ class FixedLatentTables:
         copies = self._lay_out(step, common, laid)
         async_tensor_h2d(host, out=self._ints)
         self._lengths.copy_(at.lengths)
-        torch.eq(at.lengths.unsqueeze(1).expand(-1, self.queries), 0, out=self._empty)
-        if self.queries > 1:
+        if self._ends:
             self._end_with_the_batch(common)
+        # A causal row has a key for each query, also where nobody visits.
+        unused = at.lengths if self.queries > 1 else self._lengths
+        torch.eq(unused.unsqueeze(1).expand(-1, self.queries), 0, out=self._empty)
         if self._kernel.fewest:  # of whichever block was there before
             self._lengths.clamp_(min=self._kernel.fewest)
         if len(copies):
@@ -283,11 +288,11 @@ class FixedLatentTables:
 
     def _end_with_the_batch(self, common: CommonAttentionMetadata) -> None:
         """What rows see of their last run ends with the batch's own lengths: with async scheduling the plan's count
-        drafts that have turned out to be wrong. An unused place sees as many keys as it has queries."""
+        drafts that have turned out to be wrong. An unused place of several queries sees as many keys."""
         own = self._lengths[self.capacity * self.num_ranks :]
         self._seq_lens[: common.num_reqs] = common.seq_lens
         torch.sub(self._seq_lens.index_select(0, self._at.visiting), self._at.hidden, out=own)
-        own.clamp_(min=self.queries)
+        own.clamp_(min=self.queries if self.queries > 1 else 0)
 
     def _lay_out(self, step: ShardedStep, common: CommonAttentionMetadata, at: _Parts) -> np.ndarray:
         """Which places a step uses, and what is attended to at them.
@@ -309,7 +314,7 @@ class FixedLatentTables:
         at.tokens.reshape(-1, queries)[:mine], at.visiting[:mine] = token, rows
         row, column, place = visited_places(step, self.capacity, queries)
         pick[row, :, column], send[place] = place[:, None] * queries + each, token[row]
-        if queries > 1:
+        if self._ends:
             at.hidden[:mine] = hidden_tokens(step, rows.tolist(), common)
         seen = [
             (guest.home * self.capacity + guest.index // queries, guest.blocks.data_ptr(), guest.length)

@@ -55,6 +55,15 @@ SHAPES = [Shape(4, 2, 32), Shape(4, 4, 64), Shape(6, 2, 80, isa="vec16")]
 # -- attention of the forwards after the first -------------------------------------------------------------------
 
 
+def epoch_of(metadata: Any) -> int | None:
+    """The number by which the exchange of a forward's first layer is known; None: it is not routed."""
+    rows = getattr(metadata, "sharded", None)
+    if rows is None or rows.routed is None:
+        return None
+    route = rows.routed[1] if isinstance(rows.routed, tuple) else rows.routed.route
+    return int(route.counts[0])
+
+
 class LaterForward(RankSimulation):
     """A forward of a draft model after its first: one query of each row, at the last token that was right."""
 
@@ -66,6 +75,12 @@ class LaterForward(RankSimulation):
             right = row.num_queries if whole else dice.randint(1, row.num_queries)
             scenario.rows[index] = Row(row.request, row.shard, row.first + right - 1, 1)
         self.rows = [scenario.rows[i] for i in scenario.batches[rank]]
+
+    def _check_epoch(self, metadata: Any, forward: int) -> None:
+        """It grows from forward to forward: a flag of an earlier one would say that what is there has come."""
+        epoch = epoch_of(metadata)
+        assert epoch is None or forward == 1 or epoch > self.epoch
+        self.epoch = epoch or 0
 
     def run(self) -> None:
         scenario, shape = self.scenario, self.scenario.shape
@@ -91,6 +106,7 @@ class LaterForward(RankSimulation):
                 else:
                     context.draft_index = forward
                     metadata = builder.build(0, common)  # as V2's does
+                self._check_epoch(metadata, forward)
                 self._layer(impl, layer, forward, common, metadata)
         finally:
             context.step = context.draft_step = context.exchange = None

@@ -91,7 +91,7 @@ def make_impl(shape: Shape) -> NanoCPFlashAttentionImpl:
 
 def make_layer(device: torch.device) -> Any:
     one = torch.ones(1, device=device)
-    return SimpleNamespace(_q_scale=one, _k_scale=one, _v_scale=one)
+    return SimpleNamespace(_q_scale=one, _k_scale=one, _v_scale=one, is_draft_layer=False)
 
 
 def write(impl: Any, layer: Any, keys: torch.Tensor, values: torch.Tensor, cache: torch.Tensor, slots: Any) -> None:

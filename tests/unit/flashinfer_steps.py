@@ -301,7 +301,7 @@ def make_layer(shape: Shape, device: torch.device) -> Any:
     keys, values = shape.cache_scales
     scales: dict[str, Any] = {"_q_scale_float": 1.0, "_k_scale_float": keys, "_v_scale_float": values}
     tensors = {name.removesuffix("_float"): torch.tensor([x], device=device) for name, x in scales.items()}
-    return SimpleNamespace(**scales, **tensors)
+    return SimpleNamespace(**scales, **tensors, is_draft_layer=False)
 
 
 def use_references() -> None:

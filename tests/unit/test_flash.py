@@ -8,17 +8,20 @@ import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.unit.attention_steps import Shape, run_scenarios
-from tests.unit.flash_steps import flash_kernel, reference_pieces, reference_schedule
+from tests.unit.flash_steps import flash_kernel, make_impl, reference_pieces, reference_schedule
 from tests.unit.processes import run_ranks
 from tests.unit.route_steps import stress
 from vllm_nanocp.attention.gqa import flash_splits
 from vllm_nanocp.attention.gqa.fixed_tables import CapturedTables
+from vllm_nanocp.attention.gqa.gpu_layer import ShardedAttention
+from vllm_nanocp.attention.gqa.routed_layer import MAX_LAYERS
 from vllm_nanocp.attention.partial_rows import RowLayout, merge_rows, pack_pieces
 from vllm_nanocp.errors import NanoCPConfigError
 
@@ -95,6 +98,21 @@ def test_the_routed_exchange(tmp_path: Path, queries: int) -> None:
     for kind in ("plain decode", "plain prefill", "sharded decode", "guests"):
         assert sum(result["routed"][0].get(kind, 0) for result in results) >= (3 if queries == 1 else 1), kind
     assert sum(result["routed"][0].get("idle with guests", 0) for result in results) >= (2 if queries == 1 else 1)
+
+
+def test_a_draft_model_s_layers_come_behind_the_target_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever run first: vLLM captures the draft model's graphs first, where it foresees the memory of all. Flags of
+    a step's places grow from layer to layer."""
+    monkeypatch.setattr(ShardedAttention, "kv", lambda *_: None)
+    impls, seen, none = [make_impl(SHAPES[0]) for _ in range(4)], [], torch.empty(0)
+    routes = SimpleNamespace(attend=lambda *args: seen.append(args[-1]))
+    rows = SimpleNamespace(routed=(routes, None), plain=False, visits=0)
+    metadata = SimpleNamespace(sharded=rows, block_table=None, seq_lens=None)
+    for number in (3, 0, 1, 2, 3, 0, 1, 2, 3):
+        layer = SimpleNamespace(is_draft_layer=number == 3)
+        impls[number].forward(layer, none, none, none, none, metadata, none)  # type: ignore[arg-type]
+    step = seen[1:5]
+    assert step == sorted(set(step)) and seen[0] == step[-1] < MAX_LAYERS and seen[5:] == step
 
 
 def test_random_routes(tmp_path: Path) -> None:

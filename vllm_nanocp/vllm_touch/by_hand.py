@@ -88,7 +88,7 @@ BY_HAND: dict[str, dict[str, str]] = {
         "vllm.v1.attention.backends.flash_attn.FlashAttentionMetadata": "block_table seq_lens",
         "vllm.v1.attention.backend.AttentionMetadataBuilder": "device vllm_config",
         "vllm.v1.attention.backend.AttentionLayer": "_k_scale _q_scale _v_scale",
-        _ATTENTION: "head_size impl kv_cache num_heads num_kv_heads",
+        _ATTENTION: "head_size impl is_draft_layer kv_cache num_heads num_kv_heads",
         _CONFIG: "model_config parallel_config scheduler_config",
         _MODEL: "dtype get_head_size get_num_attention_heads get_num_kv_heads",
         _SCHEDULER: "max_num_seqs",

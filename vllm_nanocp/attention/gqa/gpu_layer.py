@@ -30,11 +30,11 @@ from ..sharded_step import ShardedStep
 from ..supported import grouped_query_problem
 from .fixed_tables import CapturedTables
 from .flash_tables import Launch, StepTables
-from .routed_layer import LocalBatch, Route, Routes
+from .routed_layer import MAX_LAYERS, LocalBatch, Route, Routes
 from .split_kv import KV, Visits, pack
 from .split_kv import attend as attend_visits
 
-_layers = itertools.count()
+_layers, _draft_layers = itertools.count(), itertools.count(MAX_LAYERS // 2)
 
 
 def captured_tables(
@@ -80,6 +80,7 @@ class ShardedAttention:
     scale: float
     kv_cache_dtype: str
     supports_quant_query_input: bool
+    _number: int | None = None
 
     def over_shards(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, launch: Any, rows: torch.Tensor
@@ -136,13 +137,16 @@ class ShardedAttention:
         assert rows.visits is not None
         routes, route = rows.routed
         batch = LocalBatch(query, output, attn_metadata.block_table, attn_metadata.seq_lens)
-        routes.attend(batch, self.kv(layer, query, kv_cache), rows.visits, route, self._number)
+        routes.attend(batch, self.kv(layer, query, kv_cache), rows.visits, route, self._number_of(layer))
         return output
 
-    @functools.cached_property
-    def _number(self) -> int:
-        """Of this layer: all ranks run the same layers in the same order."""
-        return next(_layers)
+    def _number_of(self, layer: Any) -> int:
+        """Of this layer, the same on all ranks, which run the same ones in the same order. A draft model's are larger
+        than its target's, behind which it runs in a step: they may well run before, for vLLM captures all of its
+        graphs, but few of the target's, when it foresees the memory of all."""
+        if self._number is None:
+            self._number = next(_draft_layers if layer.is_draft_layer else _layers)
+        return self._number
 
     def keys_and_values(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of a cache: [num_blocks, block_size, num_kv_heads, head_size]."""

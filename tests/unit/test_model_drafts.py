@@ -57,10 +57,10 @@ SHAPES = [Shape(4, 2, 32), Shape(4, 4, 64), Shape(6, 2, 80, isa="vec16")]
 
 def epoch_of(metadata: Any) -> int | None:
     """The number by which the exchange of a forward's first layer is known; None: it is not routed."""
-    rows = getattr(metadata, "sharded", None)
-    if rows is None or rows.routed is None:
+    routed = getattr(getattr(metadata, "sharded", None), "routed", None)  # on CPU rows have none
+    if routed is None:
         return None
-    route = rows.routed[1] if isinstance(rows.routed, tuple) else rows.routed.route
+    route = routed[1] if isinstance(routed, tuple) else routed.route
     return int(route.counts[0])
 
 

@@ -15,16 +15,17 @@ from .sharded_step import ShardedStep
 class AttentionContext:
     """Attributes:
     exchange: set once the process groups exist.
-    capacities: of the graphs and tables of fixed size, ascending; see ``worker.sharded_graphs.capacities``.
+    capacities: of the graphs and tables of fixed size, ascending; see ``graph_capacities.capacities``.
     queries: that each row has in tables of fixed size: what a request is decoded with, drafts included.
     routes: of the routed exchange, by capacity, as the family has them; empty without it.
     tables: of fixed size, by capacity; which ones, the family says.
     draft_routes, draft_tables: the same for the forwards of a draft model after its first, of one query a row; empty
-        without the routed exchange, where these forwards have tables of their own size.
+        where there are none, and without the routed exchange, where these have tables of their own size.
     step: None in a step without sharded rows, which then is stock vLLM.
     draft_step: of the forwards of a draft model after its first, which has the rows of ``step``; None like it, and
         without such a model.
-    draft_index: of the forward whose metadata is built; 0 for the target's, and for the draft model's first.
+    draft_index: of the forward whose metadata is built, or that is captured; 0 for the target's, and for the draft
+        model's first.
     reserve: called by each layer while vLLM measures how much memory a step needs, for its dummy step visits no shard;
         takes up what one would that does.
     """

@@ -93,6 +93,10 @@ BY_HAND: dict[str, dict[str, str]] = {
         _MODEL: "dtype get_head_size get_num_attention_heads get_num_kv_heads",
         _SCHEDULER: "max_num_seqs",
     },
+    "flash_mla.py": {
+        "vllm.model_executor.layers.attention.mla_attention.MLACommonImpl": "_concat_k_nope_k_pe "
+        "_use_flashinfer_concat_mla_k",
+    },
     "gqa/flash_backend.py": {"vllm.v1.attention.backend.AttentionLayer": "_k_scale _q_scale _v_scale"},
     "gqa/flashinfer_backend.py": {
         "vllm.v1.attention.backend.AttentionLayer": "_k_scale_float _q_scale_float _v_scale_float",

@@ -78,8 +78,8 @@ class ShardedCapture(CudaGraphManager):
             )
             for size, capacity in sharded_sizes(decode, capacities)
         ]
-        # From large to small, so that the smaller ones find their memory in the pool; behind all of vLLM's, which takes
-        # the first two for samples when it foresees the memory of all.
+        # From large to small, so that the smaller ones find their memory in the pool; behind all of vLLM's. When it
+        # foresees the memory of all, it takes the first two of the target's for samples, of a draft model's all.
         self._capture_descs[CUDAGraphMode.FULL] = [*full, *sorted(self.sharded, key=lambda d: -d.num_tokens)]
 
     @property

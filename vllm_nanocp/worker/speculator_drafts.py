@@ -144,7 +144,8 @@ class SpeculatorDrafts:
 
     def _dispatch(self, manager: Any, num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
         """In place of ``dispatch_cg_and_sync_dp``: in a sharded step a graph that knows shards, or none. All ranks find
-        the same, since size and capacity are those that they have found for the target."""
+        the same: the first forward goes by what they have found for the target, later ones by the most requests of any
+        rank and a capacity that the plan says."""
         step, later = context.step, context.draft_step
         if step is None:
             return self._agree(manager, num_reqs, num_tokens, *args, **kwargs)

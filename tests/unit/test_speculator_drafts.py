@@ -34,6 +34,7 @@ RANKS = 3
 STEPS = 18
 PADDED = 4  # what graphs pad the number of requests to, as multiples
 MOST_REQS = 16
+PIECES = 40  # tokens that there are graphs of what is around attention for
 
 
 # -- what vLLM has Triton kernels for ------------------------------------------------------------------------------
@@ -115,6 +116,8 @@ class Graphs:
 
     def dispatch(self, num_reqs: int, num_tokens: int, uniform: int | None, *args: Any, **kwargs: Any) -> Any:
         most = -(-num_tokens // (PADDED * self.decode_query_len)) * PADDED
+        if self.captured and uniform is None and self.decode_query_len > 1 and num_tokens <= PIECES:
+            return BatchExecutionDescriptor(CUDAGraphMode.PIECEWISE, -(-num_tokens // PADDED) * PADDED, None)
         if not self.captured or uniform != self.decode_query_len or most > MOST_REQS:
             return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
         return BatchExecutionDescriptor(CUDAGraphMode.FULL, most * uniform, most, uniform)
@@ -124,6 +127,9 @@ class Graphs:
         if desc.cg_mode == CUDAGraphMode.NONE:
             return None
         return ShardedDescriptor(**vars(desc), capacity=min(c for c in self.capacities if c >= visits))
+
+    def run_pw_graph(self, model: Any, inputs: dict[str, Any]) -> Any:
+        return model(**inputs)
 
     def specialize_spec_tokens(self, desc: Any, most: int) -> Any:
         return desc
@@ -172,7 +178,7 @@ class Rank:
         self.drafts = SpeculatorDrafts(self.runner, lambda: self.plan)
         self.speculator.set_attn(None, None, Tables(blocks))
         self.target = Graphs(1 + MOST, captured=captured)
-        self.rank, self.builds = rank, 0
+        self.rank, self.builds, self.pieces = rank, 0, 0
 
     def build(self, step: int, **kwargs: Any) -> Any:
         """Metadata of a later forward: what a builder sees."""
@@ -183,6 +189,9 @@ class Rank:
     @contextmanager
     def entered(self, metadata: Any, config: Any, **kwargs: Any) -> Iterator[None]:
         """In the place of vLLM's ``set_forward_context``."""
+        pieces = kwargs["cudagraph_runtime_mode"] == CUDAGraphMode.PIECEWISE
+        assert metadata is not None or not pieces
+        self.pieces += pieces and context.step is not None
         self.forward(metadata, kwargs["num_tokens"], kwargs["num_tokens_across_dp"], kwargs["slot_mapping"])
         yield
 
@@ -298,6 +307,7 @@ def same_forwards(rank: int, size: int, seeds: range, captured: bool, routed: bo
         replayed += sum(graph for _, graph, count in forward.log[before:] if count is not None)
         assert context.step is None or me.builds == MOST - 1
     assert me.drafts.num_captured == replayed
+    assert (me.pieces > 2) == captured  # of sharded steps with a prompt's chunk
     return forward.log
 
 

@@ -160,7 +160,10 @@ class SpeculatorDrafts:
             if desc is not None:
                 later.capacity = desc.capacity
         if desc is None:
-            return self._agree(manager, num_reqs, num_tokens, *args, **kwargs | {"need_eager": True})
+            # Where the target's attention is outside of graphs, so is the first forward's: what the ranks have agreed
+            # on leaves vLLM graphs of what is around it only.
+            kwargs["need_eager"] = kwargs.get("need_eager", False) or not first or step.captured
+            return self._agree(manager, num_reqs, num_tokens, *args, **kwargs)
         self.num_captured += 1 if first else self.speculator.num_speculative_steps - 1
         return desc, kwargs["dp_sync_state"]
 

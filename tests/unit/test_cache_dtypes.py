@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
 from tests.unit.attention_steps import (
     CPU_KERNEL,
@@ -26,8 +24,6 @@ from tests.unit.attention_steps import (
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.cache_dtypes import CACHE_DTYPES
 from vllm_nanocp.attention.cpu_partial import as_stored, gather_shard
-from vllm_nanocp.attention.gqa.cpu_backend import NanoCPCPUAttentionMetadataBuilder
-from vllm_nanocp.errors import NanoCPConfigError
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [
@@ -106,27 +102,6 @@ def test_steps_over_three_ranks(
     for rank, result in enumerate(results):
         wrong = [(seed, error) for seed, error in result[shape_id(shape)][1] if not error < tolerance]
         assert not wrong, f"rank {rank}: (seed, error) {wrong}"
-
-
-@pytest.mark.parametrize(("isa", "name"), [("vec", "fp8"), ("amx", "fp8_e5m2"), ("vec16", "bfloat16")])
-def test_blocks_that_hold_the_cache(isa: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _make_builder(isa, name, monkeypatch)
-
-
-@pytest.mark.parametrize("name", ["fp8", "fp8_e5m2"])
-def test_blocks_that_cannot_hold_float8(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's kernel would end the engine at the first token it is to keep."""
-    with pytest.raises(NanoCPConfigError, match=r"nanocp: --kv-cache-dtype fp8.* with blocks of 16 tokens"):
-        _make_builder("vec16", name, monkeypatch)
-
-
-def _make_builder(isa: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stock(self: Any) -> None:
-        self.isa, self.layer_names, self.kv_cache_dtype, self.block_size = isa, ["layer"], name, 16
-
-    monkeypatch.setattr(CPUAttentionMetadataBuilder, "__init__", stock)
-    monkeypatch.setattr(CPUAttentionMetadataBuilder, "_set_isa_to_layers", lambda self, names: None)
-    NanoCPCPUAttentionMetadataBuilder()
 
 
 def test_the_caches_differ_by_more_than_the_tolerance() -> None:

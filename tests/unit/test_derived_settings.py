@@ -298,6 +298,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "a draft model for shorter requests": _drafts("eagle3", draft_model_config=SimpleNamespace(max_model_len=8)),
     "a draft model with attention of its own": _drafts("eagle3", kv_cache_dtype="fp8"),
     "a draft model beside recurrent states": _drafts("mtp", "lora_config", SimpleNamespace(target_modules=["q_proj"])),
+    "--block-size that is no multiple of 32 on CPU": _set("cache_config.block_size", 48),
     "--enable-lora on CPU for experts": _set("lora_config", SimpleNamespace(target_modules=None)),
     "a draft model other than MTP layers": _latent_drafts("eagle3"),
     "a draft model with FLASHINFER": partial(_drafts_with_flashinfer, method="mtp"),

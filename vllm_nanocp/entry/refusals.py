@@ -251,6 +251,13 @@ def _adapts_experts_on_cpu(vllm_config: Any) -> bool:
     return lora.target_modules is None or any("experts" in name.split(".") for name in lora.target_modules)
 
 
+def _odd_blocks_on_cpu(vllm_config: Any) -> bool:
+    """Whether vLLM would find no kernel there for blocks of this size."""
+    if vllm_config.parallel_config.worker_cls != CPU_WORKER or vllm_config.model_config.use_mla:
+        return False
+    return bool((vllm_config.cache_config.block_size or 0) % 32)
+
+
 _INDEPENDENT = "serve it without --nanocp, in independent replicas"
 
 SETTINGS = (
@@ -310,6 +317,9 @@ SETTINGS = (
             "speculative decoding with async scheduling and the V1 model runner",
             "what its runner knows of tokens in flight is another thing, and was not tried",
             "add --no-async-scheduling"),
+    Setting(_odd_blocks_on_cpu, "--block-size that is no multiple of 32 on CPU",
+            "vLLM's attention takes no other blocks there, but for latents (MLA)",
+            "use 32, 64 or 128, or leave it out"),
     Setting(_adapts_experts_on_cpu, "--enable-lora on CPU for experts", "vLLM has no experts with adapters there",
             "name the other layers, for example --lora-target-modules q_proj k_proj v_proj o_proj"),
     Setting(lambda c: c.kv_transfer_config is not None,

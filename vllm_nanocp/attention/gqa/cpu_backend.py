@@ -16,9 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from ...errors import refuse
 from ..cache_dtypes import CACHE_DTYPES
 from ..context import context
 from ..cpu_partial import as_stored, attend_causal, attend_shard, gather_shard
@@ -58,12 +56,6 @@ class NanoCPCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             # written, for the writer and the reader alike.
             self.isa = "vec"
             self._set_isa_to_layers(self.layer_names)
-        if is_quantized_kv_cache(self.kv_cache_dtype) and self.isa != "vec":
-            refuse(
-                f"--kv-cache-dtype {self.kv_cache_dtype} with blocks of {self.block_size} tokens",
-                "vLLM's kernel for it takes multiples of 32",
-                "use --block-size 32 or a multiple, or leave --kv-cache-dtype out",
-            )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

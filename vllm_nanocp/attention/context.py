@@ -42,5 +42,23 @@ class AttentionContext:
     draft_index: int = 0
     reserve: Callable[[], None] | None = None
 
+    def tables_for(self, queries: int) -> dict[int, Any]:
+        """The tables of fixed size, by capacity, for rows of so many queries."""
+        return self.tables if queries == self.queries else self.draft_tables
+
+    def routes_for(self, queries: int) -> dict[int, Any]:
+        """The routes, by capacity, of these tables."""
+        return self.routes if queries == self.queries else self.draft_routes
+
+    def serial_of(self, draft_index: int, serial: int) -> int:
+        """Of a draft model's forward after its first: they repeat its layers over the same routes, so each has a number
+        of its own, larger than those before.
+
+        Args:
+            draft_index: 1 for the second forward.
+            serial: of the step.
+        """
+        return serial * self.queries + draft_index
+
 
 context = AttentionContext()

@@ -75,7 +75,7 @@ class NanoCPFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         if not draft_index:
             return self._split(replace(step, capacity=0), common_attn_metadata, True)
         step = later_draft(later, common_attn_metadata, self.block_size)
-        serial = step.serial * context.queries + draft_index
+        serial = context.serial_of(draft_index, step.serial)
         return self._split(replace(step, serial=serial), common_attn_metadata, True, 1)
 
     def _split(

@@ -50,8 +50,8 @@ def captured_tables(
         queries: of a row; None: as many as requests are decoded with.
     """
     queries = queries or context.queries
-    kept = context.tables if queries == context.queries else context.draft_tables
-    made: dict[int, CapturedTables] = builder.__dict__.setdefault(f"nanocp_tables_{queries}", dict(kept))
+    kept = dict(context.tables_for(queries))
+    made: dict[int, CapturedTables] = builder.__dict__.setdefault(f"nanocp_tables_{queries}", kept)
     if step.capacity not in made:
         rows = builder.vllm_config.scheduler_config.max_num_seqs
         made[step.capacity] = _make_tables(
@@ -65,8 +65,7 @@ def _make_tables(
 ) -> CapturedTables:
     """For so many queries a row, and the routes of as many, if there are any. Where requests are decoded with drafts
     lengths end on the device."""
-    routes = (context.routes if queries == context.queries else context.draft_routes).get(capacity)
-    ends = context.queries > 1
+    routes, ends = context.routes_for(queries).get(capacity), context.queries > 1
     return CapturedTables(capacity, num_ranks, rows, layout, num_kv_heads, device, routes, queries, ends)
 
 

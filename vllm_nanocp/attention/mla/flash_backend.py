@@ -78,7 +78,7 @@ class LatentTables(MLACommonMetadataBuilder[Any]):
         if step is None or later is None or not draft_index:
             return self.build(0, common_attn_metadata, fast_build=True)
         step = later_draft(later, common_attn_metadata, self.page_size)
-        serial = step.serial * context.queries + draft_index
+        serial = context.serial_of(draft_index, step.serial)
         return self._split(replace(step, serial=serial), common_attn_metadata, True, 1)
 
     def _split(
@@ -121,35 +121,17 @@ class LatentTables(MLACommonMetadataBuilder[Any]):
 
     def _fixed_tables(self, step: ShardedStep, queries: int) -> FixedLatentTables:
         """The worker's, for rows of so many queries; made here where there are none."""
-        kept = context.tables if queries == context.queries else context.draft_tables
-        made: dict[int, Any] = self.__dict__.setdefault(f"nanocp_tables_{queries}", dict(kept))
+        kept = dict(context.tables_for(queries))
+        made: dict[int, Any] = self.__dict__.setdefault(f"nanocp_tables_{queries}", kept)
         if step.capacity not in made:
             most = self.vllm_config.scheduler_config.max_num_seqs
             tokens = self.model_config.max_model_len
             table = empty_block_table(step.capacity, step.num_ranks, tokens, self.page_size, self.device)
-            made[step.capacity] = _make_tables(
+            made[step.capacity] = FixedLatentTables(
                 step.capacity, step.num_ranks, most, table, self._sizes, self.page_size, self._dtype, self.kernel,
-                queries,
+                queries, context.routes_for(queries).get(step.capacity), context.queries > 1,
             )  # fmt: skip
         return made[step.capacity]
-
-
-def _make_tables(
-    capacity: int,
-    num_ranks: int,
-    max_reqs: int,
-    block_table: torch.Tensor,
-    sizes: LatentSizes,
-    block_size: int,
-    dtype: torch.dtype,
-    kernel: LatentKernel,
-    queries: int,
-) -> FixedLatentTables:
-    """For so many queries a row, and the routes of as many, if there are any. Where requests are decoded with drafts
-    lengths end on the device."""
-    routes = (context.routes if queries == context.queries else context.draft_routes).get(capacity)
-    layers, ends = (sizes, block_size, dtype, kernel), context.queries > 1
-    return FixedLatentTables(capacity, num_ranks, max_reqs, block_table, *layers, queries, routes, ends)
 
 
 @dataclass
@@ -359,7 +341,8 @@ class LatentOnHopper:
             most, tokens = max(context.capacities, default=capacity), self.config.model_config.max_model_len
             self._block_table = empty_block_table(most, num_ranks, tokens, block_size, device)
         table, layers = self._block_table, (self.sizes, block_size, self.dtype, self.kernel)
-        return _make_tables(capacity, num_ranks, max_reqs, table, *layers, queries)
+        routes, ends = context.routes_for(queries).get(capacity), context.queries > 1
+        return FixedLatentTables(capacity, num_ranks, max_reqs, table, *layers, queries, routes, ends)
 
     def routes(
         self, capacity: int, num_ranks: int, rank: int, queries: int, allocate: Callable[[int], Any]

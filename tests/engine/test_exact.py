@@ -36,7 +36,6 @@ def test_tokens_and_logprobs(stock: Engine, nanocp: Engine) -> None:
         assert_same_logprobs(ours.logprobs[0], theirs.logprobs[0], 1e-3)
     found = nanocp.status()
     assert found["sharded_steps"] > steps
-    assert found["parallel_parts"] > (20 if nanocp.ranks == 3 else -1)
     degrees = {sum(held > 0 for held in shares) for shares in found["finished"].values()}
     assert degrees == ({2} if nanocp.ranks == 2 else {2, 3})
 
@@ -143,11 +142,14 @@ def test_shared_prefixes_that_come_together(stock: Engine, three: Engine) -> Non
 
 
 def test_shares(three: Engine) -> None:
-    """No rank holds more than 40 % of a 7,000-token request on three."""
-    before = set(three.status()["finished"])
+    """No rank holds more than 40 % of a 7,000-token request on three, which compute its parts side by side. It comes
+    alone: beside other requests, how many parts meet depends on when these come."""
+    before = three.status()
     three.ask(asks([7000], text=10, max_tokens=4))
-    (held,) = [shares for key, shares in three.status()["finished"].items() if key not in before]
+    after = three.status()
+    (held,) = [shares for key, shares in after["finished"].items() if key not in before["finished"]]
     assert sum(held) >= 7000 and max(held) <= 0.4 * 7000
+    assert after["parallel_parts"] - before["parallel_parts"] >= 10
 
 
 def test_tensor_parallel(engines: Callable[..., Engine], stock: Engine) -> None:

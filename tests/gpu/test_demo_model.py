@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.engine.harness import Answer, Ask, Engine
+from tests.engine.harness import Ask, Engine
 
 from . import TWO_GPUS
-from .test_exact import STEP, TIE, common, partings
+from .beside_stock import STEP, TIE, answers, common, partings, with_graphs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,12 +24,10 @@ pytestmark = [
 ]
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-SIZES = [1, 2, 4, 8]
 
 
 def arguments() -> dict[str, Any]:
-    graphs = dict(enforce_eager=False, compilation_config={"cudagraph_capture_sizes": SIZES})
-    return common() | graphs | dict(max_num_batched_tokens=2048)
+    return common() | with_graphs([1, 2, 4, 8]) | dict(max_num_batched_tokens=2048)
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +57,11 @@ def test_answers(smollm: str) -> None:
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         asks.append(Ask(tokens, dict(max_tokens=48, logprobs=20)))
 
-    def run(engine: Engine) -> tuple[list[Answer], list[Answer]]:
-        return engine.ask(asks), [engine.ask([ask])[0] for ask in asks]
-
     stock = Engine(smollm, 1, **arguments())
-    together, alone = run(stock)
+    together, alone = answers(stock, asks)
     stock.close()
     nanocp = Engine(smollm, 2, {"segment_size": 4096}, **arguments())
-    ours, ours_alone = run(nanocp)
+    ours, ours_alone = answers(nanocp, asks)
     assert nanocp.status()["sharded_steps"]
     nanocp.check_nothing_left()
     nanocp.close()

@@ -19,8 +19,8 @@ from tests.unit.flash_steps import flash_kernel
 from tests.unit.processes import run_ranks
 
 from . import TWO_GPUS
+from .beside_stock import LENGTHS, STEP, TIE, all_partings, answers, check_partings, common, partings, with_graphs
 from .test_attention import MODES, OF_STOCK, RELATIVE, SHAPES, GraphForward, stock_flash
-from .test_exact import STEP, TIE, all_partings, check_partings, common, partings
 
 pytestmark = [pytest.mark.gpu, TWO_GPUS]
 
@@ -28,6 +28,8 @@ pytestmark = [pytest.mark.gpu, TWO_GPUS]
 MOST = 3
 # Logprobs are sums of float32.
 ROUNDED = 1e-4
+# Of batches that graphs are captured for, in tokens: rows have one more than drafts.
+GRAPH_SIZES = [4, 8, 16, 32, 64, 96, 128]
 # Runner and schedule, method, whether with graphs, exchange.
 ENGINES = {
     "v2-async": ("1", "ngram_gpu", False, "auto"),
@@ -38,7 +40,6 @@ ENGINES = {
     "latent-graphs-collective": ("1", "ngram_gpu", True, "collective"),
     "latent-graphs": ("1", "ngram_gpu", True, "routed"),
 }
-LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 
 
 def kernel_of(capacity: int, graph: bool, routed: bool, queries: int) -> Kernel:
@@ -80,7 +81,7 @@ def engines(request: pytest.FixtureRequest, model: str, deepseek: str) -> Iterat
         if request.param.startswith("latent"):
             args, path = args | dict(attention_config={"backend": "FLASH_ATTN_MLA"}), deepseek
         if graphs:
-            args |= dict(compilation_config={"cudagraph_capture_sizes": [4, 8, 16, 32, 64, 96, 128]})
+            args |= with_graphs(GRAPH_SIZES)
         drafts = dict(method=method, num_speculative_tokens=MOST, prompt_lookup_min=1, prompt_lookup_max=3)
         stock = Engine(path, 1, **args, speculative_config=dict(drafts))
         config = {"segment_size": 600, "exchange": exchange}
@@ -99,9 +100,7 @@ def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
         for k in range(3)
         for i, n in enumerate(LENGTHS)
     ]
-    together, alone = stock.ask(asks), [stock.ask([ask])[0] for ask in asks]
-    ours, ours_alone = nanocp.ask(asks), [nanocp.ask([ask])[0] for ask in asks]
-    found = all_partings(mode, (together, alone), (ours, ours_alone))
+    found = all_partings(mode, answers(stock, asks), answers(nanocp, asks))
     nanocp.check_nothing_left()
     counters = nanocp.call(nanocp.llm.collective_rpc("nanocp_counters"))
     print(f"{mode}: {counters} {nanocp.status()}")

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.engine.harness import Answer, Ask, Engine, prompt
+from tests.engine.harness import Engine
 
 from . import FOUR_GPUS, SHARED, TWO_GPUS
+from .beside_stock import all_partings, answers, check_partings, common, requests, with_graphs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,23 +21,9 @@ pytestmark = [
     TWO_GPUS,
 ]
 
-# Where two bfloat16 runs part, both candidates are nearly as likely.
-TIE = 0.05
-# This model's logits are 8 to 16 in size, where neighbouring bfloat16 numbers are this far apart.
-STEP = 0.0625
 GRAPHS = ("graphs", "parallel", "collective", "four", "tensor parallel")  # the modes with graphs
 MODES = ("v2", "v1", "fp8", *GRAPHS)
 ON_FOUR = ("four", "tensor parallel")
-LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
-
-
-def common() -> dict[str, Any]:
-    # So little memory that other programs' use of the GPU, and its changes, do not matter.
-    memory = dict(gpu_memory_utilization=0.03, kv_cache_memory_bytes=1 << 30)
-    # FlashInfer's search for its fastest kernels takes 40 s of a start.
-    return dict(
-        dtype="bfloat16", block_size=16, num_gpu_blocks_override=8192, enable_flashinfer_autotune=False, **memory
-    )
 
 
 def mode_params() -> list[Any]:
@@ -52,10 +39,7 @@ def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[str, E
         graphs = request.param in GRAPHS
         args = common() | dict(enforce_eager=not graphs)
         if graphs:
-            sizes = [1, 2, 4, 8, 16, 24, 32]
-            # Without the pass, which has FlashInfer compile its all-reduce for minutes.
-            passes = {"fuse_allreduce_rms": False} if request.param == "tensor parallel" else {}
-            args |= dict(compilation_config={"cudagraph_capture_sizes": sizes, "pass_config": passes})
+            args |= with_graphs(tensor_parallel=request.param == "tensor parallel")
         if request.param == "tensor parallel":
             args |= dict(tensor_parallel_size=2, disable_custom_all_reduce=SHARED)
         if request.param == "fp8":
@@ -71,60 +55,16 @@ def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[str, E
     nanocp.close()
 
 
-def partings(mine: list[Answer], stocks: list[Answer]) -> list[float]:
-    """For each request whose tokens part from stock's: how much likelier stock's token was than the other's."""
-    gaps = []
-    for answer, other in zip(mine, stocks, strict=True):
-        a, b = answer.tokens[0], other.tokens[0]
-        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
-        if at is not None:
-            there = other.logprobs[0][at]
-            gaps.append(abs(there[b[at]].logprob - there[a[at]].logprob) if a[at] in there else float("inf"))
-    return gaps
-
-
-def all_partings(
-    mode: str, stocks: tuple[list[Answer], list[Answer]], ours: tuple[list[Answer], list[Answer]]
-) -> dict[str, list[float]]:
-    """What parts, printed: first stock from itself. Of each system the requests together, and one by one."""
-    (together, alone), (ours_together, ours_alone) = stocks, ours
-    found = {
-        "stock alone - together": partings(alone, together),
-        "nanocp together - stock together": partings(ours_together, together),
-        "nanocp alone - stock alone": partings(ours_alone, alone),
-    }
-    for name, gaps in found.items():
-        print(f"{mode}: {name}: {len(gaps)} of {len(alone)} part, gaps {sorted(round(g, 3) for g in gaps)}")
-    return found
-
-
-def check_partings(found: dict[str, list[float]], rounded: float = 0.0) -> None:
-    """Ours part from stock's about as often as stock from itself, and where candidates are as close.
-
-    Args:
-        found: see ``all_partings``.
-        rounded: that a gap may be off.
-    """
-    allowed = found["stock alone - together"]
-    for name in list(found)[1:]:
-        assert len(found[name]) <= 1.5 * len(allowed) + 3, name
-        assert max(found[name], default=0.0) <= max([TIE, *allowed]) + 2 * STEP + rounded, name
-
-
 def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     """bfloat16 runs part where candidates are close, also stock's own two with different batches: no more than that."""
     mode, stock, nanocp = engines
-    asks = [
-        Ask(prompt(n, 50 + n + 7 * k), dict(max_tokens=24, logprobs=20), delay=0.01 * i)
-        for k in range(2 if SHARED else 4)  # shared GPUs take turns
-        for i, n in enumerate(LENGTHS)
-    ]
-    together, alone = stock.ask(asks), [stock.ask([ask])[0] for ask in asks]
+    asks = requests()
+    theirs = answers(stock, asks)
     before = nanocp.status()["sharded_steps"]
-    ours, ours_alone = nanocp.ask(asks), [nanocp.ask([ask])[0] for ask in asks]
+    ours = answers(nanocp, asks)
     assert nanocp.status()["sharded_steps"] > before
     assert mode != "parallel" or nanocp.status()["parallel_parts"] > 100
-    found = all_partings(mode, (together, alone), (ours, ours_alone))
+    found = all_partings(mode, theirs, ours)
     nanocp.check_nothing_left()
     counters = nanocp.call(nanocp.llm.collective_rpc("nanocp_counters"))
     print(f"{mode}: {counters}")

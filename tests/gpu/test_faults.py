@@ -16,7 +16,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from tests.engine.harness import Ask, Engine, prompt
 
 from . import TWO_GPUS
-from .test_exact import common
+from .beside_stock import common
 
 pytestmark = [
     pytest.mark.gpu,

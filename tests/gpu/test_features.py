@@ -4,6 +4,7 @@ V2's runner, CUDA graphs, bfloat16 activations: greedy tokens of two ranks next 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from tests.engine.harness import Ask, Engine, prompt
+from tests.engine.harness import Ask, Engine
 from tests.tiny_adapters import MODULES, RANK, make_adapter
 from tests.tiny_models import make_deepseek_v2, make_qwen3_moe
 from tests.tiny_quantized import quantize
 
-from . import SHARED, TWO_GPUS
-from .test_exact import LENGTHS, all_partings, check_partings, common
+from . import TWO_GPUS
+from .beside_stock import all_partings, answers, check_partings, common, requests, with_graphs
 from .test_latent import HOPPER
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, TWO_GPUS]
@@ -96,9 +97,7 @@ def engines(
     FEATURES[request.param](feature)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-        sizes = [1, 2, 4, 8, 16, 24, 32]
-        graphs = dict(enforce_eager=False, compilation_config={"cudagraph_capture_sizes": sizes})
-        args = common() | graphs | feature.args
+        args = common() | with_graphs() | feature.args
         stock = Engine(feature.model, 1, **args)
         nanocp = Engine(feature.model, 2, feature.config, **args)
     yield request.param, feature, stock, nanocp
@@ -110,18 +109,11 @@ def test_tokens(engines: tuple[str, Feature, Engine, Engine]) -> None:
     """As ``test_exact.py`` has it."""
     name, feature, stock, nanocp = engines
     asks = [
-        Ask(
-            prompt(n, 50 + n + 7 * k),
-            dict(max_tokens=24, logprobs=20),
-            delay=0.01 * i,
-            adapter=feature.adapters[(i + k) % len(feature.adapters)],
-        )
-        for k in range(2 if SHARED else 4)
-        for i, n in enumerate(LENGTHS)
+        dataclasses.replace(ask, adapter=feature.adapters[i % len(feature.adapters)])
+        for i, ask in enumerate(requests())
     ]
-    together, alone = stock.ask(asks), [stock.ask([ask])[0] for ask in asks]
-    ours, ours_alone = nanocp.ask(asks), [nanocp.ask([ask])[0] for ask in asks]
-    found = all_partings(name, (together, alone), (ours, ours_alone))
+    theirs, ours = answers(stock, asks), answers(nanocp, asks)
+    found = all_partings(name, theirs, ours)
     nanocp.check_nothing_left()
     counters, status = nanocp.call(nanocp.llm.collective_rpc("nanocp_counters")), nanocp.status()
     print(f"{name}: {counters} {status}")
@@ -130,6 +122,6 @@ def test_tokens(engines: tuple[str, Feature, Engine, Engine]) -> None:
         assert (worker["captured_steps"] > 0) == (name != "adapters")
     if len(feature.adapters) > 1:
         plain = stock.ask([Ask(ask.prompt, ask.params) for ask in asks])
-        differ = sum(a.tokens != b.tokens for a, b in zip(together, plain, strict=True))
+        differ = sum(a.tokens != b.tokens for a, b in zip(theirs.together, plain, strict=True))
         assert differ > len(asks) / 3, "an adapter changes what a request says"
     check_partings(found)

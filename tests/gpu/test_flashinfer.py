@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.harness import Ask, Engine, prompt
+from tests.engine.harness import Engine
 from tests.tiny_models import make_qwen3_moe
 from tests.unit.flashinfer_steps import FlashInferShape, ReferenceDecode, ReferencePrefill, missing_parameters
 
 from . import FOUR_GPUS, ONE_GPU, TWO_GPUS
+from .beside_stock import STEP, answers, partings, requests, with_graphs
 from .modes import OF_STOCK, check_error, on_ranks
-from .test_exact import STEP, partings
 
 pytestmark = [pytest.mark.gpu, ONE_GPU]
 
@@ -214,7 +214,6 @@ def test_error_on_several_gpus(mode: str, ranks: int) -> None:
 
 # -- Engines --------------------------------------------------------------------------------------------------------
 
-LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 ENGINES: dict[str, dict[str, Any]] = {
     "eager": dict(enforce_eager=True),
     "graphs": dict(),
@@ -242,10 +241,7 @@ def engines(request: pytest.FixtureRequest, model: str) -> Iterator[tuple[str, s
             kv_cache_memory_bytes=1 << 30, attention_config={"backend": "FLASHINFER"}, **ENGINES[mode],
         )  # fmt: skip
         if mode != "eager":
-            # Without the pass, which has FlashInfer compile its all-reduce for minutes.
-            passes = {"fuse_allreduce_rms": False} if mode == "tensor parallel" else {}
-            sizes = [1, 2, 4, 8, 16, 24, 32]
-            args |= dict(compilation_config={"cudagraph_capture_sizes": sizes, "pass_config": passes})
+            args |= with_graphs(tensor_parallel=mode == "tensor parallel")
         stock = Engine(model, 1, **args)
         nanocp = Engine(model, 2, {"segment_size": 600, "exchange": exchange}, **args)
     yield mode, exchange, stock, nanocp
@@ -266,12 +262,8 @@ def test_tokens(engines: tuple[str, str, Engine, Engine]) -> None:
     two ranks add up what experts make in another order than one. So: as many as with FlashAttention at most, and only
     where candidates are one or two steps of bfloat16 apart."""
     mode, exchange, stock, nanocp = engines
-    asks = [
-        Ask(prompt(n, 50 + n + 7 * k), dict(max_tokens=24, logprobs=20), delay=0.01 * i)
-        for k in range(4)
-        for i, n in enumerate(LENGTHS)
-    ]
-    together, alone = stock.ask(asks), [stock.ask([ask])[0] for ask in asks]
+    asks = requests(4)
+    together, alone = answers(stock, asks)
     before = nanocp.status()
     ours = nanocp.ask(asks)
     after = nanocp.status()

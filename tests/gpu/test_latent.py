@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.harness import Ask, Engine, prompt
+from tests.engine.harness import Engine
 from tests.unit.latent_steps import latent_shape
 from tests.unit.processes import run_ranks
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
 
 from . import FOUR_GPUS, GPUS, ONE_GPU, SHARED, TWO_GPUS
+from .beside_stock import all_partings, answers, check_partings, common, requests, with_graphs
 from .modes import check_error, on_ranks
-from .test_exact import all_partings, check_partings, common
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = [
@@ -209,7 +209,6 @@ def test_memory(heads: str, ranks: int) -> None:
 
 # -- Engines --------------------------------------------------------------------------------------------------------
 
-LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 # Names as in ``test_exact.py``, so that one variable chooses in both.
 ENGINES = ("v2", "v1", "graphs", "collective", "moves", "fp8", "tensor parallel")
 GRAPHS = ("graphs", "collective", "moves", "fp8", "tensor parallel")
@@ -228,9 +227,7 @@ def engines(request: pytest.FixtureRequest, deepseek: str) -> Iterator[tuple[str
         graphs = mode in GRAPHS
         args = common() | dict(attention_config={"backend": "FLASH_ATTN_MLA"}, enforce_eager=not graphs)
         if graphs:
-            passes = {"fuse_allreduce_rms": False} if mode == "tensor parallel" else {}
-            sizes = [1, 2, 4, 8, 16, 24, 32]
-            args |= dict(compilation_config={"cudagraph_capture_sizes": sizes, "pass_config": passes})
+            args |= with_graphs(tensor_parallel=mode == "tensor parallel")
         if mode == "tensor parallel":
             args |= dict(tensor_parallel_size=2, disable_custom_all_reduce=SHARED)
         if mode == "fp8":  # which vLLM serves by FLASHMLA, and in blocks of 64 tokens
@@ -251,18 +248,14 @@ def engines(request: pytest.FixtureRequest, deepseek: str) -> Iterator[tuple[str
 def test_tokens(engines: tuple[str, Engine, Engine]) -> None:
     """As ``test_exact.py`` has it: bfloat16 runs part where candidates are close, also stock's own two."""
     mode, stock, nanocp = engines
-    asks = [
-        Ask(prompt(n, 50 + n + 7 * k), dict(max_tokens=24, logprobs=20), delay=0.01 * i)
-        for k in range(2 if SHARED else 4)  # shared GPUs take turns
-        for i, n in enumerate(LENGTHS)
-    ]
-    together, alone = stock.ask(asks), [stock.ask([ask])[0] for ask in asks]
+    asks = requests()
+    theirs = answers(stock, asks)
     before = nanocp.status()
-    ours, ours_alone = nanocp.ask(asks), [nanocp.ask([ask])[0] for ask in asks]
+    ours = answers(nanocp, asks)
     after = nanocp.status()
     assert after["sharded_steps"] > before["sharded_steps"]
     assert mode != "moves" or after["moves"] > before["moves"]
-    found = all_partings(mode, (together, alone), (ours, ours_alone))
+    found = all_partings(mode, theirs, ours)
     nanocp.check_nothing_left()
     counters = nanocp.call(nanocp.llm.collective_rpc("nanocp_counters"))
     print(f"{mode}: {counters}")

@@ -25,10 +25,10 @@ from tests.unit.test_model_drafts import later_forwards
 from vllm_nanocp.entry import refusals
 
 from . import TWO_GPUS
+from .beside_stock import Answers, all_partings, check_partings, common, with_graphs
 from .latent_steps import cuda_kernel
 from .test_attention import OF_STOCK, RELATIVE, SHAPES, stock_flash
-from .test_drafts import MOST, ROUNDED, check_grammar
-from .test_exact import all_partings, check_partings, common
+from .test_drafts import GRAPH_SIZES, MOST, ROUNDED, check_grammar
 from .test_latent import HOPPER
 from .test_latent import SHAPES as LATENT
 
@@ -145,7 +145,7 @@ def arguments(mode: Mode) -> dict[str, Any]:
     if mode.method == "latent mtp":
         args |= dict(attention_config={"backend": "FLASH_ATTN_MLA"})
     if mode.graphs:
-        args |= dict(compilation_config={"cudagraph_capture_sizes": [4, 8, 16, 32, 64, 96, 128]})
+        args |= with_graphs(GRAPH_SIZES)
     return args | (dict(async_scheduling=False) if mode.runner == "0" else {})
 
 
@@ -211,7 +211,7 @@ def test_tokens(engines: tuple[str, Seen, Engine]) -> None:
     ours = see(nanocp)
     counters = nanocp.call(nanocp.llm.collective_rpc("nanocp_counters"))
     print(f"{name}: {counters} {nanocp.status()}")
-    found = all_partings(name, (theirs.together, theirs.alone), (ours.together, ours.alone))
+    found = all_partings(name, Answers(theirs.together, theirs.alone), Answers(ours.together, ours.alone))
     same = same_drafts(ours, theirs)
     print(f"{name}: the same drafts {same}; accepted {ours.accepted}, by stock {theirs.accepted}")
     nanocp.check_nothing_left()

@@ -11,7 +11,7 @@ import pytest
 from tests.engine.harness import RESTLESS, Ask, Engine, prompt
 
 from . import TWO_GPUS
-from .test_exact import STEP, TIE, common, partings
+from .beside_stock import STEP, TIE, common, partings
 
 pytestmark = [
     pytest.mark.gpu,

@@ -313,6 +313,12 @@ def test_memory_of_the_routed_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = {rows: max(launch(rows), family.kernel.memory(rows, *layers)) for rows in (1376, 2016, 2112)}
     assert places_memory(344, 3, 4, *layers, family.kernel) == max(needed.values())
     assert launch(2016) > launch(2112)
+    # And the later forwards of a draft model, of one query a place: 32 rows are cut into more pieces than 48.
+    monkeypatch.setattr(context, "queries", 3)
+    monkeypatch.setattr(context, "routes", {8: None})
+    first = family.most_memory(3, 64)
+    monkeypatch.setattr(context, "draft_routes", {8: None})
+    assert family.most_memory(3, 64) == launch(4 * 8) > first
 
 
 def test_fixed_tables_begin_at_multiples_of_16_bytes() -> None:

@@ -353,8 +353,11 @@ class LatentOnHopper:
 
     def most_memory(self, num_ranks: int, max_tokens: int) -> int:
         most = most_memory(num_ranks, max_tokens, self.sizes, self.dtype, self.kernel)
-        layers = (context.queries, self.sizes, self.dtype, self.kernel)
-        return max([most, *(places_memory(capacity, num_ranks, *layers) for capacity in context.routes)])
+        layers = self.sizes, self.dtype, self.kernel
+        # The later forwards of a draft model have fewer queries, but these are cut into more pieces.
+        used = [(capacity, context.queries) for capacity in context.routes]
+        used += [(capacity, 1) for capacity in context.draft_routes]
+        return max([most, *(places_memory(capacity, num_ranks, queries, *layers) for capacity, queries in used)])
 
     def warm_up(self, layer: Any) -> None:
         device, layout, many = layer.kv_cache.device, self.layout, 1024

@@ -138,10 +138,11 @@ def flash() -> Kernel:
 
 @pytest.mark.parametrize("latent", [False, True])
 def test_later_forwards_over_routes(tmp_path: Path, latent: bool) -> None:
-    """The same over memory that two processes share. Forwards repeat a layer, and none takes another's answers."""
+    """The same over memory that two processes share. Forwards repeat a layer, and none takes another's answers. Those
+    of latents are padded and run with what was there before the first one, as from a graph."""
     kernel = partial(flash_kernel, "cpu", 4, 0, True, str(tmp_path), 1)
     if latent:
-        kernel = partial(kernel_of, "cpu", 4, 0, shared=str(tmp_path), routed=True)
+        kernel = partial(kernel_of, "cpu", 4, 12, shared=str(tmp_path), routed=True, graph=True)
     results = run_ranks(2, later_forwards, range(4), FLASH_LATENT if latent else ROUTED, kernel, seconds=100)
     for worst, counts in results:
         assert worst < (8e-2 if latent else 4e-2) and counts["routed"] >= 2, (worst, counts)

@@ -304,7 +304,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "a draft model with FLASHINFER": partial(_drafts_with_flashinfer, method="mtp"),
     "a draft model with --enable-prompt-embeds": _drafts("eagle", "model_config.enable_prompt_embeds", True),
     "another way to verify drafts on CPU": _drafts("ngram", rejection_sample_method="synthetic"),
-    "speculative decoding on GPUs by this method": _drafts("ngram", "parallel_config.worker_cls", GPU_WORKER),
+    "speculative decoding on GPUs (": _drafts("ngram", "parallel_config.worker_cls", GPU_WORKER),
     "speculative decoding on GPUs with the V1": _drafts("ngram_gpu", "parallel_config.worker_cls", GPU_WORKER),
     "speculative decoding with async scheduling": _drafts("ngram", "scheduler_config.async_scheduling", True),
     "speculative decoding with the V2 model runner": _drafts("ngram", "attention_config.hisparse_config", object()),

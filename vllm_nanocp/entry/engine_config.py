@@ -12,7 +12,7 @@ from .. import patches
 from ..attention.cache_dtypes import CACHE_DTYPES, FLOAT8_CACHES
 from ..config import MAX_PLACES, NanoCPConfig, largest_capacity
 from ..errors import UNSHARDED, refuse
-from .drafters import CPU_WORKER, GPU_WORKER, drafts_by_model
+from .drafters import CPU_WORKER, GPU_WORKER, check_drafter, drafts_by_model
 from .refusals import EXECUTORS, SCHEDULER, check_environment, check_flags, check_settings
 
 # From so many requests on, over all ranks, schedulers in processes of their own are worth their messages.
@@ -35,7 +35,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
     if not model.is_moe:
         refuse(
             f"the model {model.model}",
-            "it has no experts, so its data-parallel ranks need not step together",
+            "vLLM finds no experts in its configuration, so its data-parallel ranks need not step together",
             "serve it without --nanocp, in independent replicas",
         )
     if config.degree_limit == 1:
@@ -51,15 +51,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
             "a recurrent state cannot be cut into shards",
             instead,
         )
-    windowed = model.get_sliding_window() is not None or "sliding_attention" in (
-        getattr(text, "layer_types", None) or ()
-    )
-    if windowed or getattr(text, "attention_chunk_size", None):
-        refuse(
-            "sliding-window attention with max_degree above 1",
-            "queries would need a mask at the holders",
-            instead,
-        )
+    _check_windows(model, instead)
     if getattr(text, "attn_logit_softcapping", None) or getattr(text, "alibi", None):
         refuse(
             "softcapped or ALiBi attention with max_degree above 1",
@@ -78,6 +70,22 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
             "VLLM_BATCH_INVARIANT with max_degree above 1",
             "how a request's KV is cut depends on the other requests",
             "unset it, or " + instead,
+        )
+
+
+def _check_windows(model: Any, instead: str) -> None:
+    """Refuse attention to a part of the context. A configuration that names the kind of each layer may have a window
+    that none of them uses; without such a list all layers have it."""
+    text = model.hf_text_config
+    kinds, window = getattr(text, "layer_types", None) or (), model.get_sliding_window()
+    if getattr(text, "attention_chunk_size", None):
+        refuse("chunked attention with max_degree above 1", "queries would need a mask at the holders", instead)
+    if "sliding_attention" in kinds or (window is not None and not kinds):
+        whole = "" if kinds else f"add --disable-sliding-window, with which no request is longer than {window}, or "
+        refuse(
+            "sliding-window attention with max_degree above 1",
+            "queries would need a mask at the holders",
+            whole + instead,
         )
 
 
@@ -246,6 +254,19 @@ def apart(vllm_config: Any, config: NanoCPConfig) -> bool:
     return not details and config.ranks * vllm_config.scheduler_config.max_num_seqs >= MANY_REQUESTS
 
 
+def all_here(args: Any, ranks: int) -> None:
+    """Leave out flags for ranks on several machines where they say that this one has all: so does vLLM.
+
+    Args:
+        args: an argparse namespace or ``EngineArgs``; changed.
+        ranks: how many there are.
+    """
+    local, first = (getattr(args, f"data_parallel_{name}", None) for name in ("size_local", "start_rank"))
+    if local == ranks and first in (None, 0):
+        args.data_parallel_size_local = args.data_parallel_start_rank = None
+        args.data_parallel_hybrid_lb = False
+
+
 def one_engine(parallel: Any) -> None:
     """Make one engine of N in vLLM's finished ``ParallelConfig``.
 
@@ -275,6 +296,16 @@ def with_defaults(config: NanoCPConfig, cpu: bool) -> NanoCPConfig:
     return replace(config, **unset)
 
 
+def _created(engine_args: Any, create: Callable[[], Any]) -> Any:
+    """vLLM's configuration; what it says of drafts as a refusal."""
+    patches.apply_all(patches.CONFIG_PATCHES)
+    try:
+        return create()
+    except (ValueError, NotImplementedError) as error:
+        check_drafter(engine_args, error)
+        raise
+
+
 def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     """Create the engine configuration with this package's scheduler, executor and worker.
 
@@ -293,6 +324,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     from . import http_limits, world_size
 
     config = nanocp_config.parse(engine_args.additional_config[nanocp_config.KEY], engine_args.data_parallel_size)
+    all_here(engine_args, config.ranks)
     check_flags(engine_args)
     check_environment()
     if current_platform.is_cuda():
@@ -312,8 +344,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     backend = engine_args.distributed_executor_backend or "mp"
     engine_args.distributed_executor_backend = EXECUTORS.get(backend, backend)
     engine_args.worker_cls = worker
-    patches.apply_all(patches.CONFIG_PATCHES)
-    vllm_config = create()
+    vllm_config = _created(engine_args, create)
     engine_args.data_parallel_size = 1
     check_settings(vllm_config, config.degree_limit, config.gap is not None)
     if drafts_by_model(vllm_config):

@@ -13,6 +13,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
 from tests.unit.test_derived_settings import (  # noqa: F401
     NANOCP,
     RANKS,
@@ -142,7 +146,9 @@ def model_config(window: int | None, **text: Any) -> Any:
         hf_text_config=SimpleNamespace(**text),
         **fields,
     )
-    return SimpleNamespace(model_config=model, cache_config=SimpleNamespace(cache_dtype="auto"))
+    attention = SimpleNamespace(backend=None, flash_attn_version=None)
+    cache = SimpleNamespace(cache_dtype="auto")
+    return SimpleNamespace(model_config=model, cache_config=cache, attention_config=attention)
 
 
 FULL, WINDOWED = "full_attention", "sliding_attention"
@@ -171,3 +177,40 @@ def test_windows_that_layers_have(window: int | None, text: dict[str, Any], what
     line = refusal(lambda: check_model(model_config(window, **text), NanoCPConfig(ranks=2)))
     assert line.startswith(f"nanocp: {what} with max_degree above 1") and '"max_degree": 1' in line
     assert instead in line and ("--disable-sliding-window" in line) == bool(instead)
+
+
+ON_HOPPER = "leave --attention-backend out on a Hopper GPU, use --attention-backend FLASHINFER, or "
+
+
+@pytest.mark.parametrize(
+    ("major", "backend", "version", "parts"),
+    [
+        (9, None, None, ()),
+        (9, "FLASH_ATTN", 3, ()),
+        (None, None, None, ()),
+        (8, "FLASHINFER", None, ()),
+        (10, None, None, ()),  # where vLLM takes FlashInfer
+        (9, "TRITON_ATTN", None, ("attention by TRITON_ATTN with", ON_HOPPER)),
+        (9, "FLEX_ATTENTION", None, ("attention by FLEX_ATTENTION with", ON_HOPPER)),
+        (9, None, 2, ("attention with flash_attn_version 2 with", "; leave it out of --attention-config, use ")),
+        (8, None, None, ("FLASH_ATTN on GPUs of compute capability 8.0", "; use --attention-backend FLASHINFER, or ")),
+        (10, "FLASH_ATTN", None, ("compute capability 10.0", "; use --attention-backend FLASHINFER, or ")),
+        (12, None, None, ("compute capability 12.0", "; use --attention-backend FLASHINFER, or ")),
+    ],
+)
+def test_backends_without_partial_results(
+    major: int | None, backend: str | None, version: int | None, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GPUs, before a model is loaded for minutes."""
+    capability = None if major is None else DeviceCapability(major, 0)
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda: capability)
+    config = model_config(None)
+    config.attention_config.backend = backend and AttentionBackendEnum[backend]
+    config.attention_config.flash_attn_version = version
+    check_model(config, NanoCPConfig(ranks=2, max_degree=1))
+    if not parts:
+        check_model(config, NanoCPConfig(ranks=2))
+        return
+    line = refusal(lambda: check_model(config, NanoCPConfig(ranks=2)))
+    assert all(part in line for part in parts) and line.endswith("no sharding")

@@ -10,6 +10,7 @@ from typing import Any
 from .. import config as nanocp_config
 from .. import patches
 from ..attention.cache_dtypes import CACHE_DTYPES, FLOAT8_CACHES
+from ..attention.families import flashinfer_chosen
 from ..config import MAX_PLACES, NanoCPConfig, largest_capacity
 from ..errors import UNSHARDED, refuse
 from .drafters import CPU_WORKER, GPU_WORKER, check_drafter, drafts_by_model
@@ -45,6 +46,8 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
         refuse("an encoder-decoder model with max_degree above 1", "cross-attention has no shards", instead)
     if model.use_mla:
         _check_latent(vllm_config, cuda, instead)
+    elif cuda and not flashinfer_chosen(vllm_config):
+        _check_flash(vllm_config.attention_config, instead)
     if model.is_hybrid or model.is_attention_free:
         refuse(
             "a hybrid or attention-free model with max_degree above 1",
@@ -87,6 +90,27 @@ def _check_windows(model: Any, instead: str) -> None:
             "queries would need a mask at the holders",
             whole + instead,
         )
+
+
+def _check_flash(attention: Any, instead: str) -> None:
+    """Refuse what the layers would be refused for once the model is loaded, which takes long for a large one."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    capability, version = current_platform.get_device_capability(), attention.flash_attn_version
+    if attention.backend not in (None, AttentionBackendEnum.FLASH_ATTN):
+        what, away = f"attention by {attention.backend.name}", "leave --attention-backend out on a Hopper GPU, "
+    elif capability is not None and capability.major != 9:
+        what, away = f"attention by FLASH_ATTN on GPUs of compute capability {capability.as_version_str()}", ""
+    elif version not in (None, 3):
+        what, away = f"attention with flash_attn_version {version}", "leave it out of --attention-config, "
+    else:
+        return
+    refuse(
+        f"{what} with max_degree above 1",
+        "shards attend by FlashAttention 3, which is for Hopper (9.0), or by FlashInfer",
+        f"{away}use --attention-backend FLASHINFER, or {instead}",
+    )
 
 
 def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:

@@ -27,8 +27,9 @@ from tests.unit.test_derived_settings import (  # noqa: F401
 )
 from vllm_nanocp.config import NanoCPConfig
 from vllm_nanocp.entry.drafters import check_drafter
-from vllm_nanocp.entry.engine_config import all_here, check_model
-from vllm_nanocp.entry.refusals import check_flags
+from vllm_nanocp.entry.engine_config import check_model
+from vllm_nanocp.entry.machines import all_here, check_gpus
+from vllm_nanocp.entry.refusals import EXECUTORS, check_flags
 from vllm_nanocp.errors import NanoCPConfigError
 
 # -- ranks on machines ---------------------------------------------------------------------------------------------
@@ -81,6 +82,45 @@ def test_ranks_on_several_machines(given: dict[str, Any]) -> None:
     field, value = list(given.items())[-1]
     assert "--" + field.replace("_", "-") + ("" if value is True else f" {value}") in line
     assert line.endswith("ranks on several machines need --distributed-executor-backend ray")
+
+
+@pytest.mark.parametrize(
+    ("backend", "ranks", "workers", "count", "others", "refused"),
+    [
+        ("mp", 16, 1, 8, {}, True),
+        ("mp", 4, 4, 8, {}, True),
+        ("mp", 4, 2, 8, {}, False),
+        ("ray", 16, 1, 8, {}, False),  # the other nodes' are not known here
+        ("mp", 3, 1, 8, {"assigned_physical_gpu_ids": [4, 5]}, True),
+        ("mp", 2, 1, 1, {"assigned_physical_gpu_ids": [0, 0]}, False),
+        ("mp", 2, 1, 0, {}, False),  # not a machine that serves
+    ],
+)
+def test_more_workers_than_gpus(
+    backend: str,
+    ranks: int,
+    workers: int,
+    count: int,
+    others: dict[str, Any],
+    refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with a command for two machines of which the flags for several are left out."""
+    parallel = SimpleNamespace(
+        tensor_parallel_size=workers,
+        distributed_executor_backend=EXECUTORS[backend],
+        **({"assigned_physical_gpu_ids": None} | others),
+    )
+    check_gpus(parallel, ranks)  # on CPU
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(current_platform, "device_count", lambda: count)
+    if not refused:
+        check_gpus(parallel, ranks)
+        return
+    line = refusal(lambda: check_gpus(parallel, ranks))
+    assert f"{ranks} ranks of {workers} workers each on " in line and "--distributed-executor-backend ray" in line
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    check_gpus(parallel, ranks)
 
 
 # -- drafters ------------------------------------------------------------------------------------------------------

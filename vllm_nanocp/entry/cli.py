@@ -81,7 +81,7 @@ def fold(args: argparse.Namespace) -> None:
     else:
         return
     _require_supported()
-    from .engine_config import all_here
+    from .machines import all_here
     from .refusals import check_command, check_environment, check_flags
 
     config = nanocp_config.parse(raw, args.data_parallel_size)

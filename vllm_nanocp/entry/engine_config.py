@@ -278,19 +278,6 @@ def apart(vllm_config: Any, config: NanoCPConfig) -> bool:
     return not details and config.ranks * vllm_config.scheduler_config.max_num_seqs >= MANY_REQUESTS
 
 
-def all_here(args: Any, ranks: int) -> None:
-    """Leave out flags for ranks on several machines where they say that this one has all: so does vLLM.
-
-    Args:
-        args: an argparse namespace or ``EngineArgs``; changed.
-        ranks: how many there are.
-    """
-    local, first = (getattr(args, f"data_parallel_{name}", None) for name in ("size_local", "start_rank"))
-    if local == ranks and first in (None, 0):
-        args.data_parallel_size_local = args.data_parallel_start_rank = None
-        args.data_parallel_hybrid_lb = False
-
-
 def one_engine(parallel: Any) -> None:
     """Make one engine of N in vLLM's finished ``ParallelConfig``.
 
@@ -321,13 +308,18 @@ def with_defaults(config: NanoCPConfig, cpu: bool) -> NanoCPConfig:
 
 
 def _created(engine_args: Any, create: Callable[[], Any]) -> Any:
-    """vLLM's configuration; what it says of drafts as a refusal."""
+    """vLLM's configuration. What it says of a drafter that it does not take is a refusal."""
     patches.apply_all(patches.CONFIG_PATCHES)
     try:
-        return create()
+        vllm_config = create()
     except (ValueError, NotImplementedError) as error:
         check_drafter(engine_args, error)
         raise
+    if drafts_by_model(vllm_config):
+        # Else vLLM computes the last block of a cached prefix again, for the draft model's sake, where placement counts
+        # on all of them. One of its keys then comes from the token that followed there, and may make a draft wrong.
+        vllm_config.speculative_config.disable_eagle_block_drop = True
+    return vllm_config
 
 
 def make(engine_args: Any, create: Callable[[], Any]) -> Any:
@@ -345,10 +337,10 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     from .. import kv_event_sources, rank_hint
     from ..executor import failed_start
     from ..metrics.install import install as install_metrics
-    from . import http_limits, world_size
+    from . import http_limits, machines, world_size
 
     config = nanocp_config.parse(engine_args.additional_config[nanocp_config.KEY], engine_args.data_parallel_size)
-    all_here(engine_args, config.ranks)
+    machines.all_here(engine_args, config.ranks)
     check_flags(engine_args)
     check_environment()
     if current_platform.is_cuda():
@@ -371,10 +363,7 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     vllm_config = _created(engine_args, create)
     engine_args.data_parallel_size = 1
     check_settings(vllm_config, config.degree_limit, config.gap is not None)
-    if drafts_by_model(vllm_config):
-        # Else vLLM computes the last block of a cached prefix again, for the draft model's sake, where placement counts
-        # on all of them. One of its keys then comes from the token that followed there, and may make a draft wrong.
-        vllm_config.speculative_config.disable_eagle_block_drop = True
+    machines.check_gpus(vllm_config.parallel_config, config.ranks)
     check_model(vllm_config, config)
     check_capacities(vllm_config, config)
     check_graphs(vllm_config, config)

@@ -257,10 +257,12 @@ def _adapts_experts_on_cpu(vllm_config: Any) -> bool:
 
 
 def _odd_blocks_on_cpu(vllm_config: Any) -> bool:
-    """Whether vLLM would find no kernel there for blocks of this size."""
+    """Whether vLLM would find no kernel there for blocks of this size. Where nobody gave one it takes one that it has,
+    from 0.33 on after this."""
     if vllm_config.parallel_config.worker_cls != CPU_WORKER or vllm_config.model_config.use_mla:
         return False
-    return bool((vllm_config.cache_config.block_size or 0) % 32)
+    cache = vllm_config.cache_config
+    return bool(cache.user_specified_block_size and cache.block_size % 32)
 
 
 _INDEPENDENT = "serve it without --nanocp, in independent replicas"

@@ -49,7 +49,7 @@ BY_HAND: dict[str, dict[str, str]] = {
         _PARALLEL: "data_parallel_external_lb data_parallel_hybrid_lb decode_context_parallel_size dp_sync_interval "
         "enable_elastic_ep enable_eplb nnodes numa_bind pipeline_parallel_size prefill_context_parallel_size "
         "use_ubatching",
-        "vllm.config.cache.CacheConfig": "kv_sharing_fast_prefill",
+        "vllm.config.cache.CacheConfig": "block_size kv_sharing_fast_prefill user_specified_block_size",
     },
     "drafters.py": {_ARGS: "spec_method spec_model speculative_config"},
     "machines.py": {

@@ -105,11 +105,16 @@ REFUSED_VALUES: dict[str, tuple[list[str], str]] = {
 _ONLY_REFUSED = " ".join(
     name for name in REFUSED_VALUES
     if name not in ("distributed_executor_backend", "mm_processor_cache_type", "headless", "aux_output_config",
-                    "speculative_config", "spec_method")
+                    "speculative_config", "spec_method", "data_parallel_size_local", "data_parallel_start_rank",
+                    "data_parallel_hybrid_lb")
 )  # fmt: skip
 
 ENGINE = (
     Group(WORKS, "how many ranks", "data_parallel_size", "engine/test_exact.py::test_tokens_and_logprobs"),
+    Group(WORKS, "only where they say that all ranks are on this machine, which changes nothing in vLLM: as many "
+          "as there are, from 0 on; else refused",
+          "data_parallel_size_local data_parallel_start_rank data_parallel_hybrid_lb",
+          "unit/test_deployments.py::test_all_ranks_on_this_machine"),
     Group(WORKS, "workers of a rank", "tensor_parallel_size", "engine/test_exact.py::test_tensor_parallel"),
     Group(WORKS, "`mp` and `ray`; others are refused", "distributed_executor_backend",
           "ray/test_exact.py::test_three_ranks"),
@@ -230,7 +235,7 @@ ENGINE = (
           "dcp_comm_backend dcp_q_replicate dcp_kv_cache_interleave_size cp_kv_cache_interleave_size"),
     Group(NOTHING, "only with micro-batches, which are refused",
           "dbo_decode_token_threshold dbo_prefill_token_threshold"),
-    Group(NOTHING, "only with `--enable-eplb`, which is refused", "eplb_config"),
+    Group(NOTHING, "only with `--enable-eplb`, which is refused; vLLM refuses redundant experts alone", "eplb_config"),
     Group(NOTHING, "only with `--enable-fault-tolerance`, which is refused", "fault_tolerance_config"),
     Group(NOTHING, "only with `--numa-bind`, which is refused; vLLM refuses them alone",
           "numa_bind_nodes numa_bind_cpus"),

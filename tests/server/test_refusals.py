@@ -255,7 +255,7 @@ LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
         (fake_config(is_hybrid=True), "hybrid"),
         (fake_config(is_attention_free=True), "attention-free"),
         (fake_config({"layer_types": ["full_attention", "sliding_attention"]}), "sliding-window"),
-        (fake_config({"attention_chunk_size": 8192}), "sliding-window"),
+        (fake_config({"attention_chunk_size": 8192}), "chunked attention"),
         (fake_config({"attn_logit_softcapping": 30.0}), "softcapped"),
         (fake_config({"alibi": True}), "ALiBi"),
         (fake_config(cache_dtype="int8_per_token_head"), "--kv-cache-dtype int8_per_token_head"),

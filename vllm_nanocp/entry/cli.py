@@ -81,10 +81,12 @@ def fold(args: argparse.Namespace) -> None:
     else:
         return
     _require_supported()
+    from .machines import all_here
     from .refusals import check_command, check_environment, check_flags
 
     config = nanocp_config.parse(raw, args.data_parallel_size)
     check_command(getattr(args, "subparser", None))
+    all_here(args, config.ranks)
     check_flags(args)
     check_environment()
     args.additional_config = {**(additional or {}), nanocp_config.KEY: config.to_dict()}

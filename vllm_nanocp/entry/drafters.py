@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from ..attention.cache_dtypes import FLOAT8_CACHES
 from ..attention.families import flashinfer_chosen
+from ..errors import refuse
 
 CPU_WORKER = "vllm_nanocp.worker.cpu_worker.NanoCPCPUWorker"
 GPU_WORKER = "vllm_nanocp.worker.gpu_worker.NanoCPGPUWorker"
@@ -25,6 +26,11 @@ def _named(drafts: Any) -> Any:
 
     method = drafts.get("method") if isinstance(drafts, dict) else drafts
     return "mtp" if method in get_args(MTPModelTypes) else method
+
+
+def given_drafts(drafts: Any) -> Any:
+    """A flag's value as a line shows it: of a configuration the method."""
+    return f"with the method {drafts.get('method')}" if isinstance(drafts, dict) else drafts
 
 
 def other_drafter(drafts: Any) -> bool:
@@ -124,4 +130,30 @@ def other_verification(vllm_config: Any) -> bool:
         draft_method(vllm_config) is not None
         and vllm_config.speculative_config.rejection_sample_method != "standard"
         and vllm_config.parallel_config.worker_cls == CPU_WORKER
+    )
+
+
+def check_drafter(engine_args: Any, error: Exception) -> None:
+    """Refuse a drafter that vLLM itself does not take: as the model of another method, or of none.
+
+    Args:
+        engine_args: vLLM's, of which no configuration could be made.
+        error: vLLM's. Where it is not about speculative decoding nothing is done.
+
+    Raises:
+        NanoCPConfigError
+    """
+    given = engine_args.speculative_config or {"method": engine_args.spec_method, "model": engine_args.spec_model}
+    if getattr(error, "title", "") == "SpeculativeConfig":
+        said = str(error.errors()[0]["msg"])  # type: ignore[attr-defined]
+    elif isinstance(error, NotImplementedError) and "speculative method" in str(error):
+        said = str(error)
+    else:
+        return
+    said = said.removeprefix("Value error, ").partition(" Supported architectures:")[0]
+    named = [f"the {key} {given[key]}" for key in ("method", "model") if given.get(key)]
+    refuse(
+        "speculative decoding with " + (" and ".join(named) or "this configuration"),
+        "vLLM does not take it: " + said.partition("\n")[0][:300].rstrip(". "),
+        "name a drafter that was made for this model, and what it needs, or leave it out",
     )

@@ -10,9 +10,10 @@ from typing import Any
 from .. import config as nanocp_config
 from .. import patches
 from ..attention.cache_dtypes import CACHE_DTYPES, FLOAT8_CACHES
+from ..attention.families import flashinfer_chosen
 from ..config import MAX_PLACES, NanoCPConfig, largest_capacity
 from ..errors import UNSHARDED, refuse
-from .drafters import CPU_WORKER, GPU_WORKER, drafts_by_model
+from .drafters import CPU_WORKER, GPU_WORKER, check_drafter, drafts_by_model
 from .refusals import EXECUTORS, SCHEDULER, check_environment, check_flags, check_settings
 
 # From so many requests on, over all ranks, schedulers in processes of their own are worth their messages.
@@ -35,7 +36,7 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
     if not model.is_moe:
         refuse(
             f"the model {model.model}",
-            "it has no experts, so its data-parallel ranks need not step together",
+            "vLLM finds no experts in its configuration, so its data-parallel ranks need not step together",
             "serve it without --nanocp, in independent replicas",
         )
     if config.degree_limit == 1:
@@ -45,21 +46,15 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
         refuse("an encoder-decoder model with max_degree above 1", "cross-attention has no shards", instead)
     if model.use_mla:
         _check_latent(vllm_config, cuda, instead)
+    elif cuda and not flashinfer_chosen(vllm_config):
+        _check_flash(vllm_config.attention_config, instead)
     if model.is_hybrid or model.is_attention_free:
         refuse(
             "a hybrid or attention-free model with max_degree above 1",
             "a recurrent state cannot be cut into shards",
             instead,
         )
-    windowed = model.get_sliding_window() is not None or "sliding_attention" in (
-        getattr(text, "layer_types", None) or ()
-    )
-    if windowed or getattr(text, "attention_chunk_size", None):
-        refuse(
-            "sliding-window attention with max_degree above 1",
-            "queries would need a mask at the holders",
-            instead,
-        )
+    _check_windows(model, instead)
     if getattr(text, "attn_logit_softcapping", None) or getattr(text, "alibi", None):
         refuse(
             "softcapped or ALiBi attention with max_degree above 1",
@@ -79,6 +74,43 @@ def check_model(vllm_config: Any, config: NanoCPConfig) -> None:
             "how a request's KV is cut depends on the other requests",
             "unset it, or " + instead,
         )
+
+
+def _check_windows(model: Any, instead: str) -> None:
+    """Refuse attention to a part of the context. A configuration that names the kind of each layer may have a window
+    that none of them uses; without such a list all layers have it."""
+    text = model.hf_text_config
+    kinds, window = getattr(text, "layer_types", None) or (), model.get_sliding_window()
+    if getattr(text, "attention_chunk_size", None):
+        refuse("chunked attention with max_degree above 1", "queries would need a mask at the holders", instead)
+    if "sliding_attention" in kinds or (window is not None and not kinds):
+        whole = "" if kinds else f"add --disable-sliding-window, with which no request is longer than {window}, or "
+        refuse(
+            "sliding-window attention with max_degree above 1",
+            "queries would need a mask at the holders",
+            whole + instead,
+        )
+
+
+def _check_flash(attention: Any, instead: str) -> None:
+    """Refuse what the layers would be refused for once the model is loaded, which takes long for a large one."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    capability, version = current_platform.get_device_capability(), attention.flash_attn_version
+    if attention.backend not in (None, AttentionBackendEnum.FLASH_ATTN):
+        what, away = f"attention by {attention.backend.name}", "leave --attention-backend out on a Hopper GPU, "
+    elif capability is not None and capability.major != 9:
+        what, away = f"attention by FLASH_ATTN on GPUs of compute capability {capability.as_version_str()}", ""
+    elif version not in (None, 3):
+        what, away = f"attention with flash_attn_version {version}", "leave it out of --attention-config, "
+    else:
+        return
+    refuse(
+        f"{what} with max_degree above 1",
+        "shards attend by FlashAttention 3, which is for Hopper (9.0), or by FlashInfer",
+        f"{away}use --attention-backend FLASHINFER, or {instead}",
+    )
 
 
 def _check_latent(vllm_config: Any, cuda: bool, instead: str) -> None:
@@ -275,6 +307,21 @@ def with_defaults(config: NanoCPConfig, cpu: bool) -> NanoCPConfig:
     return replace(config, **unset)
 
 
+def _created(engine_args: Any, create: Callable[[], Any]) -> Any:
+    """vLLM's configuration. What it says of a drafter that it does not take is a refusal."""
+    patches.apply_all(patches.CONFIG_PATCHES)
+    try:
+        vllm_config = create()
+    except (ValueError, NotImplementedError) as error:
+        check_drafter(engine_args, error)
+        raise
+    if drafts_by_model(vllm_config):
+        # Else vLLM computes the last block of a cached prefix again, for the draft model's sake, where placement counts
+        # on all of them. One of its keys then comes from the token that followed there, and may make a draft wrong.
+        vllm_config.speculative_config.disable_eagle_block_drop = True
+    return vllm_config
+
+
 def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     """Create the engine configuration with this package's scheduler, executor and worker.
 
@@ -290,9 +337,10 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     from .. import kv_event_sources, rank_hint
     from ..executor import failed_start
     from ..metrics.install import install as install_metrics
-    from . import http_limits, world_size
+    from . import http_limits, machines, world_size
 
     config = nanocp_config.parse(engine_args.additional_config[nanocp_config.KEY], engine_args.data_parallel_size)
+    machines.all_here(engine_args, config.ranks)
     check_flags(engine_args)
     check_environment()
     if current_platform.is_cuda():
@@ -312,14 +360,10 @@ def make(engine_args: Any, create: Callable[[], Any]) -> Any:
     backend = engine_args.distributed_executor_backend or "mp"
     engine_args.distributed_executor_backend = EXECUTORS.get(backend, backend)
     engine_args.worker_cls = worker
-    patches.apply_all(patches.CONFIG_PATCHES)
-    vllm_config = create()
+    vllm_config = _created(engine_args, create)
     engine_args.data_parallel_size = 1
     check_settings(vllm_config, config.degree_limit, config.gap is not None)
-    if drafts_by_model(vllm_config):
-        # Else vLLM computes the last block of a cached prefix again, for the draft model's sake, where placement counts
-        # on all of them. One of its keys then comes from the token that followed there, and may make a draft wrong.
-        vllm_config.speculative_config.disable_eagle_block_drop = True
+    machines.check_gpus(vllm_config.parallel_config, config.ranks)
     check_model(vllm_config, config)
     check_capacities(vllm_config, config)
     check_graphs(vllm_config, config)

@@ -26,6 +26,7 @@ from .drafters import (
     drafts_on_a_gpu,
     drafts_over_float8_latents,
     drafts_with_flashinfer,
+    given_drafts,
     other_attention,
     other_drafter,
     other_than_latent_mtp,
@@ -41,6 +42,8 @@ EXECUTORS = {
     "ray": "vllm_nanocp.executor.ray.executor.NanoCPRayExecutor",
 }
 _LEAVE_OUT = "leave it out"
+_OR_RAY = "leave it out, or use --distributed-executor-backend ray"
+_ON_THIS_MACHINE = "leave it out; ranks on several machines need --distributed-executor-backend ray"
 _SYNC_DEFAULT = 16  # vLLM's
 # For ranks that are engines of their own, which each process is told of by its environment. vLLM looks at them only
 # where the data-parallel size is 1.
@@ -88,7 +91,8 @@ class Flag:
     def check(self, args: Any) -> None:
         value = getattr(args, self.field, None)
         if self.refused(value):
-            refuse("--" + self.field.replace("_", "-") + (f" {value}" if self.shown else ""), self.why, self.instead)
+            shown = f" {given_drafts(value)}" if self.shown else ""
+            refuse("--" + self.field.replace("_", "-") + shown, self.why, self.instead)
 
 
 _DRAFT_MODEL = "of the ways to draft with a model only EAGLE, EAGLE3 and MTP have been run"
@@ -115,21 +119,19 @@ FLAGS = (
     Flag("decode_context_parallel_size", _above_one, "it splits every request's KV, which nanocp does per request",
          shown=True),
     Flag("prefill_context_parallel_size", _above_one, "chunks are placed by shard map", shown=True),
-    Flag("speculative_config", other_drafter, _DRAFT_MODEL, _OTHER_DRAFTER),
+    Flag("speculative_config", other_drafter, _DRAFT_MODEL, _OTHER_DRAFTER, shown=True),
     Flag("spec_method", other_drafter, _DRAFT_MODEL, _OTHER_DRAFTER, shown=True),
-    Flag("speculative_config", drafts_on_a_gpu, _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS),
+    Flag("speculative_config", drafts_on_a_gpu, _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS, shown=True),
     Flag("spec_method", drafts_on_a_gpu, _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS, shown=True),
-    *(Flag(field, bool, _ONE_ADDRESS) for field in
+    *(Flag(field, bool, _ONE_ADDRESS, _ON_THIS_MACHINE) for field in
       ("data_parallel_external_lb", "data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb")),
-    *(Flag(field, _given, _ONE_ENGINE) for field in
+    *(Flag(field, _given, _ONE_ENGINE, _ON_THIS_MACHINE, shown=True) for field in
       ("data_parallel_rank", "data_parallel_start_rank", "data_parallel_size_local")),
-    Flag("data_parallel_backend", lambda value: value not in (None, "mp"), _ONE_ENGINE,
-         "leave it out, or use --distributed-executor-backend ray", shown=True),
+    Flag("data_parallel_backend", lambda value: value not in (None, "mp"), _ONE_ENGINE, _OR_RAY, shown=True),
     Flag("nnodes", _above_one, "worker processes are on one machine",
          "use one node, or --distributed-executor-backend ray", shown=True),
-    Flag("node_rank", bool, "worker processes are on one machine",
-         "leave it out, or use --distributed-executor-backend ray", shown=True),
-    Flag("headless", bool, "there is no engine without the API server's"),
+    Flag("node_rank", bool, "worker processes are on one machine", _OR_RAY, shown=True),
+    Flag("headless", bool, "there is no engine without the API server's", _ON_THIS_MACHINE),
     Flag("enable_elastic_ep", bool, "the number of ranks is fixed at start"),
     Flag("elastic_ep_max_dp_size", _given, "the number of ranks is fixed at start"),
     Flag("enable_fault_tolerance", bool, "it watches engines behind an external load balancer, and here is one engine"),
@@ -220,16 +222,19 @@ class Setting:
         what: it is, and the flags that usually make it.
         why: it is refused.
         instead: what to do.
+        by: the method that the line names, where it depends on it.
     """
 
     found: Callable[[Any], Any]
     what: str
     why: str
     instead: str = _LEAVE_OUT
+    by: Callable[[Any], str] | None = None
 
     def check(self, vllm_config: Any) -> None:
         if self.found(vllm_config):
-            refuse(self.what, self.why, self.instead)
+            by = "" if self.by is None else f" by the method {self.by(vllm_config)}"
+            refuse(self.what + by, self.why, self.instead)
 
 
 def _multimodal(vllm_config: Any, field: str) -> Any:
@@ -252,10 +257,12 @@ def _adapts_experts_on_cpu(vllm_config: Any) -> bool:
 
 
 def _odd_blocks_on_cpu(vllm_config: Any) -> bool:
-    """Whether vLLM would find no kernel there for blocks of this size."""
+    """Whether vLLM would find no kernel there for blocks of this size. Where nobody gave one it takes one that it has,
+    from 0.33 on after this."""
     if vllm_config.parallel_config.worker_cls != CPU_WORKER or vllm_config.model_config.use_mla:
         return False
-    return bool((vllm_config.cache_config.block_size or 0) % 32)
+    cache = vllm_config.cache_config
+    return bool(cache.user_specified_block_size and cache.block_size % 32)
 
 
 _INDEPENDENT = "serve it without --nanocp, in independent replicas"
@@ -270,7 +277,7 @@ SETTINGS = (
     Setting(lambda c: draft_method(c) not in (None, *DRAFTERS, *MODEL_DRAFTERS, *GPU_DRAFTERS),
             "speculative decoding with another draft model (--speculative-config, --spec-method, --spec-model, or a "
             "speculators checkpoint)", _DRAFT_MODEL,
-            f"{_OTHER_DRAFTER}; of a speculators checkpoint, serve the model it was made for"),
+            f"{_OTHER_DRAFTER}; of a speculators checkpoint, serve the model it was made for", draft_method),
     Setting(lambda c: drafts_by_model(c) and c.speculative_config.draft_sample_method != "greedy",
             "drafts that a model samples (draft_sample_method in --speculative-config)",
             "their probabilities do not go along when a request moves to another rank",
@@ -303,8 +310,8 @@ SETTINGS = (
             "leave rejection_sample_method out"),
     Setting(lambda c: draft_method(c) not in (None, *GPU_DRAFTERS, *MODEL_DRAFTERS)
             and c.parallel_config.worker_cls == GPU_WORKER,
-            "speculative decoding on GPUs by this method (--speculative-config, --spec-method)",
-            _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS),
+            "speculative decoding on GPUs (--speculative-config, --spec-method)",
+            _DRAFTS_ON_GPUS, _DRAFT_ON_GPUS, draft_method),
     Setting(lambda c: draft_method(c) and c.parallel_config.worker_cls == GPU_WORKER and not c.use_v2_model_runner,
             "speculative decoding on GPUs with the V1 model runner", "it has been run with V2's only",
             "leave VLLM_USE_V2_MODEL_RUNNER unset, or leave speculative decoding out"),
@@ -334,9 +341,8 @@ SETTINGS = (
     Setting(lambda c: _multimodal(c, "mm_processor_cache_type") == "shm", "--mm-processor-cache-type shm", _SHM_CACHE,
             "use lru, the default"),
     Setting(lambda c: c.parallel_config.data_parallel_external_lb or c.parallel_config.data_parallel_hybrid_lb,
-            "an external or hybrid load balancer", _ONE_ADDRESS),
-    Setting(lambda c: c.parallel_config.data_parallel_backend != "mp", "--data-parallel-backend", _ONE_ENGINE,
-            "leave it out, or use --distributed-executor-backend ray"),
+            "an external or hybrid load balancer", _ONE_ADDRESS, _ON_THIS_MACHINE),
+    Setting(lambda c: c.parallel_config.data_parallel_backend != "mp", "--data-parallel-backend", _ONE_ENGINE, _OR_RAY),
     Setting(lambda c: c.parallel_config.nnodes > 1, "--nnodes", "worker processes are on one machine",
             "use one node, or --distributed-executor-backend ray"),
     Setting(lambda c: c.parallel_config.enable_elastic_ep, "--enable-elastic-ep",

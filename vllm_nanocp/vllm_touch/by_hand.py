@@ -35,7 +35,7 @@ BY_HAND: dict[str, dict[str, str]] = {
         _PARALLEL: "data_parallel_index data_parallel_rank data_parallel_rank_local data_parallel_size "
         "data_parallel_size_local",
         _SCHEDULER: "max_num_seqs",
-        "vllm.config.attention.AttentionConfig": "backend",
+        "vllm.config.attention.AttentionConfig": "backend flash_attn_version",
         "vllm.config.cache.CacheConfig": "cache_dtype",
         "vllm.config.compilation.CompilationConfig": "cudagraph_mode",
         "vllm.config.compilation.CUDAGraphMode": "mixed_mode",
@@ -49,7 +49,13 @@ BY_HAND: dict[str, dict[str, str]] = {
         _PARALLEL: "data_parallel_external_lb data_parallel_hybrid_lb decode_context_parallel_size dp_sync_interval "
         "enable_elastic_ep enable_eplb nnodes numa_bind pipeline_parallel_size prefill_context_parallel_size "
         "use_ubatching",
-        "vllm.config.cache.CacheConfig": "kv_sharing_fast_prefill",
+        "vllm.config.cache.CacheConfig": "block_size kv_sharing_fast_prefill user_specified_block_size",
+    },
+    "drafters.py": {_ARGS: "spec_method spec_model speculative_config"},
+    "machines.py": {
+        _ARGS: "data_parallel_hybrid_lb data_parallel_size_local data_parallel_start_rank",
+        _PARALLEL: "assigned_physical_gpu_ids distributed_executor_backend tensor_parallel_size",
+        "vllm.platforms.cuda.CudaPlatformBase": "device_count",
     },
     "exit_code.py": {"vllm.v1.engine.utils.CoreEngineProcManager": "failed_proc_name"},
     "failed_start.py": {"vllm.v1.engine.core.EngineCore": "model_executor scheduler"},

@@ -128,7 +128,8 @@ class NanoCPFlashAttentionImpl(ShardedAttention, FlashAttentionImpl):  # type: i
         if self.vllm_flash_attn_version != 3:
             raise NanoCPConfigError(
                 f"nanocp: FlashAttention {self.vllm_flash_attn_version} with max_degree above 1 is not supported: only "
-                f"version 3 (Hopper GPUs) is known to return mergeable partials; {UNSHARDED}"
+                "version 3 (Hopper GPUs) is known to return mergeable partials; use --attention-backend FLASHINFER, or "
+                + UNSHARDED
             )
 
     def over_shards(

@@ -36,7 +36,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-BLOCK = 16
+BLOCK = 32  # the smallest that vLLM takes on CPU
 SETTINGS = {"moves": False, "parallel_prefill": False}
 
 

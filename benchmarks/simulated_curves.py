@@ -13,6 +13,11 @@ largest values, which may be one gap of a request of two tokens.
 ``computed``: as ``loads.py computed:5x0`` to ``5x2``, whose prompts are computed (gpu_scheduler_processes_4xH200.json).
 How a prompt token's time is divided between its rank and all ranks was fitted to the plugin's three times for all.
 
+``half``: as ``loads.py computed:5x0`` to ``5x2`` on two H200s with half of the layers (gpu_computed_2xH200.json).
+Stock's figures depend on which of its API servers each request comes through: the median and the range of all seeds.
+
+``chats``: short chats beside prompts of 100,000 to 1,000,000 tokens, all computed. Never measured.
+
 ``gap``: the same loads with ``prefill_gap``, over simulated stock. Never measured.
 
 ``larger``: the same load a rank, on more of them. No step of more than four ranks was measured.
@@ -55,6 +60,21 @@ TOLERANCE = 0.1
 WINDOW, SETTLE = 25.0, 8.0
 # The load of computed prompts: requests a second, seconds of arrivals, and those after which requests count; KV tokens.
 COMPUTED_RATE, COMPUTED_WINDOW, COMPUTED_SETTLE, COMPUTED_CAPACITY = 5.0, 20.0, 4.0, 406_901
+# The same on two ranks, with half of the layers: seconds, tokens of a prompt at most, and the systems of that result.
+HALF_WINDOW, HALF_MOST = 18.0, 130_048
+SHARE = PrefillGap(ms=None, decode_steps=0, decode_share=0.05)
+HALF = {"stock": Settings(), "nanocp": Settings(), "chunks of 4096": Settings(chunk_tokens=4096)}
+# Never measured.
+HALF_OTHERS = {
+    "16384": Settings(16_384),
+    "16384, chunks of 4096": Settings(16_384, chunk_tokens=4096),
+    "auto, chunks of 4096": Settings("auto", chunk_tokens=4096),
+    "chunks of 4096, decode_share 0.05": Settings(chunk_tokens=4096, prefill_gap=SHARE),
+    "16384, chunks of 4096, decode_share 0.05": Settings(16_384, chunk_tokens=4096, prefill_gap=SHARE),
+    "200 ms, 2 decode steps": Settings(prefill_gap=PrefillGap(ms=200.0, decode_steps=2)),
+}
+# Short chats, by ranks so many a second, of which a hundredth has 100,000 to 1,000,000 tokens.
+CHATS, CHATS_PART, CHATS_WINDOW, CHATS_CAPACITY = {4: 10.0, 8: 15.0}, 0.01, 20.0, 1_060_000
 BESIDE = ("tpot_p50", "ttft_p50", "ttft_p99", "preemptions")
 GAPS = {
     "off": None,
@@ -63,7 +83,7 @@ GAPS = {
     "400 ms, no decode steps": PrefillGap(decode_steps=0),
     "200 ms, 2 decode steps": PrefillGap(ms=200.0, decode_steps=2),
 }
-PARTS = ("curves", "computed", "gap", "larger")
+PARTS = ("curves", "computed", "half", "chats", "gap", "larger")
 FIGURES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99")
 # A rank's share of these rates on four.
 LARGER, LARGER_WINDOW = (4.0, 6.0, 8.0), 60.0
@@ -108,12 +128,12 @@ def point(trace: Requests, system: str, rate: float, seeds: Sequence[int]) -> di
     }
 
 
-def computed_load(seed: int) -> Requests:
-    """The requests that ``loads.py`` sends for ``computed:5xSEED``."""
+def computed_load(seed: int, window: float = COMPUTED_WINDOW) -> Requests:
+    """The requests that ``loads.py`` sends for ``computed:5xSEED`` in so many seconds."""
     rows = json.loads((ROOT / "tests" / "data" / "conversation_lengths.json").read_text())["requests"][:1000]
     rows = rows[100 * seed :] + rows[: 100 * seed]
     dice, at = random.Random(f"0{seed}"), [0.0]
-    while at[-1] < COMPUTED_WINDOW:
+    while at[-1] < window:
         at.append(at[-1] + dice.expovariate(COMPUTED_RATE))
     prompt, output = ([row[i] for row in rows[: len(at) - 1]] for i in (1, 2))
     return Requests(np.array(at[1:]), np.array(prompt), np.clip(output, 2, 600))
@@ -139,6 +159,65 @@ def computed(measured: dict[str, Any], system: str, seed: int, seeds: Sequence[i
         for key, value in found.items()
     }
     return {"system": system, "seed": seed, **figures}
+
+
+def half(measured: dict[str, Any], seed: int, seeds: Sequence[int]) -> dict[str, Any]:
+    """Measured and simulated, prompts computed on two ranks; and settings that were never measured, over stock."""
+    machine, requests = PRESETS["h200-qwen3-30b-a3b-24-layers"], computed_load(seed, HALF_WINDOW)
+    requests = replace(requests, prompt=np.minimum(requests.prompt, HALF_MOST))
+    found: dict[str, Any] = {"seed": seed, "machine": machine.name}
+    stock: dict[str, float] = {}
+    for name, settings in (HALF | HALF_OTHERS).items():
+        run = Run(machine, 2, settings=settings, settle=COMPUTED_SETTLE, noise=0.03)
+        system = "stock" if name == "stock" else "nanocp"
+        runs = [simulate(replace(run, seed=one), system, requests) for one in seeds]
+        for one in runs:
+            one["all_s"] = round(float(requests.output.sum()) / one["tokens_per_s"], 2)
+        figures = {}
+        for key in (*FIGURES, "all_s"):
+            values = sorted(one[key] for one in runs)
+            value = statistics.median(values)
+            stock.setdefault(key, value)
+            figures[key] = {"simulated": value, "range": [values[0], values[-1]]}
+            figures[key] |= {} if name == "stock" else {"over_stock": round(value / stock[key], 2)}
+            if name in HALF:
+                (row,) = measured["raw"][name][f"computed:5x{seed}"]
+                real = row[key.replace("all_s", "took_s")]
+                figures[key] |= {"measured": real, "ratio": round(value / real, 2)}
+        found[name] = figures
+    return found
+
+
+def chats_load(seed: int, rate: float) -> Requests:
+    """Short chats, and long requests among them: one at least."""
+    dice = np.random.default_rng(seed)
+    at = np.cumsum(dice.exponential(1 / rate, int(2 * rate * CHATS_WINDOW) + 10))
+    at = at[at < CHATS_WINDOW]
+    short = np.exp(dice.normal(6.5, 1.0, len(at))).clip(16, 8000).astype(np.int64)
+    output = np.exp(dice.normal(5.3, 0.7, len(at))).clip(2, 600).astype(np.int64)
+    long = dice.random(len(at)) < CHATS_PART
+    long[len(at) // 3] |= not long.any()
+    return Requests(at, np.where(long, dice.integers(100_000, 1_000_001, len(at)), short), output)
+
+
+def chats(ranks: int, rate: float, seeds: Sequence[int]) -> dict[str, Any]:
+    """Settings over the median of three draws of stock's API servers: median and largest of the seeds."""
+    machine = PRESETS["h200-qwen3-30b-a3b-24-layers"]
+    run = Run(machine, ranks, capacity=CHATS_CAPACITY, settle=COMPUTED_SETTLE, noise=0.03)
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for seed in seeds:
+        requests = chats_load(seed, rate)
+        draws = [simulate(replace(run, seed=100 * seed + one), "stock", requests) for one in range(3)]
+        for name, settings in (HALF | HALF_OTHERS).items():
+            found = simulate(replace(run, seed=seed, settings=settings), "nanocp", requests) if name != "stock" else {}
+            for key in FIGURES if found else ():
+                stock = statistics.median(one[key] for one in draws)
+                ratios.setdefault(name, {}).setdefault(key, []).append(found[key] / stock)
+    middle = {
+        name: {key: [round(statistics.median(v), 2), round(max(v), 2)] for key, v in keys.items()}
+        for name, keys in ratios.items()
+    }
+    return {"ranks": ranks, "rate": rate, "machine": machine.name, "over_stock": middle}
 
 
 def gap(seed: int, seeds: Sequence[int]) -> dict[str, Any]:
@@ -186,14 +265,22 @@ def main() -> None:
         for rate in rates:
             result["curves"].append(point(trace, system, rate, range(args.seeds)))
             print(result["curves"][-1], file=sys.stderr, flush=True)
-    measured = json.loads((ROOT / "benchmarks" / "results" / "gpu_scheduler_processes_4xH200.json").read_text())
+    results = ROOT / "benchmarks" / "results"
+    measured = json.loads((results / "gpu_scheduler_processes_4xH200.json").read_text())
+    on_two = json.loads((results / "gpu_computed_2xH200.json").read_text())
     for seed in range(3):
+        if "half" in args.parts:
+            result["half"].append(half(on_two, seed, range(args.seeds)))
+            print(result["half"][-1], file=sys.stderr, flush=True)
         for system in ("stock", "nanocp") if "computed" in args.parts else ():
             result["computed"].append(computed(measured, system, seed, range(args.seeds)))
             print(result["computed"][-1], file=sys.stderr, flush=True)
         if "gap" in args.parts:
             result["gap"].append(gap(seed, range(args.seeds)))
             print(result["gap"][-1], file=sys.stderr, flush=True)
+    for ranks, rate in CHATS.items() if "chats" in args.parts else ():
+        result["chats"].append(chats(ranks, rate, range(min(args.seeds, 10))))
+        print(result["chats"][-1], file=sys.stderr, flush=True)
     for ranks in args.ranks if "larger" in args.parts else ():
         for rate in LARGER:
             for system in ("nanocp 65536", "nanocp 65536 moves", "stock", "round-robin"):

@@ -157,12 +157,38 @@ def test_coefficients_are_learnt(token: float, pair: float, seed: int) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(0, 1e12), st.floats(allow_nan=True)), max_size=30))
 def test_no_measurement_breaks_it(measured: list[tuple[int, float, float]]) -> None:
-    steps = PrefillSteps(PrefillGap(), 3, 4096)
+    steps = PrefillSteps(PrefillGap(decode_share=1.0), 3, 4096)
     for tokens, pairs, seconds in measured:
         steps.observe(tokens, pairs, seconds)
         assert math.isfinite(steps.token) and steps.token > 0 and math.isfinite(steps.pair) and steps.pair > 0
         allowed = steps.allowance()
+        assert allowed is not None and math.isfinite(steps._owed)
         assert LEAST <= allowed.tokens <= 4096 and math.isfinite(allowed.pairs)
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(16_000, 0.05), (16_000, 0.3), (500, 0.05)])
+def test_decodes_get_their_share(tokens: int, share: float) -> None:
+    """Of the time that prompts take: several steps behind a long one, one behind many short ones. Whole steps else."""
+    steps = PrefillSteps(PrefillGap(ms=None, decode_steps=0, decode_share=share), 2, 8192)
+    spent = {True: 0.0, False: 0.0}
+    for _ in range(3000):
+        allowed = steps.begin([10**6, 10**6], True, 0.0)
+        prompts = allowed is None
+        assert prompts or allowed.tokens == 0
+        taken = 8e-6 * tokens * prompts
+        spent[prompts] += taken if prompts else 0.01
+        steps.observe(tokens * prompts, 0.0, 0.01 + taken)
+    assert spent[False] == pytest.approx(share * spent[True], rel=0.05)
+
+
+def test_no_share_is_owed_to_nobody() -> None:
+    """Where nothing has decoded, or no prompt waits any more."""
+    steps = PrefillSteps(PrefillGap(ms=None, decode_steps=0, decode_share=0.5), 2, 8192)
+    for backlog, decodes in (([9000, 0], False), ([0, 0], True)):
+        steps.observe(16_000, 0.0, 0.2)
+        assert steps.begin([9000, 0], True, 0.0) is not None, "it is owed"
+        assert steps.begin(backlog, decodes, 0.0) is None
+        assert steps.begin([9000, 0], True, 0.0) is None
 
 
 # -- the setting ------------------------------------------------------------------------------------------------------
@@ -173,11 +199,16 @@ def test_the_setting() -> None:
     assert parse({"prefill_gap": True}, 2).gap == PrefillGap()
     config = parse({"prefill_gap": {"ms": 150, "decode_steps": 3}}, 2)
     assert config.gap == PrefillGap(ms=150, decode_steps=3) and parse(config.to_dict(), 1) == config
-    for wrong in (1, "yes", {"gap": 3}, {"ms": 0}, {"ms": "x"}, {"decode_steps": 1.5}, {"fill": 2}, {"late_ms": -1}):
+    assert parse({"prefill_gap": {"ms": None}}, 2).gap == PrefillGap(ms=None)
+    nothing = {"ms": None, "decode_steps": 0}
+    for wrong in (1, "yes", {"gap": 3}, {"ms": 0}, {"ms": "x"}, {"decode_steps": 1.5}, {"fill": 2}, nothing):
         with pytest.raises(NanoCPConfigError, match=r"^nanocp: prefill_gap.*leave it out"):
             parse({"prefill_gap": wrong}, 2)
-    for key, most in (("ms", 3_600_000), ("decode_steps", 10**9), ("fill", 1), ("late_ms", 1e300)):
-        for wrong in (True, "1", None, [1], math.nan, math.inf, 10**400 if key != "decode_steps" else 1.0):
+    keys = {"ms": 3_600_000, "decode_steps": 10**9, "fill": 1, "late_ms": 1e300, "decode_share": 1}
+    for key, most in keys.items():
+        with pytest.raises(NanoCPConfigError, match=f"^nanocp: prefill_gap: {key} must be .*leave it out"):
+            parse({"prefill_gap": {key: -1}}, 2)
+        for wrong in (True, "1", [1], math.nan, math.inf, 10**400 if key != "decode_steps" else 1.0):
             with pytest.raises(NanoCPConfigError, match=f"^nanocp: prefill_gap: {key} must be .*leave it out"):
                 parse({"prefill_gap": {key: wrong}}, 2)
         gap = parse({"prefill_gap": {key: most}}, 2).gap
@@ -195,7 +226,8 @@ class Gaps(World):
 
     def __init__(self, vllm_config: Any, seed: int, *args: Any) -> None:  # noqa: F811
         super().__init__(vllm_config, seed, *args)
-        gap = PrefillGap(ms=(11.0, 12.0, 20.0)[seed % 3], decode_steps=seed % 4, fill=(seed % 2) / 2, late_ms=seed % 5)
+        ms = (11.0, 12.0, 20.0)[seed % 3] if seed % 4 != 3 else None
+        gap = PrefillGap(ms, decode_steps=seed % 4, fill=(seed % 2) / 2, late_ms=seed % 5, decode_share=seed % 2 / 5)
         self.scheduler.pacing = Pacing(gap, self.scheduler.ranks)
 
 
@@ -243,6 +275,36 @@ def test_steps_compute_prompts_on_all_ranks_or_on_none(vllm_config: Any) -> None
     assert all(all(steps[i][0]) for i in busy[:-2]), "on both ranks"
     assert max(n for i in busy for n in steps[i][0]) <= 0.020 * 0.9 / (2 * 50e-6) + 1
     assert all(decodes >= 4 for _, decodes in steps), "decodes wait for nobody"
+    queue.end()
+
+
+def test_whole_steps_and_a_share_of_the_time_for_decodes(vllm_config: Any) -> None:  # noqa: F811
+    """Steps with prompts are those of schedulers without a gap: a short one has its part beside a long one. A tenth of
+    their time is for decodes alone: half a step of 10 ms behind 1,000 tokens."""
+    queue = paced(vllm_config, PrefillGap(ms=None, decode_steps=0, decode_share=0.1))
+    policy = queue.scheduler.pacing.steps
+    policy.observe = lambda tokens, *_: setattr(policy, "_owed", policy._owed + 5e-6 * tokens)  # type: ignore
+    queue.add("decodes", 20, 150)
+    queue.step(3)
+    steps: list[int] = []
+
+    def seen(output: Any, execute: Any = queue.device.execute) -> Any:
+        steps.append(sum(prompts_of(output)))
+        return execute(output)
+
+    queue.device.execute = seen  # type: ignore[method-assign]
+    for number in range(2):
+        queue.add(f"long {number}", 3900, 3)
+    queue.step(2)
+    queue.add("short", 100, 3)
+    queue.step(3)
+    assert "short" in queue.first and "long 0" not in queue.first
+    while not {"long 0", "long 1"} <= set(queue.first):
+        queue.step()
+    assert queue.num_tokens["decodes"] == queue.steps, "it decodes in each"
+    busy = [tokens for tokens in steps if tokens]
+    assert max(busy) > 900, "as much as fits"
+    assert len(steps) - len(busy) == pytest.approx(5e-6 * sum(busy) / 0.01, abs=2)
     queue.end()
 
 

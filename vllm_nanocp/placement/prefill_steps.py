@@ -5,7 +5,8 @@ All ranks step together, so the slowest one counts: one rank's chunk deep in a l
 Here a step is a decode step on all ranks or a prefill step on all. In a prefill step each rank computes as much as is
 predicted to end within a given gap, and so all of them end at about the same time. A prefill step is entered when
 prompts would fill a part of it, or have waited long enough, or nobody decodes; so many decode steps at least lie
-between two.
+between two, or as many as a part of the prefill steps' time is enough for. Without a gap prefill steps are as the
+ranks' schedulers make them.
 
 A prefill step is taken to last as long as a decode step, and ``token`` for each prompt token of all ranks (experts and
 their exchange), and ``pair`` for each (query, key) pair of the rank with most of them (attention). Both are fitted to
@@ -39,20 +40,27 @@ class PrefillGap:
     """When prompts are computed.
 
     Attributes:
-        ms: that a step with prompts may last, as predicted.
+        ms: that a step with prompts may last, as predicted; None: as long as it takes.
         decode_steps: at least, between two of them.
+        decode_share: of the time that prompts have taken, the part that steps without any then get, in whole steps: few
+            or none behind short prompts, many behind chunks deep in long ones.
         fill: part of a step that waiting prompts fill at least, if they have not waited for ``late_ms``.
         late_ms: of a step that does not wait to be filled any more.
     """
 
-    ms: float = 400.0
+    ms: float | None = 400.0
     decode_steps: int = 1
     fill: float = 0.5
     late_ms: float = 50.0
+    decode_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (is_number(self.ms) and 0 < self.ms <= _MOST_MS):
-            raise ValueError(f"ms must be a number above 0, at most {_MOST_MS}, got {self.ms!r}")
+        if self.ms is not None and not (is_number(self.ms) and 0 < self.ms <= _MOST_MS):
+            raise ValueError(f"ms must be null or a number above 0, at most {_MOST_MS}, got {self.ms!r}")
+        if not (is_number(self.decode_share) and 0 <= self.decode_share <= 1):
+            raise ValueError(f"decode_share must be a number from 0 to 1, got {self.decode_share!r}")
+        if self.ms is None and not (self.decode_share or self.decode_steps):
+            raise ValueError("with ms null, decode_steps 0 and decode_share 0 it has no effect")
         if not (is_integer(self.decode_steps) and self.decode_steps >= 0):
             raise ValueError(f"decode_steps must be an integer of at least 0, got {self.decode_steps!r}")
         if not (is_number(self.fill) and 0 <= self.fill <= 1):
@@ -132,9 +140,13 @@ class PrefillSteps:
         self._part = 0.5
         self._decode_steps = config.decode_steps
         self._since: float | None = None
+        # Seconds that decode steps have yet to get.
+        self._owed = 0.0
 
-    def allowance(self) -> Allowance:
-        """What each rank may compute in a prefill step that is to last as long as the gap."""
+    def allowance(self) -> Allowance | None:
+        """What each rank may compute in a prefill step that is to last as long as the gap; None: without one."""
+        if self.config.ms is None:
+            return None
         left = max(0.0, self.config.ms / 1e3 - self.decode)
         tokens = int(self._part * left / (self.token * self.ranks))
         return Allowance(max(LEAST, min(self.budget, tokens)), (1 - self._part) * left / self.pair)
@@ -148,23 +160,26 @@ class PrefillSteps:
             now: seconds.
         """
         if not any(backlog):
-            self._since = None
+            self._since, self._owed = None, 0.0
             self._decode_steps += 1
             return None
         if self._since is None:
             self._since = now
         allowed = self.allowance()
-        if decodes and not self._enters(backlog, allowed, now):
+        if not decodes:
+            self._owed = 0.0
+        elif not self._enters(backlog, allowed, now):
             self._decode_steps += 1
+            self._owed = max(0.0, self._owed - self.decode)
             return Allowance(0, 0.0, first=False)
         self._since, self._decode_steps = now, 0
         return allowed
 
-    def _enters(self, backlog: Sequence[int], allowed: Allowance, now: float) -> bool:
+    def _enters(self, backlog: Sequence[int], allowed: Allowance | None, now: float) -> bool:
         assert self._since is not None
-        if self._decode_steps < self.config.decode_steps:
+        if self._decode_steps < self.config.decode_steps or self._owed >= self.decode:
             return False
-        if now - self._since >= self.config.late_ms / 1e3:
+        if allowed is None or now - self._since >= self.config.late_ms / 1e3:
             return True
         return sum(min(tokens, allowed.tokens) for tokens in backlog) >= self.config.fill * allowed.tokens * self.ranks
 
@@ -185,6 +200,7 @@ class PrefillSteps:
         x, y = tokens * self._prior[0], pairs * self._prior[1]
         # Nor is it what prompts take.
         time = min(max(0.0, seconds - self.decode), 4 * (self.token * tokens + self.pair * pairs))
+        self._owed += self.config.decode_share * time
         new = (x * x, x * y, y * y, x * time, y * time)
         self._sums = [_FORGETTING * old + one for old, one in zip(self._sums, new, strict=True)]
         self._fit()

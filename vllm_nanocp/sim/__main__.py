@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-parallel-prefill", action="store_true", help="ranks of a long prompt compute one after another")
     add("--chunk-tokens", type=count, help="most tokens of a chunk that ranks compute together")
     add("--prefill-gap", type=positive, metavar="MS", help="prefill_gap: ms of a step with prompts (default: off)")
+    add("--decode-share", type=any_time, default=0.0, metavar="PART", help="prefill_gap: decode_share (default: off)")
     vllm = parser.add_argument_group("vLLM's settings")
     add = vllm.add_argument
     add("--capacity", type=count, help="KV tokens of a GPU (default: the preset's)")
@@ -149,6 +150,13 @@ def _machine(name: str, others: Any) -> Machine:
     return machine
 
 
+def _gap(ms: float | None, share: float) -> PrefillGap | None:
+    """The setting ``prefill_gap``. Without a gap no step lies between two with prompts but by the share."""
+    if ms is None and not share:
+        return None
+    return PrefillGap(ms=ms, decode_steps=0 if ms is None else PrefillGap.decode_steps, decode_share=share)
+
+
 def _loads(args: argparse.Namespace) -> list[tuple[str, Requests]]:
     """What is to be served, by name."""
     trace = read_trace(args.trace)
@@ -171,6 +179,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--ranks {args.ranks} is more than can be simulated; use at most {_MOST_RANKS}")
     if args.max_degree is not None and args.max_degree > args.ranks:
         raise InputError(f"--max-degree {args.max_degree} is more than there are ranks; use at most {args.ranks}")
+    if args.decode_share > 1:
+        raise InputError(f"--decode-share {args.decode_share:g} is more than all; use a number from 0 to 1")
     if args.prefix_caching and 512 % args.block_size:
         raise InputError(f"--prefix-caching needs a --block-size that divides 512, got {args.block_size}")
     if args.max_num_batched_tokens < args.max_num_seqs:
@@ -213,7 +223,7 @@ def _points(args: argparse.Namespace) -> list[dict[str, Any]]:
                     args.moves,
                     not args.no_parallel_prefill,
                     args.chunk_tokens,
-                    PrefillGap(ms=args.prefill_gap) if args.prefill_gap else None,
+                    _gap(args.prefill_gap, args.decode_share),
                 )
                 began = time.perf_counter()
                 found = simulate(replace(run, settings=settings), system, requests)

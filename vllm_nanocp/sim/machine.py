@@ -17,7 +17,8 @@ class Machine:
         ``+ max over ranks(kv_token * KV tokens read + query * decodes + prompt * tokens of prompts computed
         + pair * (query, KV) pairs of prompts + guest * guests + opened * prompt tokens taken as computed)``
 
-    and ``spread`` for each of the tokens of prompts that all ranks compute, since each rank has experts of all.
+    and, with prompts, ``eager``, and ``spread`` for each of their tokens that all ranks compute, since each rank has
+    experts of all. A pair whose query is another rank's counts as ``visit`` pairs.
 
     The second term is the experts whose weights a step reads, if tokens choose theirs at random. All ranks step
     together, so the slowest one counts.
@@ -36,6 +37,8 @@ class Machine:
         tensor_kv_token: seconds a KV token of the whole batch takes there with as many GPUs as ``tensor_ranks``.
         tensor_ranks: that the two were measured with.
         outside: seconds more of a decode step that has more visits than graphs have room for.
+        eager: seconds more of a step with prompts, which replays no whole graph.
+        visit: what a pair costs where its query visits, next to one at home.
     """
 
     name: str
@@ -61,6 +64,8 @@ class Machine:
     tensor_kv_token: float
     tensor_ranks: int
     outside: float = 0.0
+    eager: float = 0.0
+    visit: float = 1.0
 
     def seconds(
         self,
@@ -79,6 +84,7 @@ class Machine:
         slowest = float((ranks + self.opened * opened).max())
         experts = self.expert * (1.0 - (1.0 - self.active / self.experts) ** float((decodes + computed).sum()))
         spread = self.spread * float(computed.sum()) + (0.0 if captured else self.outside)
+        spread += self.eager if computed.any() else 0.0
         return self.base + experts + slowest + spread + (self.exchange if guests.any() else 0.0)
 
     def with_capacity(self, tokens: int) -> Machine:
@@ -143,4 +149,30 @@ _SPREAD = Machine(
 )
 # Without weights, and with prompts all of one token, tokens of all requests take the same few experts.
 _FEW = replace(_SPREAD, name="h200-qwen3-30b-a3b-few-experts", base=5.5e-3, expert=0.0)
-PRESETS = {machine.name: machine for machine in (_SPREAD, _FEW)}
+# Half of the layers. A half of the first preset's where nothing else is known; base and eager: gaps of 16 short
+# requests, and of these beside a prompt of 65,536 tokens (pair), in gpu_computed_2xH200.json. Fitted to the plugin's
+# three times for all computed prompts there: visit, and eager to a few ms. A cost of 16 ms for each step in which
+# chunks visit would fit as well as that of visiting pairs.
+_HALF = replace(
+    _SPREAD,
+    name="h200-qwen3-30b-a3b-24-layers",
+    source="half of h200-qwen3-30b-a3b, gpu_computed_2xH200.json",
+    base=3.4e-3,
+    expert=2.05e-3,
+    kv_token=14.5e-9,
+    split_kv_token=11.45e-9,
+    query=9e-6,
+    prompt=0.5e-6,
+    spread=4e-6,
+    pair=6.4e-10,
+    guest=18e-6,
+    exchange=0.13e-3,
+    opened=0.25e-6,
+    capacity=406_896,
+    split_capacity=406_896,
+    tensor_base=2.1e-3,
+    tensor_kv_token=4.85e-9,
+    eager=9e-3,
+    visit=1.5,
+)
+PRESETS = {machine.name: machine for machine in (_SPREAD, _FEW, _HALF)}

@@ -262,7 +262,9 @@ class World:
             computed[prompt.rank] += tokens
             # Its queries attend where the KV is.
             holders = sorted({run.rank for run in prompt.runs[: prompt.index + 1]})
-            pairs[holders] += tokens * (prompt.at + tokens / 2) / len(holders)
+            each = tokens * (prompt.at + tokens / 2) / len(holders)
+            pairs[holders] += each * self.setup.machine.visit
+            pairs[prompt.rank] -= each * (self.setup.machine.visit - 1)
             prompt.at += tokens
             if prompt.left(size) or prompt.at >= prompt.end:
                 return

@@ -63,15 +63,17 @@ COMPUTED_RATE, COMPUTED_WINDOW, COMPUTED_SETTLE, COMPUTED_CAPACITY = 5.0, 20.0, 
 # The same on two ranks, with half of the layers: seconds, tokens of a prompt at most, and the systems of that result.
 HALF_WINDOW, HALF_MOST = 18.0, 130_048
 SHARE = PrefillGap(ms=None, decode_steps=0, decode_share=0.05)
-HALF = {"stock": Settings(), "nanocp": Settings(), "chunks of 4096": Settings(chunk_tokens=4096)}
+# Chunks as large as fit, which were the default when it was measured.
+WHOLE = Settings(chunk_tokens=8192)
+HALF = {"stock": Settings(), "nanocp": WHOLE, "chunks of 4096": Settings(chunk_tokens=4096)}
 # Never measured.
 HALF_OTHERS = {
-    "16384": Settings(16_384),
+    "16384": replace(WHOLE, segment_size=16_384),
     "16384, chunks of 4096": Settings(16_384, chunk_tokens=4096),
     "auto, chunks of 4096": Settings("auto", chunk_tokens=4096),
     "chunks of 4096, decode_share 0.05": Settings(chunk_tokens=4096, prefill_gap=SHARE),
     "16384, chunks of 4096, decode_share 0.05": Settings(16_384, chunk_tokens=4096, prefill_gap=SHARE),
-    "200 ms, 2 decode steps": Settings(prefill_gap=PrefillGap(ms=200.0, decode_steps=2)),
+    "200 ms, 2 decode steps": replace(WHOLE, prefill_gap=PrefillGap(ms=200.0, decode_steps=2)),
 }
 # Short chats, by ranks so many a second, of which a hundredth has 100,000 to 1,000,000 tokens.
 CHATS, CHATS_PART, CHATS_WINDOW, CHATS_CAPACITY = {4: 10.0, 8: 15.0}, 0.01, 20.0, 1_060_000
@@ -151,7 +153,7 @@ def _computed(system: str, seed: int, seeds: Sequence[int], settings: Settings) 
 
 def computed(measured: dict[str, Any], system: str, seed: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Measured and simulated, prompts computed."""
-    found = _computed(system, seed, seeds, Settings())
+    found = _computed(system, seed, seeds, WHOLE)
     (row,) = measured["raw"][system][f"computed:5x{seed}"]
     row = row | {"all_s": COMPUTED_WINDOW + row["drain_s"]}
     figures = {
@@ -226,7 +228,7 @@ def gap(seed: int, seeds: Sequence[int]) -> dict[str, Any]:
     found: dict[str, Any] = {"seed": seed, "stock": stock}
     for segment in (65536, 16384):
         for name, rule in GAPS.items():
-            ours = _computed("nanocp", seed, seeds, Settings(segment, prefill_gap=rule))
+            ours = _computed("nanocp", seed, seeds, replace(WHOLE, segment_size=segment, prefill_gap=rule))
             ratios = {key: round(value / stock[key], 2) for key, value in ours.items()}
             found[f"segment_size {segment}, prefill_gap {name}"] = {"simulated": ours, "over_stock": ratios}
     return found

@@ -39,8 +39,8 @@ class NanoCPConfig:
             out, and when: fields of ``placement.moves.MoveConfig``. Only with ``balanced`` and more than one rank a
             request. None: on where they were verified, which ``engine_config.make`` knows.
         parallel_prefill: whether the ranks of a long prompt take its chunks in turn and compute as many in one step;
-            ``{"chunk_tokens": n}``: and how many tokens such a chunk has at most. None: on with more than one rank a
-            request.
+            ``{"chunk_tokens": n}``: and how many tokens such a chunk has at most, else half of a step. None: on with
+            more than one rank a request.
         exchange: how queries and partial results travel: ``collective`` over torch.distributed; ``routed``, GPUs write
             into each other's memory. ``auto`` takes the best one that was verified.
         graph_capacities: CUDA graphs of sharded decode steps are captured for so many visits between any two ranks,

@@ -97,9 +97,9 @@ def test_a_burst_spreads(vllm_config: Any, moves: bool) -> None:
     assert [len(rank_insides.known(rank)) for rank in scheduler.ranks] == [8, 8]
 
 
-@pytest.mark.parametrize(("parallel", "steps"), [(False, 14), (True, 8)])
-def test_ranks_compute_a_prompt_together(vllm_config: Any, parallel: bool, steps: int) -> None:
-    """1,792 tokens with budgets of 128: 14 chunks; or 16 smaller ones, two a step."""
+@pytest.mark.parametrize(("parallel", "steps"), [(False, 14), (True, 14), ({"chunk_tokens": 1000}, 8)])
+def test_ranks_compute_a_prompt_together(vllm_config: Any, parallel: Any, steps: int) -> None:
+    """1,792 tokens with budgets of 128: 14 chunks; 28 of half a step, two a step; or 16 that leave 16 tokens of one."""
     sizes = dict(seed=0, ranks=2, block_size=16, blocks=200, max_reqs=8, budget=128, segment=1024, degree=2)
     rest = dict(moves=False, caching=False, priorities=False, chunk=0, reserve=0, parallel=parallel)
     scheduler = Shape(**sizes, **rest).scheduler(vllm_config, False)  # type: ignore[arg-type]
@@ -111,6 +111,24 @@ def test_ranks_compute_a_prompt_together(vllm_config: Any, parallel: bool, steps
     assert scheduler.sharded["r"].shard_map.tokens_by_rank(2, request.num_tokens) == [896, 896]
     scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
     assert scheduler.free_blocks() == [200, 200]
+
+
+def test_short_prompts_beside_one_that_ranks_compute_together(vllm_config: Any) -> None:
+    """They have half of each step, though the long one needs whole chunks, and this one loses nothing."""
+    sizes = dict(seed=0, ranks=2, block_size=16, blocks=1200, max_reqs=16, budget=512, segment=4096, degree=2)
+    rest = dict(moves=False, caching=False, priorities=False, chunk=0, reserve=0, parallel=True)
+    scheduler = Shape(**sizes, **rest).scheduler(vllm_config, False)  # type: ignore[arg-type]
+    long = Request("long", [10] * 16_000, SamplingParams(max_tokens=50), None, arrival_time=0.0)
+    scheduler.add_request(long)
+    scheduler.schedule()
+    short = [Request(f"{i}", [11 + i] * 60, SamplingParams(max_tokens=50), None, arrival_time=1.0) for i in range(16)]
+    for request in short:
+        scheduler.add_request(request)
+    for _ in range(2):
+        output = scheduler.schedule()
+        chunks = [part.payload.num_scheduled_tokens for part in output.parts]
+        assert all(256 in chunk.values() for chunk in chunks) and min(sum(chunk.values()) for chunk in chunks) >= 480
+    assert all(request.num_computed_tokens == request.num_tokens for request in short)
 
 
 @pytest.mark.parametrize("degree", [1, 2])

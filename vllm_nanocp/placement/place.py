@@ -348,8 +348,10 @@ def _runs(shares: Mapping[int, int], home: int, stripe: int) -> list[Run]:
 
 
 def stripe_blocks(budget: int, slots: int, threshold: int, block_size: int, chunk_tokens: int | None) -> int:
-    """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs, beside as many
-    decoding requests as there may be.
+    """Blocks of a prompt that a rank computes in one step, while the other ranks compute theirs. A rank that cannot
+    compute all of them makes the others wait, so they are no more than fit beside as many decoding requests as there
+    may be. Half of a step, where nothing else is said: short prompts have what is left, at least their part
+    (``chunk_shares``). With whole steps they would wait until the long one is computed.
 
     Args:
         budget: tokens a rank computes in a step at most.
@@ -358,8 +360,8 @@ def stripe_blocks(budget: int, slots: int, threshold: int, block_size: int, chun
         block_size: tokens a block holds.
         chunk_tokens: most tokens of a chunk, if set.
     """
-    tokens = max(budget - slots, budget // 2)
-    tokens = min(tokens, chunk_tokens or tokens)
+    half = budget // 2
+    tokens = min(chunk_tokens or half, max(budget - slots, half))
     if threshold > 0:
         tokens = min(tokens, threshold)
     return max(1, tokens // block_size)

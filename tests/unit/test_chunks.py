@@ -85,9 +85,10 @@ def test_a_size_set_by_the_user_stays(vllm_config: Any) -> None:  # noqa: F811
     assert sorted(queue.scheduler.schedule().num_scheduled_tokens.values()) == [12, 12, 500, 500]
 
 
-def test_members_keep_their_chunks_where_ranks_compute_together(vllm_config: Any) -> None:  # noqa: F811
+@pytest.mark.parametrize("whole", [False, True])
+def test_members_keep_their_chunks_where_ranks_compute_together(vllm_config: Any, whole: bool) -> None:  # noqa: F811
     """The next rank goes on in the same step where this one ends: half a chunk would cost it that step."""
-    queue = Queue(vllm_config, **SIZES | dict(segment=2048, parallel=True))
+    queue = Queue(vllm_config, **SIZES | dict(segment=2048, parallel={"chunk_tokens": BUDGET} if whole else True))
     queue.add("long", 4000, 3)
     queue.step(2)
     (sharded,) = queue.scheduler.sharded.values()
@@ -95,7 +96,7 @@ def test_members_keep_their_chunks_where_ranks_compute_together(vllm_config: Any
     for number in range(4):
         queue.add(f"short {number}", 60, 3)
     queue.step()
-    stripe = (BUDGET - queue.shape.max_reqs) // 16 * 16
+    stripe = (BUDGET - queue.shape.max_reqs if whole else BUDGET // 2) // 16 * 16
     assert sharded.num_computed_tokens - before == 2 * stripe
     queue.end()
 
@@ -109,7 +110,7 @@ def test_a_sharded_prompt_has_its_turn_on_each_of_its_ranks(vllm_config: Any) ->
         queue.add(f"later {number}", 2000, 3)
     queue.step()
     (sharded,) = queue.scheduler.sharded.values()
-    stripe = (BUDGET - queue.shape.max_reqs) // 16 * 16
+    stripe = BUDGET // 2 // 16 * 16
     while not sharded.at_home:
         before = sharded.num_computed_tokens
         queue.step()

@@ -246,8 +246,9 @@ def test_shared_prefixes_are_computed_once(config: Any, name: str, settings: str
     assert mine.answers == theirs.answers
     if load.comes[-1] == 1:
         assert mine.peak <= 1.1 * theirs.peak
-        # A prompt's ranks take turns without ``parallel_prefill``, each of which is a step.
-        assert mean(mine.first) <= mean(theirs.first) + (1.5 if settings == "one after another" else 0.1)
+        # A prompt's ranks take turns without ``parallel_prefill``, each of which is a step. With it, one of the six may
+        # be a step later.
+        assert mean(mine.first) <= mean(theirs.first) + (1.5 if settings == "one after another" else 0.2)
     else:
         assert mean(mine.first) <= mean(theirs.first)
 

@@ -101,6 +101,22 @@ def test_members_keep_their_chunks_where_ranks_compute_together(vllm_config: Any
     queue.end()
 
 
+@pytest.mark.parametrize("longs", [1, 2, 3])
+def test_whole_chunks_of_several_leave_a_part(vllm_config: Any, longs: int) -> None:  # noqa: F811
+    """Two halves of a step are all of it where nobody decodes yet: short prompts would wait until a long one ends."""
+    queue = Queue(vllm_config, **SIZES | dict(blocks=2000, segment=2048, parallel=True))
+    for number in range(longs):
+        queue.add(f"long {number}", 6000, 3)
+    queue.step(2)
+    for number in range(4):
+        queue.add(f"short {number}", 60, 3)
+    before = queue.scheduler.sharded["long 0"].num_computed_tokens
+    queue.step()
+    assert all(queue.first[f"short {number}"] == queue.steps for number in range(4)), queue.first
+    assert queue.scheduler.sharded["long 0"].num_computed_tokens - before == BUDGET // 2 * 2
+    queue.end()
+
+
 def test_a_sharded_prompt_has_its_turn_on_each_of_its_ranks(vllm_config: Any) -> None:  # noqa: F811
     """It comes to a rank anew with each of its runs; those that came later and run there do not take its steps."""
     queue = Queue(vllm_config, **SIZES | dict(segment=2048, parallel=True))

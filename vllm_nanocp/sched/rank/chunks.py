@@ -143,10 +143,11 @@ class ChunkDoors(BlockNumbers, AllowanceDoors):
         budget = self.max_num_scheduled_tokens - self._decode_tokens()
         part = min(self._share, max(0, budget) // 2)  # where decodes leave little, the first has half of that
         if self.whole_chunk:
-            rest = budget
+            # Where whole chunks of several would fit and leave next to nothing, only the first has its own for certain.
+            rest, least, half = budget, 0, part // 2
             for request in begun:
-                if rest >= self.whole_chunk and self._is_part(request):
-                    part = min(part, rest - self.whole_chunk)
+                if rest - self.whole_chunk >= least and self._is_part(request):
+                    part, least = min(part, rest - self.whole_chunk), half
                 rest -= _left(request)
         return budget, part
 

@@ -215,6 +215,12 @@ def _prefill_gap(value: Any) -> bool | dict[str, Any]:
             f"nanocp: prefill_gap must be true, false or an object with keys of {', '.join(known)}, got {value!r}; "
             "leave it out for the default"
         )
+    unused = [key for key in ("fill", "late_ms") if key in value]
+    if unused and "ms" in value and value["ms"] is None:
+        raise NanoCPConfigError(
+            f"nanocp: prefill_gap: with ms null {' and '.join(unused)} has no effect, since no step is bounded that "
+            "prompts could fill; leave it out"
+        )
     try:
         PrefillGap(**value)
     except ValueError as error:

@@ -201,6 +201,10 @@ def test_the_setting() -> None:
     assert config.gap == PrefillGap(ms=150, decode_steps=3) and parse(config.to_dict(), 1) == config
     assert parse({"prefill_gap": {"ms": None}}, 2).gap == PrefillGap(ms=None)
     nothing = {"ms": None, "decode_steps": 0}
+    for unused in ({"fill": 0.9}, {"late_ms": 5}, {"fill": 0.5, "late_ms": 50.0}):
+        assert parse({"prefill_gap": unused | {"ms": 100}}, 2).gap
+        with pytest.raises(NanoCPConfigError, match=f"with ms null {' and '.join(unused)} has no effect.*leave it out"):
+            parse({"prefill_gap": unused | {"ms": None}}, 2)
     for wrong in (1, "yes", {"gap": 3}, {"ms": 0}, {"ms": "x"}, {"decode_steps": 1.5}, {"fill": 2}, nothing):
         with pytest.raises(NanoCPConfigError, match=r"^nanocp: prefill_gap.*leave it out"):
             parse({"prefill_gap": wrong}, 2)

@@ -8,15 +8,15 @@ streams of that API server stand still meanwhile.
 
 Versions: 0.32.0, 0.33.0.
 
-Repair: the stream gets the end of the prompt, from a token whose text begins and ends with whole characters. Texts stay
-as they were, each piece of them. For the stream compares the text of the ids that it has with that of the same ids and
-new ones, says what was added, and then drops the prompt's ids. All that the ids before that token do to those texts is
-to begin them, and all that they do to the token's own is in its first characters (a space more or less): so the decoders
-that `_reads_from_anywhere` knows. What was added is the same if behind the token there is text that does not end within a
-character. All ids are kept where this is not so: the prompt is short; its last 1,024 ids have no such token; its text
-ends within a character or with U+FFFD, where upstream gives the prompt's whole text out with the first output; the decoder
-is another one, or the tokenizer not tokenizers' own (VLLM_USE_FASTOKENS). Upstream still makes a stream of all ids first,
-as it refuses some, which takes about a millisecond for 131,072.
+Repair: the stream gets the end of the prompt, from a token on that has a text of its own and is not one byte of several.
+Texts stay as they were, each piece of them. For the stream compares the text of its ids with that of the same ids and new
+ones, says what was added, and drops the prompt's ids. With the decoders that `_reads_from_anywhere` knows, the ids before
+that token change nothing behind it, or behind the character that it is part of; of its own text perhaps the beginning, a
+space more or less. So what is added is the same, unless the text ends with U+FFFD: there the stream awaits the rest of a
+character. Then all ids are kept, since upstream gives out the prompt's whole text with the first output. They also are
+where the prompt is short, where none of its last 1,024 ids is such a token, where the decoder is another one, and where
+the stream is not tokenizers' own (VLLM_USE_FASTOKENS). Upstream still makes a stream of all ids first, as it refuses
+some; that takes about a millisecond for 131,072.
 
 It concerns front-ends; where configurations are made it is applied with those that concern these.
 
@@ -36,7 +36,7 @@ _KNOWN_NEXT = {"b1e155bef256ef95"}  # 0.32.0
 _KNOWN_STEP = {"997663f18675ab7c"}  # 0.32.0
 
 _SHORT, _LONG = 64, 1024  # ids that are always kept, and the most that are looked at for where to begin
-_HALF = "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are no whole character
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are no whole character
 _STAGES = re.compile("(ByteLevel )|(WordPiece )|(Replace )?(ByteFallback )?(Metaspace )?(Fuse )?(Strip )?")
 
 
@@ -83,14 +83,10 @@ def start_of_end(tokenizer: Any, ids: list[int], skip_special_tokens: bool) -> i
         return 0
     for start in range(len(ids) - _SHORT, max(len(ids) - _LONG, 0), -1):
         first = tokenizer.decode(ids[start : start + 1], skip_special_tokens=skip_special_tokens)
-        # A byte token belongs to those before it: ByteFallback reads all of a run as characters, or none.
-        if not first or _HALF in first or tokenizer.id_to_token(ids[start]).startswith("<0x"):
-            continue
-        text = tokenizer.decode(ids[start:], skip_special_tokens=skip_special_tokens)
-        if text.endswith(_HALF):
-            return 0
-        if len(text) > len(first):
-            return start
+        # Not a special one, nor spaces that are stripped, nor a byte: ByteFallback reads a run of bytes as a whole.
+        if first and not tokenizer.id_to_token(ids[start]).startswith("<0x"):
+            text = tokenizer.decode(ids[start:], skip_special_tokens=skip_special_tokens)
+            return 0 if text.endswith(_UNFINISHED) else start
     return 0
 
 

@@ -153,8 +153,26 @@ def test_where_all_is_kept(skip: bool) -> None:
     assert start(text) and start(text + party) and start(text + [special] * 300)
     assert not start(text[:64]), "short"
     assert not start(text + party[:-1]), "within a character: upstream gives all out"
-    assert not start(text + party[-1:] * 1024)
     assert bool(start(text + [special] * 1024)) is not skip, "no text"
+
+
+def test_bytes_are_read_as_a_whole(both: tuple[Maker, Maker]) -> None:
+    tokenizer = BUILT["llama 2"]()
+    lead, letter = tokenizer.token_to_id("<0xE3>"), tokenizer.token_to_id("<0x41>")
+    ids = [*tokenizer.encode(TEXT * 4).ids, lead, *[letter] * 80]
+    upstream, ours = (pieces(make(tokenizer, ids), ids[:1]) for make in both)
+    assert ours == upstream and len(upstream[0]) > len(TEXT), "one wrong byte, and none of the run is a character"
+    assert detokenizer_prompt.start_of_end(tokenizer, [*ids[:-80], *[letter] * 1100], True) == 0
+
+
+@pytest.mark.parametrize(("name", "last", "new"), [("llama 2", [], "▁know?"), ("three spaces", ["▁"], "▁▁")])
+def test_spaces_are_stripped_at_the_beginning_only(
+    both: tuple[Maker, Maker], name: str, last: list[str], new: str
+) -> None:
+    tokenizer = with_specials(BUILT[name]())
+    *spaces, special, token = (tokenizer.token_to_id(one) for one in (*last, "<s>", new))
+    ids = [*tokenizer.encode(TEXT * 4).ids, *spaces, *[special] * (64 - len(spaces))]
+    assert [pieces(make(tokenizer, ids), [token]) for make in both] == [[new.replace("▁", " ")]] * 2
 
 
 def test_an_end_is_not_stripped() -> None:

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first output of a long prompt, in the front-end.
 
-Wrong upstream: `FastIncrementalDetokenizer` (vllm/v1/engine/detokenizer.py) gives tokenizers' `DecodeStream` all ids of
-the prompt. The stream's first `step` decodes them twice, once without the new token and once with it, on the API
-server's event loop and under the GIL: 33 ms for 131,072 tokens, 232 ms for 1,000,000 (benchmarks/detokenizer.py). All
-streams of that API server stand still meanwhile.
+Wrong upstream: `FastIncrementalDetokenizer` (vllm/v1/engine/detokenizer.py) gives tokenizers' `DecodeStream` all ids
+of the prompt. The stream's first `step` decodes them twice, once without the new token and once with it, on the API
+server's event loop and under the GIL: tens of milliseconds for 131,072 tokens, hundreds for 1,000,000
+(`benchmarks/results/detokenizer_cpu.json`). All streams of that API server stand still meanwhile.
 
 Versions: 0.32.0, 0.33.0.
 
-Repair: the stream gets the end of the prompt, from a token on that has a text of its own and is not one byte of several.
-Texts stay as they were, each piece of them. For the stream compares the text of its ids with that of the same ids and new
-ones, says what was added, and drops the prompt's ids. With the decoders that `_reads_from_anywhere` knows, the ids before
-that token change nothing behind it, or behind the character that it is part of; of its own text perhaps the beginning, a
-space more or less. So what is added is the same, unless the text ends with U+FFFD: there the stream awaits the rest of a
-character. Then all ids are kept, since upstream gives out the prompt's whole text with the first output. They also are
-where the prompt is short, where none of its last 1,024 ids is such a token, where the decoder is another one, and where
-the stream is not tokenizers' own (VLLM_USE_FASTOKENS). Upstream still makes a stream of all ids first, as it refuses
-some; that takes about a millisecond for 131,072.
+Repair: the stream gets the end of the prompt, from a token on that has a text of its own and is not one of bytes.
+Texts stay as they were, each piece of them. For the stream compares the text of its ids with that of the same ids and
+new ones, says what was added, and drops the prompt's ids. With the decoders that `_reads_from_anywhere` knows, the ids
+before that token change nothing behind it, or behind the character that it is part of; of its own text, perhaps the
+beginning, a space more or less. So what is added is the same, unless the text ends with U+FFFD: there the stream awaits
+the rest of a character. Then all ids are kept, since upstream gives out the prompt's whole text with the first output.
+They also are where the prompt is short, where none of its last 1,024 ids is such a token, where the decoder is another
+one, and where the stream is not tokenizers' own (VLLM_USE_FASTOKENS). Upstream still makes a stream of all ids first,
+as it refuses some; that takes about a millisecond for 131,072.
 
 It concerns front-ends; where configurations are made it is applied with those that concern these.
 
@@ -97,7 +97,7 @@ def _reads_from_anywhere(decoder: Any) -> bool:
     texts in the end. Not of `Strip` at the end of a text, of `Replace` in joined texts, nor of what is not known here.
     """
     if decoder is None:
-        return True  # tokens with spaces between them
+        return True  # tokens, and spaces between them
     try:
         state = json.loads(decoder.__getstate__())
     except Exception:  # one that is written in Python has no state to read; tokenizers raises no narrower class

@@ -12,12 +12,14 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 TEXT = (
-    "The Constitution of the United States, don't you know? It 's 12,5 % .\n\n\tdef f(x):\n        return x ** 2\n"
+    "The Constitution of the United States, don't you know? It 's 12,5 % .\n\n"
+    "\tdef f(x):\n        return x ** 2\n"
     "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. Съешь ещё этих мягких французских булок. "
-    "いろはにほへと ちりぬるを 我能吞下玻璃而不伤身体。 키스의 고유조건은 입술끼리 만나야 하고 नमस्ते दुनिया ကမ္ဘာ ༄༅། བོད་ཡིག "
-    "شكرا جزيلا שלום 👩‍👩‍👧‍👦🎉🦜 🇩🇪 e\u0301 \ufffd \u00a0 \u200b𝔘𝔫𝔦"
+    "いろはにほへと ちりぬるを 我能吞下玻璃而不伤身体。 키스의 고유조건은 입술끼리 만나야 하고 "
+    "नमस्ते दुनिया ကမ္ဘာ ༄༅། བོད་ཡིག "
+    "شكرا جزيلا שלום 👩‍👩‍👧‍👦🎉🦜 🇩🇪 e\u0301 \ufffd \u00a0 \u200b\U0001d518\U0001d52b"
 )
-_SPECIALS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<｜end｜>")
+_SPECIALS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<\uff5cend\uff5c>")
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -51,7 +53,9 @@ def _sentence_piece(*stages: Any, unigram: bool = False) -> Any:
 
 
 def _word_piece(decoder: Any) -> Any:
-    words = dict.fromkeys([*_SPECIALS, "##s", "##ing", "##'", *TEXT.split(), *"'.,?!", "n't", "'s", "do not", "#", "##"])
+    words = dict.fromkeys(
+        [*_SPECIALS, "##s", "##ing", "##'", *TEXT.split(), *"'.,?!", "n't", "'s", "do not", "#", "##"]
+    )
     tokenizer = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if decoder is not None:
@@ -116,7 +120,9 @@ def _mistral(name: str) -> Any:
     vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence([_mark(), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [_mark(), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return tokenizer
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`detokenizer_prompt`: pieces of text are upstream's, whatever the prompt and the tokenizer, and the first comes at once."""
+"""`detokenizer_prompt`: pieces of text are upstream's, whatever tokenizer and prompt; the first is as fast."""
 
 from __future__ import annotations
 

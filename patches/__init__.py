@@ -52,6 +52,7 @@ PATCHES = (
 # For processes that make an engine's configuration or check it again: front-end and engine.
 CONFIG_PATCHES = (
     Patch("startup_interrupt"),
+    Patch("detokenizer_prompt"),
     Patch("cpu_mla_chunks", platform="cpu"),
 )
 # For executors whose workers are Ray actors, and for these before vLLM's worker is built.

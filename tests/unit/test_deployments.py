@@ -144,7 +144,12 @@ def test_the_method_is_named_that_vllm_finds(tiny_model: str) -> None:
             "the method eagle and the model ",
             "Model architectures ['EagleQwen3MoeForCausalLM'] are not supported for now; name",
         ),
-        ('{"method": "ngram", "num_speculative_tokens": 0}', "the method ngram is", "Input should be greater than 0;"),
+        (
+            '{"method": "ngram", "num_speculative_tokens": 0}',
+            "the method ngram is",
+            "num_speculative_tokens: Input should be greater than 0; give it",
+        ),
+        ('{"method": "ngram", "num_tokens": 2}', "the method ngram is", "num_tokens: Unexpected keyword argument;"),
         ('{"method": "mtp", "num_speculative_tokens": 1}', "the method mtp is", "speculative method: 'mtp'"),
         (
             '{"method": "eagle3", "model": "/no/such/head", "num_speculative_tokens": 1}',
@@ -152,13 +157,19 @@ def test_the_method_is_named_that_vllm_finds(tiny_model: str) -> None:
             "local directory specified: '/no/such/head'",
         ),
     ],
-    ids=["no head", "no count", "no layers", "no such folder"],
+    ids=["no head", "no count", "no such key", "no layers", "no such folder"],
 )
 def test_drafters_that_vllm_does_not_take(tiny_model: str, drafts: str, named: str, said: str) -> None:
     """In vLLM's words, but in one line."""
     flags = ["--speculative-config", drafts.replace("TINY", tiny_model)]
     line = refusal(lambda: create(tiny_model, *NANOCP, *flags))
     assert named in line and said in line and len(line) < 700
+
+
+def test_a_drafter_without_its_package(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.config.speculative.has_arctic_inference", lambda: False)
+    line = refusal(lambda: create(tiny_model, *NANOCP, "--spec-method", "suffix", "--spec-tokens", "3"))
+    assert "the method suffix is" in line and "is required for suffix decoding" in line and "; give it what" in line
 
 
 def test_drafters_of_other_flags(tiny_model: str) -> None:

@@ -18,6 +18,9 @@ DRAFTERS = ("ngram", "suffix", "custom_class")
 MODEL_DRAFTERS = ("eagle", "eagle3", "mtp")
 GPU_DRAFTERS = ("ngram_gpu",)
 
+# What else vLLM says of drafts than that their configuration is wrong: there is no such method, a package is missing.
+_NO_VALIDATION = ((NotImplementedError, "speculative method"), (ImportError, "suffix decoding"))
+
 
 def _named(drafts: Any) -> Any:
     """The method that a flag names: of ``--spec-method`` its value, of a configuration a part. As vLLM will call it: it
@@ -134,7 +137,7 @@ def other_verification(vllm_config: Any) -> bool:
 
 
 def check_drafter(engine_args: Any, error: Exception) -> None:
-    """Refuse a drafter that vLLM itself does not take: as the model of another method, or of none.
+    """Refuse a drafter that vLLM itself does not take: as the model of another method, or of none, or for a package.
 
     Args:
         engine_args: vLLM's, of which no configuration could be made.
@@ -145,15 +148,19 @@ def check_drafter(engine_args: Any, error: Exception) -> None:
     """
     given = engine_args.speculative_config or {"method": engine_args.spec_method, "model": engine_args.spec_model}
     if getattr(error, "title", "") == "SpeculativeConfig":
-        said = str(error.errors()[0]["msg"])  # type: ignore[attr-defined]
-    elif isinstance(error, NotImplementedError) and "speculative method" in str(error):
+        first = error.errors()[0]  # type: ignore[attr-defined]
+        said = ": ".join(str(part) for part in (*first["loc"][:1], first["msg"]))
+    elif any(isinstance(error, kind) and words in str(error) for kind, words in _NO_VALIDATION):
         said = str(error)
     else:
         return
     said = said.removeprefix("Value error, ").partition(" Supported architectures:")[0]
     named = [f"the {key} {given[key]}" for key in ("method", "model") if given.get(key)]
+    without_model = _named(given) in (*DRAFTERS, *GPU_DRAFTERS)
     refuse(
         "speculative decoding with " + (" and ".join(named) or "this configuration"),
         "vLLM does not take it: " + said.partition("\n")[0][:300].rstrip(". "),
-        "name a drafter that was made for this model, and what it needs, or leave it out",
+        "give it what it needs, or leave it out"
+        if without_model
+        else "name a drafter that was made for this model, and what it needs, or leave it out",
     )

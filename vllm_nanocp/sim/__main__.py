@@ -181,6 +181,12 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--max-degree {args.max_degree} is more than there are ranks; use at most {args.ranks}")
     if args.decode_share > 1:
         raise InputError(f"--decode-share {args.decode_share:g} is more than all; use a number from 0 to 1")
+    if args.ranks == 1 and "nanocp" in args.systems:
+        raise InputError("--ranks 1 leaves nanocp nothing to spread over, and it is refused there; use 2 or more")
+    if args.chunk_tokens is not None and (args.no_parallel_prefill or args.max_degree == 1):
+        raise InputError("--chunk-tokens has no effect with --no-parallel-prefill or --max-degree 1; leave it out")
+    if args.decode_only and (args.prefill_gap is not None or args.decode_share):
+        raise InputError("--prefill-gap and --decode-share have no effect with --decode-only; leave them out")
     if args.prefix_caching and 512 % args.block_size:
         raise InputError(f"--prefix-caching needs a --block-size that divides 512, got {args.block_size}")
     if args.max_num_batched_tokens < args.max_num_seqs:

@@ -146,26 +146,36 @@ class SpeculatorDrafts:
         """In place of ``dispatch_cg_and_sync_dp``: in a sharded step a graph that knows shards, or none. All ranks find
         the same: the first forward goes by what they have found for the target, later ones by the most requests of any
         rank and a capacity that the plan says."""
-        step, later = context.step, context.draft_step
-        if step is None:
+        if context.step is None:
             return self._agree(manager, num_reqs, num_tokens, *args, **kwargs)
-        desc: ShardedDescriptor | None = None
         first = manager is self.speculator.prefill_cudagraph_manager
-        if first and step.captured:
-            desc = manager.sharded_graph(num_tokens, step.capacity)
-            if desc is not None and (desc.num_tokens, desc.capacity) != (num_tokens, step.capacity):
-                desc = None  # it would read other tables than those that the target's metadata has filled
-        elif not first and manager is not None and later is not None and later.capacity:
-            desc = manager.sharded_graph(num_tokens, later.capacity)
-            if desc is not None:
-                later.capacity = desc.capacity
+        desc = (self._first_graph if first else self._later_graph)(manager, num_tokens)
         if desc is None:
             # Where the target's attention is outside of graphs, so is the first forward's: what the ranks have agreed
             # on leaves vLLM graphs of what is around it only.
-            kwargs["need_eager"] = kwargs.get("need_eager", False) or not first or step.captured
-            return self._agree(manager, num_reqs, num_tokens, *args, **kwargs)
+            eager = kwargs.get("need_eager", False) or not first or context.step.captured
+            return self._agree(manager, num_reqs, num_tokens, *args, **kwargs | dict(need_eager=eager))
         self.num_captured += 1 if first else self.speculator.num_speculative_steps - 1
         return desc, kwargs["dp_sync_state"]
+
+    def _first_graph(self, manager: Any, num_tokens: int) -> ShardedDescriptor | None:
+        """The graph of the target's size. Another would read other tables than those that its metadata has filled."""
+        step = context.step
+        if step is None or not step.captured:
+            return None
+        desc: ShardedDescriptor | None = manager.sharded_graph(num_tokens, step.capacity)
+        same = desc is not None and (desc.num_tokens, desc.capacity) == (num_tokens, step.capacity)
+        return desc if same else None
+
+    def _later_graph(self, manager: Any, num_tokens: int) -> ShardedDescriptor | None:
+        """One of a forward with a token a request. The step's tables become those of its capacity."""
+        later = context.draft_step
+        if manager is None or later is None or not later.capacity:
+            return None
+        desc: ShardedDescriptor | None = manager.sharded_graph(num_tokens, later.capacity)
+        if desc is not None:
+            later.capacity = desc.capacity
+        return desc
 
     def _generate(self, *args: Any, **kwargs: Any) -> None:
         """vLLM records all later forwards as one graph. In a sharded step each has tables of its own, so there a graph

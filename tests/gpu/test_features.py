@@ -19,7 +19,7 @@ from tests.tiny_models import make_deepseek_v2, make_qwen3_moe
 from tests.tiny_quantized import quantize
 
 from . import TWO_GPUS
-from .beside_stock import all_partings, answers, check_partings, common, requests, with_graphs
+from .beside_stock import LENGTHS, all_partings, answers, check_partings, common, requests, with_graphs
 from .test_latent import HOPPER
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, TWO_GPUS]
@@ -109,7 +109,7 @@ def test_tokens(engines: tuple[str, Feature, Engine, Engine]) -> None:
     """As ``test_exact.py`` has it."""
     name, feature, stock, nanocp = engines
     asks = [
-        dataclasses.replace(ask, adapter=feature.adapters[i % len(feature.adapters)])
+        dataclasses.replace(ask, adapter=feature.adapters[(i + i // len(LENGTHS)) % len(feature.adapters)])
         for i, ask in enumerate(requests())
     ]
     theirs, ours = answers(stock, asks), answers(nanocp, asks)

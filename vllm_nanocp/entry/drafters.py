@@ -149,12 +149,12 @@ def check_drafter(engine_args: Any, error: Exception) -> None:
     given = engine_args.speculative_config or {"method": engine_args.spec_method, "model": engine_args.spec_model}
     if getattr(error, "title", "") == "SpeculativeConfig":
         first = error.errors()[0]  # type: ignore[attr-defined]
-        said = ": ".join(str(part) for part in (*first["loc"][:1], first["msg"]))
+        said = ": ".join(str(part) for part in (*first["loc"][:1], first["msg"].removeprefix("Value error, ")))
     elif any(isinstance(error, kind) and words in str(error) for kind, words in _NO_VALIDATION):
         said = str(error)
     else:
         return
-    said = said.removeprefix("Value error, ").partition(" Supported architectures:")[0]
+    said = said.partition(" Supported architectures:")[0]
     named = [f"the {key} {given[key]}" for key in ("method", "model") if given.get(key)]
     without_model = _named(given) in (*DRAFTERS, *GPU_DRAFTERS)
     refuse(

@@ -141,13 +141,19 @@ def computed_load(seed: int, window: float = COMPUTED_WINDOW) -> Requests:
     return Requests(np.array(at[1:]), np.array(prompt), np.clip(output, 2, 600))
 
 
-def _computed(system: str, seed: int, seeds: Sequence[int], settings: Settings) -> dict[str, float]:
-    """Medians over the simulator's own seeds; ``all_s``: from the first arrival to the last token."""
-    machine, requests = PRESETS["h200-qwen3-30b-a3b"], computed_load(seed)
-    run = Run(machine, 4, capacity=COMPUTED_CAPACITY, slots=1024, settle=COMPUTED_SETTLE, noise=0.05, settings=settings)
+def _in_full(run: Run, system: str, requests: Requests, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """By the simulator's own seeds what it finds, and ``all_s``: from the first arrival to the last token."""
     found = [simulate(replace(run, seed=one), system, requests) for one in seeds]
     for one in found:
         one["all_s"] = round(float(requests.output.sum()) / one["tokens_per_s"], 2)
+    return found
+
+
+def _computed(system: str, seed: int, seeds: Sequence[int], settings: Settings) -> dict[str, float]:
+    """Medians over the simulator's own seeds."""
+    machine, requests = PRESETS["h200-qwen3-30b-a3b"], computed_load(seed)
+    run = Run(machine, 4, capacity=COMPUTED_CAPACITY, slots=1024, settle=COMPUTED_SETTLE, noise=0.05, settings=settings)
+    found = _in_full(run, system, requests, seeds)
     return {key: statistics.median(one[key] for one in found) for key in (*FIGURES, "all_s")}
 
 
@@ -171,10 +177,7 @@ def half(measured: dict[str, Any], seed: int, seeds: Sequence[int]) -> dict[str,
     stock: dict[str, float] = {}
     for name, settings in (HALF | HALF_OTHERS).items():
         run = Run(machine, 2, settings=settings, settle=COMPUTED_SETTLE, noise=0.03)
-        system = "stock" if name == "stock" else "nanocp"
-        runs = [simulate(replace(run, seed=one), system, requests) for one in seeds]
-        for one in runs:
-            one["all_s"] = round(float(requests.output.sum()) / one["tokens_per_s"], 2)
+        runs = _in_full(run, "stock" if name == "stock" else "nanocp", requests, seeds)
         figures = {}
         for key in (*FIGURES, "all_s"):
             values = sorted(one[key] for one in runs)
@@ -207,14 +210,15 @@ def chats(ranks: int, rate: float, seeds: Sequence[int]) -> dict[str, Any]:
     machine = PRESETS["h200-qwen3-30b-a3b-24-layers"]
     run = Run(machine, ranks, capacity=CHATS_CAPACITY, settle=COMPUTED_SETTLE, noise=0.03)
     ratios: dict[str, dict[str, list[float]]] = {}
+    ours = {name: settings for name, settings in (HALF | HALF_OTHERS).items() if name != "stock"}
     for seed in seeds:
         requests = chats_load(seed, rate)
         draws = [simulate(replace(run, seed=100 * seed + one), "stock", requests) for one in range(3)]
-        for name, settings in (HALF | HALF_OTHERS).items():
-            found = simulate(replace(run, seed=seed, settings=settings), "nanocp", requests) if name != "stock" else {}
-            for key in FIGURES if found else ():
-                stock = statistics.median(one[key] for one in draws)
-                ratios.setdefault(name, {}).setdefault(key, []).append(found[key] / stock)
+        stock = {key: statistics.median(one[key] for one in draws) for key in FIGURES}
+        for name, settings in ours.items():
+            found = simulate(replace(run, seed=seed, settings=settings), "nanocp", requests)
+            for key in FIGURES:
+                ratios.setdefault(name, {}).setdefault(key, []).append(found[key] / stock[key])
     middle = {
         name: {key: [round(statistics.median(v), 2), round(max(v), 2)] for key, v in keys.items()}
         for name, keys in ratios.items()

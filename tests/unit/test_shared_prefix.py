@@ -229,6 +229,7 @@ def mean(values: list[int]) -> float:
 SETTINGS: dict[str, dict[str, Any]] = {
     "sharded": dict(),
     "one after another": dict(parallel=False),
+    "whole chunks": dict(parallel={"chunk_tokens": CHUNK}),
     "moves": dict(moves=True),
     "short": dict(segment=4096),
     "short, moves": dict(segment=4096, moves=True),
@@ -246,9 +247,11 @@ def test_shared_prefixes_are_computed_once(config: Any, name: str, settings: str
     assert mine.answers == theirs.answers
     if load.comes[-1] == 1:
         assert mine.peak <= 1.1 * theirs.peak
-        # A prompt's ranks take turns without ``parallel_prefill``, each of which is a step. With it, one of the six may
-        # be a step later.
-        assert mean(mine.first) <= mean(theirs.first) + (1.5 if settings == "one after another" else 0.2)
+        # A prompt's ranks take turns without ``parallel_prefill``, each of which is a step. With chunks of half a step
+        # one of six that wait for the same prompt may be a step later.
+        halves = name == "siblings" and settings in ("sharded", "moves", "two of four", "full")
+        late = 1.5 if settings == "one after another" else 1 / 6 + 0.01 if halves else 0.1
+        assert mean(mine.first) <= mean(theirs.first) + late
     else:
         assert mean(mine.first) <= mean(theirs.first)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -153,25 +154,20 @@ _FEW = replace(_SPREAD, name="h200-qwen3-30b-a3b-few-experts", base=5.5e-3, expe
 # requests, and of these beside a prompt of 65,536 tokens (pair), in gpu_computed_2xH200.json. Fitted to the plugin's
 # three times for all computed prompts there: visit, and eager to a few ms. A cost of 16 ms for each step in which
 # chunks visit would fit as well as that of visiting pairs.
+_BY_LAYERS = ("expert", "kv_token", "split_kv_token", "query", "prompt", "spread", "opened", "tensor_base",
+              "tensor_kv_token")  # fmt: skip
+_halves: dict[str, Any] = {name: getattr(_SPREAD, name) / 2 for name in _BY_LAYERS}
 _HALF = replace(
     _SPREAD,
+    **_halves,
     name="h200-qwen3-30b-a3b-24-layers",
     source="half of h200-qwen3-30b-a3b, gpu_computed_2xH200.json",
     base=3.4e-3,
-    expert=2.05e-3,
-    kv_token=14.5e-9,
-    split_kv_token=11.45e-9,
-    query=9e-6,
-    prompt=0.5e-6,
-    spread=4e-6,
     pair=6.4e-10,
     guest=18e-6,
     exchange=0.13e-3,
-    opened=0.25e-6,
     capacity=406_896,
     split_capacity=406_896,
-    tensor_base=2.1e-3,
-    tensor_kv_token=4.85e-9,
     eager=9e-3,
     visit=1.5,
 )

@@ -69,6 +69,19 @@ def partings(mine: list[Answer], stocks: list[Answer]) -> list[float]:
     return gaps
 
 
+def distance(mine: list[Answer], exact: list[Answer]) -> float:
+    """How far log-probabilities are from those of exact weights, root mean square, over all tokens until the answers
+    part."""
+    found = []
+    for answer, other in zip(mine, exact, strict=True):
+        for at, (x, y) in enumerate(zip(answer.tokens[0], other.tokens[0], strict=True)):
+            if x != y:
+                break
+            found.append(answer.logprobs[0][at][x].logprob - other.logprobs[0][at][x].logprob)
+    assert len(found) > len(mine)
+    return (sum(x * x for x in found) / len(found)) ** 0.5
+
+
 def all_partings(mode: str, stocks: Answers, ours: Answers) -> dict[str, list[float]]:
     """What parts, printed: first stock from itself."""
     found = {

@@ -46,6 +46,7 @@ from streams import Stream, make_stream, percentile
 
 SKIP = 5
 OUTPUT = 150
+FEW = 32  # streams whose first tokens are listed: which of them came with the same step
 CLIENTS = 4  # processes: one would be late with the chunks of hundreds of streams
 Gaps = list[tuple[float, float]]
 
@@ -110,6 +111,7 @@ def figures(streams: Sequence[dict[str, Any]], window: tuple[float, float], touc
         **{f"gap_p{q}": at(values, q / 100) for q in (50, 90, 99)},
         "gap_max": at(values, 1.0),
         **{f"ttft_p{q}": at(firsts, q / 100) for q in (50, 90, 99)},
+        **({"ttfts": [round(first, 1) for first in firsts]} if len(firsts) <= FEW else {}),
         **{f"tpot_p{q}": at(each, q / 100) for q in (50, 90, 99)},
     }
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +35,8 @@ from vllm_nanocp.worker.sharded_graphs import (
     ShardedDescriptor,
     sharded_sizes,
 )
+from vllm_nanocp.worker.speculator_drafts import SpeculatorDrafts
+from vllm_nanocp.worker.worker import _smallest
 
 SIZES = [1, 2, 4, 8, 16, 24, 32]
 
@@ -44,15 +48,18 @@ def make_manager(
     lora: Any = None,
     queries: int = 1,
     kind: type[Any] = NanoCPCudaGraphManager,
+    sizes: list[int] = SIZES,
+    seqs: int = 24,
+    capacities: tuple[int, ...] = (2, 8),
 ) -> Any:
     """With graphs 'captured' for all it would capture."""
     monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: SimpleNamespace(is_first_rank=1, is_last_rank=1))
     nanocp = {"ranks": 2, "max_degree": degree}
-    monkeypatch.setattr(context, "capacities", (2, 8))
+    monkeypatch.setattr(context, "capacities", capacities)
     config: Any = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_seqs=24),
+        scheduler_config=SimpleNamespace(max_num_seqs=seqs),
         compilation_config=SimpleNamespace(
-            cudagraph_mode=mode, cudagraph_capture_sizes=SIZES, max_cudagraph_capture_size=32
+            cudagraph_mode=mode, cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes)
         ),
         lora_config=lora,
         model_config=SimpleNamespace(is_encoder_decoder=False, use_mla=False),
@@ -320,6 +327,77 @@ def test_with_shards_all_ranks_find_the_same(mode: CUDAGraphMode, data: st.DataO
             plain = [Batch(b.num_reqs, b.num_tokens, 0) for b in world]
             for rank, ours in enumerate(found):
                 same(ours, stock_answer(manager, plain, rank))
+
+
+COUNTS = (1, 3, 4, 5, 15, 16, 17, 64, 65)  # about capacities
+
+
+def sharded_plan(dice: Random, queries: int, ranks: int, most: int) -> StepPlan:
+    """Decodes on each rank, or none, and of some of them visits."""
+    counts = [min(most, dice.choice((0, *COUNTS))) for _ in range(ranks)]
+    plan = StepPlan(batches=[Batch(n, n * queries, queries) if n else idle_batch(queries) for n in counts])
+    for home, count in enumerate(counts):
+        for _ in range(min(count, dice.choice((0, *COUNTS)))):
+            holders = dice.choice(([dice.randrange(ranks)], [(home + 1) % ranks], range(ranks)))
+            plan.rows.append(PlanRow("r", home, queries, 0, 0, tuple(Holder(rank, "s", 16) for rank in holders)))
+    return plan
+
+
+@pytest.mark.parametrize(("routed", "latent"), [(True, True), (False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("queries", [1, 2, 4])
+@pytest.mark.parametrize(("seqs", "largest"), [(4, 16), (20, 64), (256, 16), (256, 256)])
+def test_all_forwards_of_a_step_have_the_same_graphs_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, routed: bool, latent: bool, queries: int, seqs: int, largest: int
+) -> None:
+    """With capacities as they are by default, few and many visits, idle ranks, fewer slots than a capacity, graphs up
+    to some size: the target's, the draft model's first forward and its later ones each replay one graph on all ranks,
+    with room for all that it is for, or none do. The first one's has the target's tables."""
+    dice, ranks, sizes = Random(seqs + queries), 2 + 2 * (largest == 64), sorted({1, 2, 4, *range(8, largest + 1, 8)})
+    config: Any = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=seqs),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=sizes),
+        num_speculative_tokens=queries - 1,
+        model_config=SimpleNamespace(use_mla=latent),
+        additional_config={"nanocp": {"ranks": ranks}},
+    )
+    found = capacities(config, routed)
+    routes = dict.fromkeys(found) if routed else {}
+    later_routes = routes if queries > 2 else {}
+    monkeypatch.setattr(context, "queries", queries)
+    monkeypatch.setattr(context, "draft_routes", later_routes)
+    made = functools.partial(make_manager, monkeypatch, sizes=sizes, seqs=seqs, capacities=found)
+    mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    target, first = made(mode, queries=queries), made(mode, queries=queries, kind=NanoCPDraftGraphManager)
+    later = made(CUDAGraphMode.FULL_DECODE_ONLY, kind=NanoCPDraftGraphManager) if queries > 2 else None
+    most_reqs, replayed = max((d.num_reqs for d in target.sharded), default=0), 0
+    for _ in range(80):
+        plan = sharded_plan(dice, queries, ranks, seqs)
+        if not plan.rows:
+            continue
+        visits, most = plan.most_visits(ranks, queries), max(batch.num_reqs for batch in plan.batches)
+        seen = set()
+        for rank in range(ranks):
+            drafts: Any = object.__new__(SpeculatorDrafts)
+            step, draft_step = (ShardedStep(rank, capacity=_smallest(r, visits)) for r in (routes, later_routes))
+            monkeypatch.setattr(context, "step", step)
+            monkeypatch.setattr(context, "draft_step", draft_step)
+            desc, state = agree(target, plan.batches, rank, True, visits)
+            if capacity_of(desc):
+                step.capacity, step.captured = capacity_of(desc), True
+            graphs = [desc if capacity_of(desc) else None, drafts._first_graph(first, desc.num_tokens)]
+            graphs.append(drafts._later_graph(later, state.num_reqs))
+            assert graphs[1] is None or capacity_of(graphs[1]) == step.capacity
+            for graph, each in zip(graphs, (queries, queries, 1), strict=True):
+                if graph is not None:
+                    assert visits is not None and visits <= capacity_of(graph) and graph.num_tokens >= most * each
+            seen.add((desc.cg_mode, *graphs, step.capacity, draft_step.capacity, state.num_reqs))
+        assert len(seen) == 1, seen
+        # No step of decodes that there is room for is without.
+        fits = most <= most_reqs and visits is not None and visits <= found[-1]
+        assert [graph is not None for graph in graphs[:2]] == [fits, fits]
+        assert graphs[2] is not None or not (fits and later_routes)
+        replayed += fits
+    assert replayed > 3
 
 
 def test_busiest_pair() -> None:

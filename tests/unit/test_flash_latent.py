@@ -33,6 +33,7 @@ from tests.unit.processes import run_ranks
 from tests.unit.row_route_steps import stress
 
 from vllm.v1.attention.backends.mla import flashattn_mla  # isort: skip  # importable once there is a reference
+from vllm_nanocp.attention import row_routes
 from vllm_nanocp.attention.context import context
 from vllm_nanocp.attention.flash_launches import ShardLaunch
 from vllm_nanocp.attention.mla import flash_latent, flash_mla
@@ -49,6 +50,7 @@ from vllm_nanocp.attention.mla.latent_kernel import Latents, Piece
 from vllm_nanocp.attention.mla.latent_sizes import LatentSizes
 from vllm_nanocp.attention.mla.latent_tables import PROJECTED, heads_together, most_memory, projected_at_once
 from vllm_nanocp.attention.partial_rows import RowLayout
+from vllm_nanocp.attention.row_routes import RowRoutes
 from vllm_nanocp.attention.sharded_step import Guest, OwnRow, ShardedStep
 from vllm_nanocp.attention.supported import check_layers
 from vllm_nanocp.errors import NanoCPConfigError
@@ -328,6 +330,32 @@ def test_fixed_tables_begin_at_multiples_of_16_bytes() -> None:
     assert all(part.data_ptr() % 16 == 0 for part in parts)
     spans = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in parts)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize(("capacity", "ranks", "queries"), [(4, 3, 2), (4, 2, 3), (16, 3, 4)])
+def test_kernels_are_compiled_for_where_launches_begin(
+    monkeypatch: pytest.MonkeyPatch, capacity: int, ranks: int, queries: int
+) -> None:
+    """What says which rows of a launch are empty begins anywhere, with few visits and several queries."""
+    layout, seen = RowLayout(4, 128), set[bool]()
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: seen.add(args[6].data_ptr() % 16 == 0)
+
+    monkeypatch.setattr(row_routes, "_answer_kernel", Kernel())
+    most = capacity * queries
+    buffer = torch.zeros(RowRoutes.size(most, ranks, layout, 1536), dtype=torch.uint8)
+    pointers = torch.full((ranks,), buffer.data_ptr())
+    routes = RowRoutes(most, ranks, 0, layout, 1536, buffer, pointers)
+    routes.warm_up(torch.bfloat16, 192)
+    table = empty_block_table(capacity, ranks, 640, 16, CPU)
+    sizes = LatentSizes(4, 128, 64, 512, 128)
+    tables = FixedLatentTables(
+        capacity, ranks, 7, table, sizes, 16, torch.bfloat16, queries=queries, routes=routes, ends=True
+    )
+    begins = {work.empty.data_ptr() % 16 == 0 for work in tables._fixed if work.empty is not None}
+    assert (False in begins) == (capacity == 4) and begins <= seen
 
 
 def a_step(capacity: int, rows: dict[int, int]) -> tuple[ShardedStep, CommonAttentionMetadata]:

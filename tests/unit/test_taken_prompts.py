@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -21,6 +22,7 @@ from vllm_nanocp.config import DECODE_BENCH
 
 from . import rank_insides
 from .scheduler_world import payloads
+from .test_speculation import with_drafts
 from .world_shapes import Shape, vllm_config  # noqa: F401
 
 RANKS, BLOCKS, BUDGET = 2, 30, 64
@@ -164,3 +166,69 @@ def test_what_waits_at_a_rank_is_not_counted_as_work(vllm_config: Any) -> None: 
     assert any(waiting)
     for rank in scheduler.ranks:
         assert rank.view.prompt_tokens <= rank.view.waiting and rank.view.load().backlog == 0
+
+
+DRAFTS = 3
+
+
+def first_step(config: Any, prompts: Sequence[int], version: int, **changes: Any) -> Any:
+    """What a scheduler here does first with requests of such prompts, taken as computed, and drafts."""
+    scheduler = shape(**changes).scheduler(with_drafts(config, DRAFTS), version == 2)
+    for n, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+        scheduler.add_request(Request(f"r{n}", [10 + n] * prompt, params, None, arrival_time=float(n)))
+    return scheduler.schedule()
+
+
+def stock_first_step(config: Any, prompts: Sequence[int]) -> Any:
+    """The same of vLLM's scheduler, with its connector."""
+    config = shape().config(with_drafts(config, DRAFTS), True)
+    config.kv_transfer_config = KVTransferConfig(
+        kv_connector="DecodeBenchConnector", kv_role="kv_both", kv_connector_extra_config={"startup_fill": True}
+    )
+    caches = shape().scheduler(config, True).kv_cache_config
+    scheduler = AsyncScheduler(config, caches, StructuredOutputManager(config), 16, 16)
+    for n, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+        scheduler.add_request(Request(f"r{n}", [10 + n] * prompt, params, None, arrival_time=float(n)))
+    return scheduler.schedule()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_step_with_requests_that_begin_is_uniform(
+    vllm_config: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    version: int,
+) -> None:
+    """With drafts V2's runner replays a graph of such a step only if each has as many tokens, so vLLM puts placeholders
+    behind the one that is left of each; also where that is of a sharded one, at its home. V1's has no such graphs."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(version - 1))
+    output = first_step(vllm_config, [40, 33, 50], version)
+    assert [batch.queries for batch in output.plan.batches] == [1 + DRAFTS if version == 2 else 1] * RANKS
+    if version == 1:
+        return
+    stock = stock_first_step(vllm_config, [40, 33, 50])
+    assert output.num_scheduled_tokens == stock.num_scheduled_tokens == dict.fromkeys(["r0", "r1", "r2"], 1 + DRAFTS)
+    assert output.scheduled_spec_decode_tokens == stock.scheduled_spec_decode_tokens
+    assert output.plan.batches and not output.plan.rows
+    output = first_step(vllm_config, [200, 40], version, segment=128, degree=2)
+    (row,) = output.plan.rows
+    assert row.num_queries == 1 + DRAFTS and {batch.queries for batch in output.plan.batches} == {1 + DRAFTS}
+
+
+def test_nobody_waits_for_the_blocks_of_placeholders(
+    vllm_config: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One whose known tokens take all that a rank has begins without; one that leaves a block has it."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    for prompt, tokens in ((16 * BLOCKS - 1, 1), (16 * (BLOCKS - 1) - 1, 1 + DRAFTS)):
+        output = first_step(vllm_config, [prompt], 2)
+        assert output.num_scheduled_tokens == {"r0": tokens}
+
+
+def test_placeholders_are_not_cut(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """vLLM ends where something gives one that it pads fewer tokens than that makes."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    output = first_step(vllm_config, [40, 33, 50, 45], 2, chunk=DRAFTS)
+    assert output.num_scheduled_tokens == dict.fromkeys(["r0", "r1", "r2", "r3"], 1)

@@ -188,6 +188,8 @@ class Runner:
         """The drafts that are verified, of which so many are scheduled."""
         if not self.keeps_drafts:
             return scheduled
+        if known.drafts is None and known.computed == known.prefill_len - 1:  # begins so; vLLM's has zeros there
+            known.drafts = [GARBAGE] * len(scheduled)
         if len(known.drafts or ()) < len(scheduled) or set(scheduled) - {UNKNOWN}:
             fail(f"{self.who(known.req_id)}: is to verify {scheduled}, has drafted {known.drafts}")
         return (known.drafts or [])[: len(scheduled)]

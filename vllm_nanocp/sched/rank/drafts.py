@@ -23,6 +23,7 @@ from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from ...placement import cdiv
+from ...plan import is_keeper
 from .interface import Decoding, Part
 from .view_doors import ViewDoors
 
@@ -49,8 +50,10 @@ class Speculation(NamedTuple):
 class DraftDoors(ViewDoors):
     """Mixed into vLLM's scheduler: drafts where there is no block for them, and who may leave."""
 
-    # Drafts a step, kept while ``num_spec_tokens`` says that there are none.
+    # Drafts a step, kept while ``num_spec_tokens`` says that there are none; and blocks that a step's placeholders of
+    # drafts may take.
     _most_drafts = 0
+    _room = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -68,18 +71,40 @@ class DraftDoors(ViewDoors):
         if not self.speculates:
             return super().schedule(*args, **kwargs)
         self.fit_drafts()
-        with self._unpadded():
+        with self._padded_where_it_fits():
             return super().schedule(*args, **kwargs)
 
     @contextmanager
-    def _unpadded(self) -> Iterator[None]:
-        """While it schedules, vLLM pads requests that start with one token left with as many drafts as there may be,
-        for the sake of graphs. The blocks of a member end with its run, and there is none for these."""
+    def _padded_where_it_fits(self) -> Iterator[None]:
+        """While it schedules, vLLM pads requests that start with one token left with as many placeholders as there may
+        be drafts: else the batch is not uniform, and the step of all ranks runs its attention outside of graphs. Here
+        it is told so request by request."""
         self._most_drafts, self.num_spec_tokens = self.num_spec_tokens, 0
         try:
             yield
         finally:
             self.num_spec_tokens = self._most_drafts
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Asked of each that waits, right before it may start."""
+        ready = super()._handle_blocked_waiting_request(request)
+        if self._most_drafts:
+            self.num_spec_tokens = self._most_drafts if ready and self._takes_placeholders(request) else 0
+        return ready
+
+    def _takes_placeholders(self, request: Request) -> bool:
+        """Whether one that may start with one token left is padded. Not a member: its blocks end with its run. Nobody
+        waits for blocks that only placeholders need, and what cuts chunks must not cut them."""
+        drafts, most = self._most_drafts, self.scheduler_config.long_prefill_token_threshold
+        if not self.use_v2_model_runner or is_keeper(request.request_id) or request.has_encoder_inputs:
+            return False
+        if 0 < most <= drafts:
+            return False
+        more = self._blocks_for(request, request.num_tokens, drafts)
+        if more > self._room:
+            return False
+        self._room -= max(0, more)
+        return True
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """The end of ``schedule``: with async scheduling by this number requests have their next drafts."""
@@ -117,24 +142,38 @@ class DraftDoors(ViewDoors):
 
     def fit_drafts(self) -> None:
         """Before a step: leave out drafts whose blocks are needed for tokens that are known. O(requests that run)."""
+        self._room = 0
         drafted = [request for request in self.running if request.spec_token_ids]
-        if not drafted:
+        if not drafted and not self.waiting and not self.kv_holding_waiting:
             return
-        view, held, block_size = self.view, self.held_blocks, self.block_size
+        view = self.view
         room = view.free_blocks - view.to_take - view.promised
-        # With async scheduling the next step is scheduled before it is known which of them are right, and takes a block
-        # for the token behind all.
-        behind = int(isinstance(self, AsyncScheduler))
         for request in drafted:
             have = max(request.num_tokens, request.num_computed_tokens + 1)  # those in flight, if all are right
-            blocks = max(len(held[request.request_id]), cdiv(have, block_size))  # it has them, or is about to
-            more = cdiv(have + len(request.spec_token_ids) + behind, block_size) - blocks
+            more = self._blocks_for(request, have, len(request.spec_token_ids))
             if more <= 0:
                 continue
             if more <= room:
                 room -= more
             else:
-                request.spec_token_ids = request.spec_token_ids[: max(0, blocks * block_size - have - behind)]
+                kept = self._blocks_of(request, have) * self.block_size - have - self._behind
+                request.spec_token_ids = request.spec_token_ids[: max(0, kept)]
+        # Some are kept free of those that start.
+        self._room = room - view.watermark
+
+    @property
+    def _behind(self) -> int:
+        """With async scheduling the next step is scheduled before it is known which drafts are right, and takes a block
+        for the token behind all."""
+        return int(isinstance(self, AsyncScheduler))
+
+    def _blocks_of(self, request: Request, have: int) -> int:
+        """Blocks that a request has, or is about to, for so many tokens."""
+        return max(len(self.held_blocks.get(request.request_id, ())), cdiv(have, self.block_size))
+
+    def _blocks_for(self, request: Request, have: int, drafts: int) -> int:
+        """Blocks beyond these that its drafts need."""
+        return cdiv(have + drafts + self._behind, self.block_size) - self._blocks_of(request, have)
 
     def tell_drafts(self, part: Part, draft_token_ids: DraftTokenIds) -> None:
         """What the drafts are that a step was scheduled with unknown; before its bitmask is asked for."""

@@ -325,6 +325,7 @@ class RankDoors(DraftDoors, ChunkDoors, VictimDoors, TakenDoors, AllowanceDoors)
         self.waiting.remove_requests([request])
         self.kv_holding_waiting.remove_requests([request])
         self.deferred_waiting.discard(request)
+        self.to_share.pop(request_id, None)
         self.forget_taken(request_id)
         self.refresh()
 

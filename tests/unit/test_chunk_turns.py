@@ -7,6 +7,7 @@ from __future__ import annotations
 from copy import copy
 from typing import Any
 
+import pytest
 from vllm import SamplingParams
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -176,6 +177,29 @@ def test_the_first_has_its_turn_where_decodes_leave_little(vllm_config: Any) -> 
     for number in range(2):
         turns.add(f"short {number}", 4)
         assert turns.step()["long"] >= 2
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_prompt_keeps_none_behind_it_from_their_tokens(vllm_config: Any, bounded: bool) -> None:  # noqa: F811
+    """What has had its first token beside a long prompt runs behind it, and goes on; also where prompts are bounded by
+    more than a step."""
+    turns = Turns(vllm_config)
+
+    def step() -> dict[str, int]:
+        turns.rank.allow((BUDGET, 1e12) if bounded else None)
+        return turns.step()
+
+    turns.add("long", 6000)
+    step()
+    turns.add("short", 60)
+    assert step()["short"] == 60
+    for _ in range(3):
+        turns.rank.requests["short"].append_output_token_ids(5)
+        assert step() == {"long": BUDGET - 1, "short": 1}
+    turns.add("another", 6000)
+    for _ in range(3):
+        turns.rank.requests["short"].append_output_token_ids(5)
+        assert step()["short"] == 1
 
 
 def test_adapters_that_wait_have_no_slot_yet() -> None:

@@ -175,6 +175,27 @@ class Queue:
         assert not self.scheduler.admission.leftovers() and not self.scheduler.unplaced
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_one_that_waits_at_a_rank_goes_where_there_is_room(
+    vllm_config: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    apart: bool,
+) -> None:
+    """What runs at its rank may take ever so long, and another rank is empty meanwhile."""
+    loopback.use(monkeypatch, apart)
+    queue = Queue(vllm_config)
+    for name, outputs in (("goes on", 200), ("ends", 5)):
+        queue.add(name, 400, outputs)
+    queue.step(2)
+    queue.add("waits", 400, 3)
+    queue.step()
+    assert not queue.scheduler.unplaced and queue.scheduler.rank_of["waits"] == queue.scheduler.rank_of["goes on"]
+    queue.step(5)
+    assert queue.scheduler.rank_of.get("waits") != queue.scheduler.rank_of["goes on"]
+    assert queue.first["waits"] <= 8
+    queue.end()
+
+
 @pytest.mark.parametrize(
     ("length", "sizes"),
     [(500, {}), (900, dict(segment=256)), (900, dict(segment=256, moves=True))],

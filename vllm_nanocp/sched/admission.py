@@ -117,6 +117,8 @@ class Admission:
         # Requests that wait for an adapter's slot, and which one each waits for.
         self._by_slot: dict[_Slot, RequestQueue] = {}
         self._slot_of: dict[str, _Slot] = {}
+        # Requests that have no sampling state anywhere and wait at a rank for its room -> which one.
+        self._at_rank: dict[str, int] = {}
         # Requests placed so far: whose turn it is, where that decides.
         self.num_placed = 0
         self.num_overtakings = 0
@@ -134,7 +136,10 @@ class Admission:
         scheduler = self.scheduler
         self.cut_short = False
         self._count_ends()
-        if scheduler.pause_state != PauseState.UNPAUSED or not (scheduler.waiting or self._by_slot):
+        if scheduler.pause_state != PauseState.UNPAUSED:
+            return
+        self._take_back()
+        if not (scheduler.waiting or self._by_slot):
             return
         room = _Room(scheduler.mover.loads())
         self._return_to_queue(room)
@@ -146,6 +151,34 @@ class Admission:
         gone = self.num_placed - (len(self.scheduler.requests) - len(self.scheduler.unplaced))
         self._ends += (max(0, gone - self._num_gone) - self._ends) / ENDS_OVER
         self._num_gone = gone
+
+    def _take_back(self) -> None:
+        """Requests that wait at a rank, at most one at each, and that have room at another one now: there is no saying
+        how long those run for whose room they wait."""
+        scheduler = self.scheduler
+        room = [load.room for load in scheduler.mover.loads()] if self._at_rank else [0]
+        most = sum(room) if scheduler.config.segments is None else max(room)
+        for request_id, at in list(self._at_rank.items()):
+            request = scheduler.requests[request_id]
+            if request.status == RequestStatus.RUNNING or request_id in scheduler.unplaced:
+                self.forget(request_id)
+            elif request.status == RequestStatus.WAITING and self._has_room_elsewhere(request, at, most):
+                del self._at_rank[request_id], scheduler.rank_of[request_id]
+                request.events[:0] = scheduler.ranks[at].withdraw(request_id)
+                scheduler.prefixes.leads_no_more(request_id)
+                scheduler.unplaced[request_id] = request
+                self._insert([request])
+
+    def _has_room_elsewhere(self, request: Request, at: int, most: int) -> bool:
+        """Whether another rank than where it waits has room now; ``most`` blocks at most."""
+        rules, fits = (request, None, self.num_placed, NOWHERE), request.num_tokens <= most * self.scheduler.block_size
+        return fits and self.scheduler.placer.place(*rules, closed=(at,), may_wait=False) is not None
+
+    def forget(self, request_id: str) -> None:
+        """A request does not wait at its rank any more, or has ended."""
+        at = self._at_rank.pop(request_id, None)
+        if at is not None:
+            self.scheduler.ranks[at].unwatch(request_id)
 
     def _scan(self, room: _Room) -> list[Request]:
         """Place what fits of the first requests; those that do not are taken out of the queue and returned."""
@@ -245,7 +278,11 @@ class Admission:
         scheduler.waiting.pop_request()
         self._count(passed, shard_map.num_blocks - sum(prefix.held))
         room.take(shard_map, prefix, adapter)
+        waits = scheduler.placer.waits and home is None and not request.resumable
         self._enter(request, shard_map, prefix)
+        if waits:
+            self._at_rank[request_id] = shard_map.home
+            scheduler.ranks[shard_map.home].watch(request)
         return True
 
     def _count(self, passed: list[Request], blocks: int) -> None:
@@ -358,4 +395,4 @@ class Admission:
 
     def leftovers(self) -> list[str]:
         """Ids that are still remembered; for tests, when no request is left."""
-        return [*self._blocked, *self._slot_of, *map(str, self._by_slot)]
+        return [*self._blocked, *self._at_rank, *self._slot_of, *map(str, self._by_slot)]

@@ -80,6 +80,8 @@ class Placer:
         self.segments, self._has_room = segments, has_room
         # Whether the last request asked for had room but for its visits.
         self.lacks_visits = False
+        # Whether it was sent to a rank that has no room for it yet.
+        self.waits = False
         self.ranks = ranks
         self.config = config
         self.block_size = block_size
@@ -124,6 +126,7 @@ class Placer:
             overtakes: whether requests before it found no room.
         """
         how = (home, turn, prefix, closed, may_wait, overtakes)
+        self.waits = False
         found = self._place(request, *how)
         self.lacks_visits = found is not None and len(found.runs) > 1 and not self._has_room(found)
         if not self.lacks_visits:
@@ -176,7 +179,9 @@ class Placer:
         if self._spreads(request, rules):
             return None
         wished = None if preferred is None else self._queue_at(request, preferred, loads, idle)
-        return wished or self._queue_at(request, home, loads, idle)
+        found = wished or self._queue_at(request, home, loads, idle)
+        self.waits = found is not None
+        return found
 
     def one_rank(self, request: Request) -> bool:
         """Whether a request cannot be spread over ranks."""

@@ -226,6 +226,7 @@ class NanoCPScheduler(RanksTogether):
         self.requests.pop(request_id, None)
         self.members.outlet_of.pop(request_id, None)
         self.mover.forget(request_id)
+        self.admission.forget(request_id)
         self.prefixes.leads_no_more(request_id)
 
     def _unqueue(self, request_id: str) -> Request:

@@ -101,14 +101,14 @@ class ChunkDoors(BlockNumbers, AllowanceDoors):
         if not begun:
             return
         waiting = self._startable(self._slots - len(going_on))
-        if len(begun) + len(waiting) == 1:
+        if len(begun) + len(waiting) == 1 and not self._before_decodes(begun[0]):
             return
         budget, part = self._budget(begun)
         prompts = [self._prompt(request, begun=True) for request in begun]
         prompts += [self._prompt(request, begun=False) for request in waiting]
         shares = chunk_shares(prompts, budget, part)
         for request, prompt, share in zip(begun, prompts, shares, strict=False):
-            if share < min(prompt.left, budget):
+            if share < min(prompt.left, self.max_num_scheduled_tokens):
                 self.shares[request.request_id] = share
         self._bring_forward(self.waiting, [one for one, n in zip(waiting, shares[len(begun) :], strict=True) if n])
         self._bring_forward(self.kv_holding_waiting, going_on)
@@ -117,9 +117,11 @@ class ChunkDoors(BlockNumbers, AllowanceDoors):
     def _leave_a_part(self) -> None:
         """In steps of which only so much is for prompts, long ones leave a part to those that need no more than a part
         of a whole step, and all get the same of the rest."""
-        if not self._inflight_prefills:
+        if not self._inflight_prefills or self._allowance is None:
             return
         share = self._share
+        rest = self.max_num_scheduled_tokens - self._decode_tokens()  # some that decode may run behind prompts
+        self._allowance.tokens = min(self._allowance.tokens, max(rest, share))
         prompts = [*self._inflight_prefills, *islice(self.kv_holding_waiting, _LOOKED_AT)]
         long = [request for request in prompts if _left(request) > share]
         if not long or (self.whole_chunk and any(map(self._is_part, long))):
@@ -128,11 +130,15 @@ class ChunkDoors(BlockNumbers, AllowanceDoors):
         waiting = self._fitting(share - short, self._slots)
         self._bring_forward(self.waiting, waiting)
         kept = min(share, short + sum(map(_left, waiting)))
-        rest = self.max_num_scheduled_tokens - self._decode_tokens() - kept
         if kept:
             self.short_part = 1 / PARTS
-            if rest > 0:  # it bounds short ones, too
-                self.scheduler_config.long_prefill_token_threshold = max(rest // len(long), kept)
+            if rest > kept:  # it bounds short ones, too
+                self.scheduler_config.long_prefill_token_threshold = max((rest - kept) // len(long), kept)
+
+    def _before_decodes(self, prompt: Request) -> bool:
+        """Whether requests that decode run behind the only prompt: short ones that had a part of a step beside it. With
+        all that is left it would keep them from their next tokens until it is computed."""
+        return self.running[-1:] != [prompt]
 
     def _decode_tokens(self) -> int:
         """Tokens of the step that are no prompts'."""

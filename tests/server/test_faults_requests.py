@@ -12,7 +12,7 @@ import pytest
 
 from tests.engine.harness import prompt
 
-from .clients import Client
+from .clients import Client, running_clients
 from .serving import ANSWER_LIMIT_S, COMPLETIONS, LONG, MAX_MODEL_LEN, RANK_TOKENS, Server, wait_for
 
 pytestmark = pytest.mark.engine
@@ -159,3 +159,29 @@ def test_requests_beside_a_reset(server: Server) -> None:
             stop.set()
         assert resets.result(30) > 1
     assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [24] * len(answers)
+
+
+@pytest.mark.parametrize(
+    ("stop", "asked", "go_on"),
+    [("/pause?mode=abort", "/is_paused", "/resume"), ("/sleep?level=0", "/is_sleeping", "/wake_up")],
+    ids=["pause", "sleep"],
+)
+def test_a_pause_that_aborts(server: Server, stop: str, asked: str, go_on: str) -> None:
+    """Clients are told, by whichever API server and rank; what comes meanwhile waits, and is answered afterwards."""
+    clients = running_clients(server)
+    assert server.client.post(stop).status_code == 200
+    try:
+        for client in clients:
+            client.join(30)
+            last = [choice for event in client.events for choice in event["choices"]][-1]
+            assert client.done and client.error is None and last["finish_reason"] == "abort"
+        assert server.client.get(asked).json() == {asked.removeprefix("/"): True}
+        meanwhile = Client(server, prompt(LONG, 6), 4)
+        meanwhile.start()
+        meanwhile.join(1)
+        assert meanwhile.is_alive() and not meanwhile.events
+    finally:
+        assert server.client.post(go_on).status_code == 200
+    meanwhile.join(ANSWER_LIMIT_S)
+    assert meanwhile.finished and server.client.get(asked).json() == {asked.removeprefix("/"): False}
+    check_answers(server)

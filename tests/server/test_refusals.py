@@ -38,19 +38,19 @@ def assert_one_line(text: str, *parts: str) -> None:
         assert part in lines[0]
 
 
-def parse_serve(flags: list[str]) -> Any:
-    """Parse as ``vllm serve`` does."""
+def parse_serve(flags: list[str], first: str = "some-model") -> Any:
+    """Parse as ``vllm serve`` does; with ``serve`` as the first word it looks for a file of arguments."""
     from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    return make_arg_parser(FlexibleArgumentParser()).parse_args(["some-model", *flags])
+    return make_arg_parser(FlexibleArgumentParser()).parse_args([first, *flags])
 
 
-def validate_serve(flags: list[str]) -> Any:
+def validate_serve(flags: list[str], first: str = "some-model") -> Any:
     """Parse and validate as ``vllm serve`` does before it starts anything; the arguments it goes on with."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    args = parse_serve(flags)
+    args = parse_serve(flags, first)
     hook = sys.excepthook
     try:
         ServeSubcommand().validate(args)
@@ -132,6 +132,20 @@ def test_what_is_accepted() -> None:
     assert args.data_parallel_size == 2 and args.api_server_count is None, "vLLM starts as many API servers as ranks"
     assert args.additional_config["nanocp"]["ranks"] == 2
     assert args.additional_config["nanocp"]["segment_size"] == 512
+
+
+def test_a_file_of_arguments(tmp_path: Path) -> None:
+    """As vLLM's own flags: settings nested in the file, one of them given by its name, the flag taken back."""
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: some-model\ndata-parallel-size: 2\nnanocp: true\n")
+    of_file = ["--config", str(file)]
+    assert validate_serve(of_file, "serve").additional_config["nanocp"]["ranks"] == 2
+    assert not validate_serve([*of_file, "--no-nanocp"], "serve").additional_config
+    one = validate_serve([*of_file, "--nanocp-config.segment_size", "512"], "serve")
+    assert one.additional_config["nanocp"]["segment_size"] == 512
+    file.write_text(file.read_text() + "nanocp-config:\n  segment_size: 256\n  moves:\n    max_moves: 3\n")
+    nested = validate_serve(of_file, "serve").additional_config["nanocp"]
+    assert nested["segment_size"] == 256 and nested["moves"] == {"max_moves": 3}
 
 
 def test_other_additional_configuration_stays() -> None:

@@ -256,6 +256,18 @@ def test_shared_prefixes_are_computed_once(config: Any, name: str, settings: str
         assert mean(mine.first) <= mean(theirs.first)
 
 
+@pytest.mark.parametrize("settings", ["sharded", "moves"])
+def test_the_end_of_a_prompt_leaves_the_cache_before_its_beginning(config: Any, settings: str) -> None:
+    """A prompt's KV stays cached but for what another one took, and is found again from its first token on."""
+    first = words(random.Random(5), 1500)
+    load = Load([first, words(random.Random(6), 2800), first], [1, 40, 80], outputs=2)
+    sizes = shape(**SETTINGS[settings], blocks=60)
+    mine, theirs = ours(config, sizes, load), stock(config, sizes, load)
+    every = sum(len(prompt) + load.outputs - 1 for prompt in load.prompts)
+    assert theirs.computed < every - 900
+    assert mine.computed <= theirs.computed + 2 * sizes.ranks * BLOCK
+
+
 def test_who_has_waited_in_vain_may_wait_for_another(config: Any) -> None:
     """Of five that wait for one which has no turn for long, each begins as one of the others does."""
     load, sizes = stream(41), shape(moves=True)

@@ -37,7 +37,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--nanocp",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,  # `--no-nanocp` takes back what a file says, as of vLLM's flags
         default=False,
         help="Serve all data-parallel ranks as one engine, long requests sharded over them.",
     )

@@ -203,12 +203,17 @@ class Members:
         self.ranks[sharded.rank].watch(sharded.member)
 
     def close(self, sharded: ShardedRequest) -> None:
-        """Give back every shard but the active member's, which its rank's scheduler has freed."""
+        """Give back every shard but the active member's, which its rank's scheduler has freed.
+
+        The last ones first, as vLLM gives back blocks: what is given back first leaves the prefix cache first, and a
+        prefix is of use only from its beginning.
+        """
         self.ranks[sharded.rank].unwatch(sharded.member.request_id)
-        for index, (member, run) in enumerate(zip(sharded.members, sharded.shard_map.runs, strict=True)):
+        for index in reversed(range(len(sharded.members))):
+            member_id = sharded.members[index].request_id
             if index != sharded.active:
-                self.ranks[run.rank].close_shard(member.request_id)
-            self._owner.pop(member.request_id, None)
+                self.ranks[sharded.shard_map.runs[index].rank].close_shard(member_id)
+            self._owner.pop(member_id, None)
         self.plan.closed.extend(shard for shard, _ in sharded.open_shards.values())
         del self.sharded[sharded.request.request_id]
         self.changes += 1

@@ -25,6 +25,7 @@ from vllm_nanocp.sched.rank.grammars import RankGrammars
 from vllm_nanocp.sched.rank.wire import pack, unpack
 
 from . import loopback
+from .test_queue import Queue
 from .world_shapes import Ask, vllm_config  # noqa: F401
 from .worlds import InMode, World, WorldError, in_mode, run_worlds  # noqa: F401
 
@@ -163,6 +164,42 @@ def test_a_grammar_is_waited_for_when_reasoning_ends() -> None:
         step(rank, moved, token)
     timer.join()
     assert grammar.taken == [102]
+
+
+class Compiling(Future[Any]):
+    """Nobody waits for it."""
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        assert self.done(), "it runs without"
+        return super().exception(timeout)
+
+
+def test_one_that_goes_to_another_rank_to_start_waits_for_its_grammar_there(
+    vllm_config: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where it waited it was compiled, and elsewhere it is compiled anew: a mask cannot be made without."""
+    compiled: list[Compiling] = []
+
+    def grammar_init(_: Any, request: Request) -> None:
+        if request.structured_output_request is not None:
+            compiled.append(Compiling())
+            request.structured_output_request._grammar = compiled[-1]
+
+    monkeypatch.setattr(grammars.RankGrammars, "grammar_init", grammar_init)
+    loopback.use(monkeypatch)
+    queue = Queue(vllm_config)
+    for name, outputs in (("goes on", 200), ("ends", 5)):
+        queue.add(name, 400, outputs)
+    queue.step(2)
+    queue.add("waits", 400, 3, structured_outputs=StructuredOutputsParams(regex="a*"))
+    queue.step()
+    compiled[0].set_result(Grammar())
+    queue.step(8)
+    assert len(compiled) == 2 and "waits" not in queue.first
+    compiled[1].set_result(Grammar())
+    queue.end()
+    assert queue.first["waits"] < 20
 
 
 class StructuredWorld(World):

@@ -142,14 +142,14 @@ class Queue:
         self.num_tokens: Counter[str] = Counter()
         self.steps = 0
 
-    def add(self, name: str, length: int, outputs: int, priority: int = 0, lora: int = 0) -> None:
+    def add(self, name: str, length: int, outputs: int, priority: int = 0, lora: int = 0, **params: Any) -> None:
         number = len(self.truths)
         truth = Truth(number, [10 + number % 200] * length, outputs, salt=1 + number, stops=False)
         self.truths[name] = truth
         request = Request(
             name,
             list(truth.tokens[:length]),
-            SamplingParams(max_tokens=outputs, ignore_eos=True),
+            SamplingParams(max_tokens=outputs, ignore_eos=True, **params),
             None,
             arrival_time=float(number),
             priority=priority,
@@ -193,6 +193,40 @@ def test_one_that_waits_at_a_rank_goes_where_there_is_room(
     queue.step(5)
     assert queue.scheduler.rank_of.get("waits") != queue.scheduler.rank_of["goes on"]
     assert queue.first["waits"] <= 8
+    queue.end()
+
+
+def test_one_that_waits_at_a_rank_does_not_come_behind_others(vllm_config: Any) -> None:  # noqa: F811
+    """Room elsewhere is kept for one that is more important, long, and in the queue: it would have no place at all."""
+    queue = Queue(vllm_config, priorities=True, segment=256)
+    for name, outputs in (("one", 200), ("ends", 5), ("two", 200), ("three", 200)):
+        queue.add(name, 250, outputs, priority=1)
+    queue.step(2)
+    queue.add("waits", 240, 3, priority=5)
+    queue.step()
+    at = queue.scheduler.rank_of["waits"]
+    queue.add("long", 900, 3)
+    for _ in range(12):
+        queue.step()
+        assert queue.scheduler.rank_of["waits"] == at and "long" in queue.scheduler.unplaced
+    assert any(blocks >= 16 for blocks in queue.scheduler.free_blocks()), "there is room"
+    queue.end()
+
+
+def test_no_more_come_back_than_there_is_room_for(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Each that comes back is told to its rank, and to the next one."""
+    queue = Queue(vllm_config, ranks=4)
+    for n in range(4):
+        queue.add(f"r{n}", 400, 200 if n else 5)
+    queue.step(2)
+    back: list[str] = []
+    for number, rank in enumerate(queue.scheduler.ranks):
+        withdraw = rank.withdraw
+        monkeypatch.setattr(rank, "withdraw", lambda name, does=withdraw: (back.append(name), does(name))[1])
+        if number:
+            queue.add(f"w{number}", 300, 3)
+    queue.step(6)
+    assert "r0" not in queue.scheduler.requests and len(back) == 1
     queue.end()
 
 

@@ -168,6 +168,32 @@ def test_what_waits_at_a_rank_is_not_counted_as_work(vllm_config: Any) -> None: 
         assert rank.view.prompt_tokens <= rank.view.waiting and rank.view.load().backlog == 0
 
 
+def test_one_that_has_its_blocks_stays(vllm_config: Any) -> None:  # noqa: F811
+    """It waits since another one is preempted in that step; its blocks would be left behind."""
+    scheduler = shape().scheduler(vllm_config, False)
+
+    def add(name: str, length: int, outputs: int) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True)
+        number = len(scheduler.requests)
+        scheduler.add_request(Request(name, [10 + number] * length, params, None, arrival_time=float(number)))
+
+    def step() -> None:
+        output = scheduler.schedule()
+        known, parts = [rank_insides.scheduler_of(rank) for rank in scheduler.ranks], payloads(output)
+        scheduler.update_from_output(output, [answer(rank, part) for rank, part in zip(known, parts, strict=True)])
+
+    for name, length, outputs in (("a", 240, 90), ("x", 250, 2), ("b", 224, 90), ("y", 110, 2), ("z", 110, 2)):
+        add(name, length, outputs)
+    step()
+    add("waits", 10, 9)
+    step()
+    assert scheduler.num_preemptions and scheduler.requests["waits"].num_computed_tokens == 9
+    assert len(scheduler.requests) == 3, "a rank is empty"
+    while scheduler.has_requests():
+        step()
+    assert scheduler.free_blocks() == [BLOCKS] * RANKS
+
+
 DRAFTS = 3
 
 

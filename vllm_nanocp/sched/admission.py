@@ -9,8 +9,7 @@ many wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -19,10 +18,11 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
-from ..placement import Prefix, RankLoad, ShardMap
+from ..placement import Prefix, ShardMap
 from ..placement.queue import ENDS_OVER, LOOKS, MOST_STARTS, WINDOW, Blocked, least_starts, may_start, ranks_for
 from .placer import NOWHERE
 from .rank.adapters import adapter_of
+from .step_room import StepRoom
 
 if TYPE_CHECKING:
     from .rank.interface import Rank
@@ -32,59 +32,6 @@ logger = init_logger("vllm.nanocp.scheduler")
 
 # An adapter, and the home of requests that have one.
 _Slot = tuple[int, int | None]
-
-
-class _Room:
-    """Room on the ranks in the step at hand, kept up to date by what is placed; in a step it never grows.
-
-    Args:
-        loads: the ranks'.
-    """
-
-    def __init__(self, loads: Sequence[RankLoad]) -> None:
-        self.loads = list(loads)
-        self.totals = [load.total_blocks for load in loads]
-        self.most = max(self.totals)
-        self._free = [load.free_blocks for load in loads]
-        self._slots = [load.slots for load in loads]
-        # Ranks whose room is kept for requests that are due.
-        self.closed: set[int] = set()
-        self._known: dict[tuple[int | None, bool], tuple[list[int], list[int]]] = {}
-
-    def of(self, adapter: int | None, kept: bool = False) -> tuple[list[int], list[int]]:
-        """Blocks that a request with this adapter can take on each rank, and on so many of the richest together.
-
-        Args:
-            adapter: of the request.
-            kept: whether it may have what is kept for those that are due.
-        """
-        known = self._known.get((adapter, kept))
-        if known is None:
-            room = [
-                max(0, free) if slots > 0 and load.takes(adapter) and (kept or rank not in self.closed) else 0
-                for rank, (free, slots, load) in enumerate(zip(self._free, self._slots, self.loads, strict=True))
-            ]
-            known = self._known[adapter, kept] = room, list(accumulate(sorted(room, reverse=True)))
-        return known
-
-    def close(self, ranks: Iterable[int]) -> None:
-        """Keep what these ranks have."""
-        self.closed.update(ranks)
-        self._known.clear()
-
-    def takes(self, adapter: int, home: int | None) -> bool:
-        """Whether a rank that may take a request has a slot for its adapter."""
-        return any(load.takes(adapter) for load in (self.loads if home is None else [self.loads[home]]))
-
-    def take(self, shard_map: ShardMap, prefix: Prefix, adapter: int | None) -> None:
-        """A request has been placed."""
-        for run in shard_map.runs:
-            self._free[run.rank] -= run.num_blocks
-            self.loads[run.rank] = self.loads[run.rank].with_adapter(adapter)
-        for run, held in zip(prefix.runs, prefix.held, strict=True):  # that takes no room
-            self._free[run.rank] += held
-        self._slots[shard_map.home] -= 1
-        self._known.clear()
 
 
 def make_way(ranks: Sequence[Rank]) -> None:
@@ -141,7 +88,7 @@ class Admission:
         self._take_back()
         if not (scheduler.waiting or self._by_slot):
             return
-        room = _Room(scheduler.mover.loads())
+        room = StepRoom(scheduler.mover.loads())
         self._return_to_queue(room)
         passed = self._scan(room)
         for request in reversed(passed):
@@ -154,25 +101,44 @@ class Admission:
 
     def _take_back(self) -> None:
         """Requests that wait at a rank, at most one at each, and that have room at another one now: there is no saying
-        how long those run for whose room they wait."""
+        how long those run for whose room they wait. Those stay that would come behind others in the queue, for whom the
+        room may be kept, and no more come back than it is for."""
         scheduler = self.scheduler
-        room = [load.room for load in scheduler.mover.loads()] if self._at_rank else [0]
-        most = sum(room) if scheduler.config.segments is None else max(room)
+        if not self._at_rank:
+            return
+        first = scheduler.waiting.peek_request() if scheduler.waiting else None
+        room = [load.room for load in scheduler.mover.loads()]
         for request_id, at in list(self._at_rank.items()):
             request = scheduler.requests[request_id]
             if request.status == RequestStatus.RUNNING or request_id in scheduler.unplaced:
                 self.forget(request_id)
-            elif request.status == RequestStatus.WAITING and self._has_room_elsewhere(request, at, most):
+                continue
+            # One that is taken as computed may have its blocks already.
+            idle = request.status == RequestStatus.WAITING and not request.num_computed_tokens
+            if not idle or (first is not None and self._precedes(first, request)):
+                continue
+            if self._takes_elsewhere(request, at, room):
                 del self._at_rank[request_id], scheduler.rank_of[request_id]
                 request.events[:0] = scheduler.ranks[at].withdraw(request_id)
+                if request.structured_output_request is not None:  # its grammar may be compiled anew where it goes
+                    request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
                 scheduler.prefixes.leads_no_more(request_id)
                 scheduler.unplaced[request_id] = request
                 self._insert([request])
 
-    def _has_room_elsewhere(self, request: Request, at: int, most: int) -> bool:
-        """Whether another rank than where it waits has room now; ``most`` blocks at most."""
-        rules, fits = (request, None, self.num_placed, NOWHERE), request.num_tokens <= most * self.scheduler.block_size
-        return fits and self.scheduler.placer.place(*rules, closed=(at,), may_wait=False) is not None
+    def _takes_elsewhere(self, request: Request, at: int, room: list[int]) -> bool:
+        """Whether another rank than where it waits has room for a request now: then it is taken of ``room``."""
+        scheduler = self.scheduler
+        most = sum(room) if scheduler.config.segments is None else max(room)
+        if request.num_tokens > most * scheduler.block_size:
+            return False
+        rules = (request, None, self.num_placed, NOWHERE)
+        found = scheduler.placer.place(*rules, closed=(at,), may_wait=False)
+        if found is None or any(room[run.rank] < run.num_blocks for run in found.runs):
+            return False
+        for run in found.runs:
+            room[run.rank] -= run.num_blocks
+        return True
 
     def forget(self, request_id: str) -> None:
         """A request does not wait at its rank any more, or has ended."""
@@ -180,7 +146,7 @@ class Admission:
         if at is not None:
             self.scheduler.ranks[at].unwatch(request_id)
 
-    def _scan(self, room: _Room) -> list[Request]:
+    def _scan(self, room: StepRoom) -> list[Request]:
         """Place what fits of the first requests; those that do not are taken out of the queue and returned."""
         waiting, first_placed = self.scheduler.waiting, self.num_placed
         passed: list[Request] = []
@@ -228,7 +194,7 @@ class Admission:
             del passed[0]
         return passed
 
-    def _place(self, request: Request, room: _Room, passed: list[Request], may_wait: bool) -> bool:
+    def _place(self, request: Request, room: StepRoom, passed: list[Request], may_wait: bool) -> bool:
         """Place the first of the queue, or take it out of it because it waits for another's prefix or has ended.
 
         Args:
@@ -329,11 +295,11 @@ class Admission:
         blocked = self._blocked.get(request.request_id)
         return request.num_preemptions > 0 or (blocked is not None and blocked.due)
 
-    def _close_if_due(self, request: Request, room: _Room) -> None:
+    def _close_if_due(self, request: Request, room: StepRoom) -> None:
         if self._blocked[request.request_id].due:
             self._close(request, room)
 
-    def _close(self, request: Request, room: _Room) -> None:
+    def _close(self, request: Request, room: StepRoom) -> None:
         """Keep for a request what is free, or comes free, on as many ranks as it needs."""
         blocked = self._blocked[request.request_id]
         if blocked.ranks and room.closed.issuperset(blocked.ranks):  # in this step already, or kept for one before it
@@ -351,7 +317,7 @@ class Admission:
             self._by_slot[slot] = self._create_queue()
         self._by_slot[slot].add_request(request)
 
-    def _return_to_queue(self, room: _Room) -> None:
+    def _return_to_queue(self, room: StepRoom) -> None:
         """Requests for whose adapter there is a slot now, a few of each in a step, take their places in the queue."""
         for slot in [slot for slot in self._by_slot if room.takes(*slot)]:
             queue = self._by_slot[slot]

@@ -258,3 +258,11 @@ def test_placeholders_are_not_cut(vllm_config: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     output = first_step(vllm_config, [40, 33, 50, 45], 2, chunk=DRAFTS)
     assert output.num_scheduled_tokens == dict.fromkeys(["r0", "r1", "r2", "r3"], 1)
+
+
+def test_a_grammar_judges_all_that_is_sampled(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """There is no bitmask for what is behind a placeholder."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr(Request, "use_structured_output", property(lambda request: request.request_id == "r1"))
+    output = first_step(vllm_config, [40, 33], 2)
+    assert output.num_scheduled_tokens == {"r0": 1 + DRAFTS, "r1": 1}

@@ -102,8 +102,8 @@ class Admission:
     def _take_back(self) -> None:
         """Requests that wait at a rank, at most one at each, and that have room at another one now: there is no saying
         how long those run for whose room they wait. Those stay that would come behind others in the queue, for whom the
-        room may be kept, and no more come back than it is for."""
-        scheduler = self.scheduler
+        room may be kept, and no more come back than it is for; of those that find none a few are looked at in a step."""
+        scheduler, looks = self.scheduler, 0
         if not self._at_rank:
             return
         first = scheduler.waiting.peek_request() if scheduler.waiting else None
@@ -117,8 +117,14 @@ class Admission:
             idle = request.status == RequestStatus.WAITING and not request.num_computed_tokens
             if not idle or (first is not None and self._precedes(first, request)):
                 continue
-            if self._takes_elsewhere(request, at, room):
-                del self._at_rank[request_id], scheduler.rank_of[request_id]
+            if looks == LOOKS:
+                break
+            del self._at_rank[request_id]
+            if not self._takes_elsewhere(request, at, room):
+                looks += 1
+                self._at_rank[request_id] = at  # the others come before it in the next step
+            else:
+                del scheduler.rank_of[request_id]
                 request.events[:0] = scheduler.ranks[at].withdraw(request_id)
                 if request.structured_output_request is not None:  # its grammar may be compiled anew where it goes
                     request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR

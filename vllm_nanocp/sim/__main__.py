@@ -32,7 +32,12 @@ balancer), round-robin (the same, ranks in turn), tensor (tensor parallelism ove
 
 
 def _segment(text: str) -> int | str:
-    return AUTO if text == AUTO else int(_above(int, 1)(text))
+    if text == AUTO:
+        return AUTO
+    try:
+        return int(_above(int, 1)(text))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or {AUTO}") from None
 
 
 def _above(kind: Callable[[str], Any], least: float, strict: bool = False) -> Callable[[str], Any]:

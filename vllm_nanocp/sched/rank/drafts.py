@@ -98,6 +98,8 @@ class DraftDoors(ViewDoors):
         drafts, most = self._most_drafts, self.scheduler_config.long_prefill_token_threshold
         if not self.use_v2_model_runner or is_keeper(request.request_id) or request.has_encoder_inputs:
             return False
+        if request.use_structured_output:  # what is behind a placeholder has no bitmask
+            return False
         if 0 < most <= drafts:
             return False
         more = self._blocks_for(request, request.num_tokens, drafts)

@@ -102,7 +102,7 @@ class Admission:
     def _take_back(self) -> None:
         """Requests that wait at a rank, at most one at each, and that have room at another one now: there is no saying
         how long those run for whose room they wait. Those stay that would come behind others in the queue, for whom the
-        room may be kept, and no more come back than it is for; of those that find none a few are looked at in a step."""
+        room may be kept, and no more come back than it is for. Of those that find none a few are looked at."""
         scheduler, looks = self.scheduler, 0
         if not self._at_rank:
             return

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
+
 from tests.engine.harness import Answer, Ask, Engine, prompt
+from vllm_nanocp.entry import refusals
 
 from . import SHARED
 
@@ -18,6 +21,13 @@ STEP = 0.0625
 LENGTHS = [1, 40, 511, 700, 1024, 1500, 2047, 3000, 5000, 7500]
 # Of batches that graphs are captured for.
 SIZES = [1, 2, 4, 8, 16, 24, 32]
+
+
+def in_spite_of(patch: pytest.MonkeyPatch, *starts: str) -> None:
+    """Leave out those refusals that begin so, one for each of these."""
+    kept = tuple(setting for setting in refusals.SETTINGS if not setting.what.startswith(starts))
+    assert len(refusals.SETTINGS) - len(kept) == len(starts)
+    patch.setattr(refusals, "SETTINGS", kept)
 
 
 def common() -> dict[str, Any]:

@@ -17,10 +17,20 @@ from tests.engine.harness import Ask, Engine, prompt
 from tests.unit.attention_steps import Kernel, run_scenarios
 from tests.unit.flash_steps import flash_kernel
 from tests.unit.processes import run_ranks
-from vllm_nanocp.entry import refusals
 
 from . import TWO_GPUS
-from .beside_stock import LENGTHS, STEP, TIE, all_partings, answers, check_partings, common, partings, with_graphs
+from .beside_stock import (
+    LENGTHS,
+    STEP,
+    TIE,
+    all_partings,
+    answers,
+    check_partings,
+    common,
+    in_spite_of,
+    partings,
+    with_graphs,
+)
 from .test_attention import MODES, OF_STOCK, RELATIVE, SHAPES, GraphForward, stock_flash
 
 pytestmark = [pytest.mark.gpu, TWO_GPUS]
@@ -85,9 +95,7 @@ def engines(request: pytest.FixtureRequest, model: str, deepseek: str) -> Iterat
         args, path = common() | dict(enforce_eager=not graphs), model
         if version == "0":
             args |= dict(async_scheduling=False)
-            kept = tuple(s for s in refusals.SETTINGS if not s.what.startswith(REFUSED))
-            assert len(refusals.SETTINGS) - len(kept) == len(REFUSED)
-            patch.setattr(refusals, "SETTINGS", kept)
+            in_spite_of(patch, *REFUSED)
         if request.param.startswith("latent"):
             args, path = args | dict(attention_config={"backend": "FLASH_ATTN_MLA"}), deepseek
         if graphs:

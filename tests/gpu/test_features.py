@@ -30,6 +30,7 @@ from .beside_stock import (
     requests,
     with_graphs,
 )
+from .modes import OF_STOCK
 from .test_latent import HOPPER
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, TWO_GPUS]
@@ -38,8 +39,6 @@ SIZES = dict(head_dim=64, hidden_size=256, num_heads=8, num_kv_heads=2)
 SHARDS = {"segment_size": 600}
 # vLLM's own choice is FlashInfer's kernel, which is compiled for minutes.
 FP8_EXPERTS = dict(moe_backend="triton")
-# Of stock's distance from exact weights.
-OF_STOCK = 1.2
 
 
 class Feature:

@@ -22,10 +22,9 @@ from tests.unit.attention_steps import Kernel, Shape
 from tests.unit.flash_steps import flash_kernel
 from tests.unit.processes import run_ranks
 from tests.unit.test_model_drafts import later_forwards
-from vllm_nanocp.entry import refusals
 
 from . import TWO_GPUS
-from .beside_stock import Answers, all_partings, check_partings, common, with_graphs
+from .beside_stock import Answers, all_partings, check_partings, common, in_spite_of, with_graphs
 from .latent_steps import cuda_kernel
 from .test_attention import OF_STOCK, RELATIVE, SHAPES, stock_flash
 from .test_drafts import GRAPH_SIZES, MOST, ROUNDED, check_grammar
@@ -179,9 +178,7 @@ def engines(
     path, speculation = models[mode.method]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", mode.runner)
-        kept = tuple(s for s in refusals.SETTINGS if not s.what.startswith(refused(mode)))
-        assert len(refusals.SETTINGS) - len(kept) == len(refused(mode))
-        patch.setattr(refusals, "SETTINGS", kept)
+        in_spite_of(patch, *refused(mode))
         theirs = stocks(mode._replace(exchange=""))
         config = {"segment_size": 600, "exchange": mode.exchange}
         nanocp = Engine(path, 2, config, **arguments(mode), speculative_config=dict(speculation))

@@ -51,7 +51,7 @@ def shape(**changes: Any) -> BenchShape:
     return BenchShape(**{**sizes, **changes})
 
 
-def requests(compute: bool = False) -> list[Request]:
+def requests(compute: bool = False, fill: Sequence[tuple[int, int]] = FILL) -> list[Request]:
     extra = {"compute_prompt": 1} if compute else None
     return [
         Request(
@@ -61,7 +61,7 @@ def requests(compute: bool = False) -> list[Request]:
             None,
             arrival_time=float(n),
         )
-        for n, (prompt, out) in enumerate(FILL)
+        for n, (prompt, out) in enumerate(fill)
     ]
 
 
@@ -72,23 +72,28 @@ def answer(scheduler: Any, output: Any) -> ModelRunnerOutput:
     return ModelRunnerOutput(ids, {name: at for at, name in enumerate(ids)}, [[20] if d else [] for d in done])
 
 
-def steps_of_stock(config: Any, ranks: Sequence[Sequence[str]]) -> tuple[list[Steps], int]:
-    """Of vLLM's schedulers, each of which has these requests."""
-    sizes = shape()
-    config = sizes.config(config, False)
-    kv_cache_config = sizes.scheduler(config, False).kv_cache_config
+def stock_scheduler(config: Any, asynchronous: bool = False) -> Any:
+    """vLLM's, with its connector."""
+    sizes, kind = shape(), AsyncScheduler if asynchronous else Scheduler
+    config = sizes.config(config, asynchronous)
+    kv_cache_config = sizes.scheduler(config, asynchronous).kv_cache_config
     config.kv_transfer_config = KVTransferConfig(
         kv_connector="DecodeBenchConnector", kv_role="kv_both", kv_connector_extra_config={"startup_fill": True}
     )
+    return kind(
+        vllm_config=config,
+        kv_cache_config=kv_cache_config,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=16,
+        hash_block_size=16,
+    )
+
+
+def steps_of_stock(config: Any, ranks: Sequence[Sequence[str]]) -> tuple[list[Steps], int]:
+    """Of vLLM's schedulers, each of which has these requests."""
     found, preempted = [], 0
     for names in ranks:
-        scheduler = Scheduler(
-            vllm_config=config,
-            kv_cache_config=kv_cache_config,
-            structured_output_manager=StructuredOutputManager(config),
-            block_size=16,
-            hash_block_size=16,
-        )
+        scheduler = stock_scheduler(config)
         asked = {request.request_id: request for request in requests()}
         for name in names:
             scheduler.add_request(asked[name])
@@ -102,6 +107,14 @@ def steps_of_stock(config: Any, ranks: Sequence[Sequence[str]]) -> tuple[list[St
     return found, preempted
 
 
+def step(scheduler: Any) -> list[Any]:
+    """Run one; what each rank has of it."""
+    output = scheduler.schedule()
+    known, parts = [rank_insides.scheduler_of(rank) for rank in scheduler.ranks], payloads(output)
+    scheduler.update_from_output(output, [answer(rank, part) for rank, part in zip(known, parts, strict=True)])
+    return parts
+
+
 def steps_here(config: Any, compute: bool = False) -> tuple[list[Steps], list[list[str]], int]:
     """Scheduled tokens by rank, step and request; the requests of each rank as they began; and preemptions."""
     scheduler = shape().scheduler(config, False)
@@ -109,13 +122,9 @@ def steps_here(config: Any, compute: bool = False) -> tuple[list[Steps], list[li
         scheduler.add_request(request)
     steps: list[Steps] = [[] for _ in range(RANKS)]
     while scheduler.has_requests():
-        output = scheduler.schedule()
-        parts = payloads(output)
-        for mine, part in zip(steps, parts, strict=True):
+        for mine, part in zip(steps, step(scheduler), strict=True):
             if part.num_scheduled_tokens:
                 mine.append(dict(part.num_scheduled_tokens))
-        known = [rank_insides.scheduler_of(rank) for rank in scheduler.ranks]
-        scheduler.update_from_output(output, [answer(rank, part) for rank, part in zip(known, parts, strict=True)])
     began = [list(dict.fromkeys(name for step in mine for name in step)) for mine in steps]
     return steps, began, scheduler.num_preemptions
 
@@ -168,29 +177,22 @@ def test_what_waits_at_a_rank_is_not_counted_as_work(vllm_config: Any) -> None: 
         assert rank.view.prompt_tokens <= rank.view.waiting and rank.view.load().backlog == 0
 
 
-def test_one_that_has_its_blocks_stays(vllm_config: Any) -> None:  # noqa: F811
-    """It waits since another one is preempted in that step; its blocks would be left behind."""
-    scheduler = shape().scheduler(vllm_config, False)
-
-    def add(name: str, length: int, outputs: int) -> None:
-        params = SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True)
-        number = len(scheduler.requests)
-        scheduler.add_request(Request(name, [10 + number] * length, params, None, arrival_time=float(number)))
-
-    def step() -> None:
-        output = scheduler.schedule()
-        known, parts = [rank_insides.scheduler_of(rank) for rank in scheduler.ranks], payloads(output)
-        scheduler.update_from_output(output, [answer(rank, part) for rank, part in zip(known, parts, strict=True)])
-
-    for name, length, outputs in (("a", 240, 90), ("x", 250, 2), ("b", 224, 90), ("y", 110, 2), ("z", 110, 2)):
-        add(name, length, outputs)
-    step()
-    add("waits", 10, 9)
-    step()
-    assert scheduler.num_preemptions and scheduler.requests["waits"].num_computed_tokens == 9
+@pytest.mark.parametrize("priorities", [False, True])
+def test_one_that_has_its_blocks_stays(vllm_config: Any, priorities: bool) -> None:  # noqa: F811
+    """It waits since another one is preempted in that step, with priorities a less important one; its blocks would be
+    left behind."""
+    scheduler = shape(priorities=priorities).scheduler(vllm_config, False)
+    *first, waits = requests(fill=[(240, 90), (250, 2), (224, 90), (110, 2), (110, 2), (10, 9)])
+    waits.priority = -priorities
+    for request in first:
+        scheduler.add_request(request)
+    step(scheduler)
+    scheduler.add_request(waits)
+    step(scheduler)
+    assert scheduler.num_preemptions and scheduler.requests[waits.request_id].num_computed_tokens == 9
     assert len(scheduler.requests) == 3, "a rank is empty"
     while scheduler.has_requests():
-        step()
+        step(scheduler)
     assert scheduler.free_blocks() == [BLOCKS] * RANKS
 
 
@@ -199,24 +201,13 @@ DRAFTS = 3
 
 def first_step(config: Any, prompts: Sequence[int], version: int, **changes: Any) -> Any:
     """What a scheduler here does first with requests of such prompts, taken as computed, and drafts."""
-    scheduler = shape(**changes).scheduler(with_drafts(config, DRAFTS), version == 2)
-    for n, prompt in enumerate(prompts):
-        params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
-        scheduler.add_request(Request(f"r{n}", [10 + n] * prompt, params, None, arrival_time=float(n)))
-    return scheduler.schedule()
+    return started(shape(**changes).scheduler(with_drafts(config, DRAFTS), version == 2), prompts)
 
 
-def stock_first_step(config: Any, prompts: Sequence[int]) -> Any:
-    """The same of vLLM's scheduler, with its connector."""
-    config = shape().config(with_drafts(config, DRAFTS), True)
-    config.kv_transfer_config = KVTransferConfig(
-        kv_connector="DecodeBenchConnector", kv_role="kv_both", kv_connector_extra_config={"startup_fill": True}
-    )
-    caches = shape().scheduler(config, True).kv_cache_config
-    scheduler = AsyncScheduler(config, caches, StructuredOutputManager(config), 16, 16)
-    for n, prompt in enumerate(prompts):
-        params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
-        scheduler.add_request(Request(f"r{n}", [10 + n] * prompt, params, None, arrival_time=float(n)))
+def started(scheduler: Any, prompts: Sequence[int]) -> Any:
+    """A scheduler's first step with such prompts."""
+    for request in requests(fill=[(prompt, 9) for prompt in prompts]):
+        scheduler.add_request(request)
     return scheduler.schedule()
 
 
@@ -233,7 +224,7 @@ def test_a_step_with_requests_that_begin_is_uniform(
     assert [batch.queries for batch in output.plan.batches] == [1 + DRAFTS if version == 2 else 1] * RANKS
     if version == 1:
         return
-    stock = stock_first_step(vllm_config, [40, 33, 50])
+    stock = started(stock_scheduler(with_drafts(vllm_config, DRAFTS), True), [40, 33, 50])
     assert output.num_scheduled_tokens == stock.num_scheduled_tokens == dict.fromkeys(["r0", "r1", "r2"], 1 + DRAFTS)
     assert output.scheduled_spec_decode_tokens == stock.scheduled_spec_decode_tokens
     assert output.plan.batches and not output.plan.rows

@@ -107,7 +107,7 @@ class Admission:
         if not self._at_rank:
             return
         first = scheduler.waiting.peek_request() if scheduler.waiting else None
-        room = [load.room for load in scheduler.mover.loads()]
+        room = StepRoom(scheduler.mover.loads())
         for request_id, at in list(self._at_rank.items()):
             request = scheduler.requests[request_id]
             if request.status == RequestStatus.RUNNING or request_id in scheduler.unplaced:
@@ -132,18 +132,18 @@ class Admission:
                 scheduler.unplaced[request_id] = request
                 self._insert([request])
 
-    def _takes_elsewhere(self, request: Request, at: int, room: list[int]) -> bool:
+    def _takes_elsewhere(self, request: Request, at: int, room: StepRoom) -> bool:
         """Whether another rank than where it waits has room for a request now: then it is taken of ``room``."""
-        scheduler = self.scheduler
-        most = sum(room) if scheduler.config.segments is None else max(room)
+        scheduler, adapter = self.scheduler, adapter_of(request)
+        blocks, together = room.of(adapter)
+        most = together[-1] if scheduler.config.segments is None else together[0]
         if request.num_tokens > most * scheduler.block_size:
             return False
         rules = (request, None, self.num_placed, NOWHERE)
         found = scheduler.placer.place(*rules, closed=(at,), may_wait=False)
-        if found is None or any(room[run.rank] < run.num_blocks for run in found.runs):
+        if found is None or any(blocks[run.rank] < run.num_blocks for run in found.runs):
             return False
-        for run in found.runs:
-            room[run.rank] -= run.num_blocks
+        room.take(found, NOWHERE, adapter)
         return True
 
     def forget(self, request_id: str) -> None:

@@ -29,6 +29,7 @@ from vllm.v1.request import Request, RequestStatus
 from ...placement import cdiv
 from ...placement.chunk_shares import PARTS, Prompt, chunk_shares
 from ...placement.place import stripe_blocks as stripe_blocks_of
+from ...placement.prefill_steps import Allowance
 from ...plan import is_keeper
 from .allowance import AllowanceDoors
 from .view_doors import BlockNumbers
@@ -91,7 +92,7 @@ class ChunkDoors(BlockNumbers, AllowanceDoors):
         self.short_part, self.shares, self._sharing = 0.0, {}, []
         self.scheduler_config.long_prefill_token_threshold = 0
         if self._allowance is not None:
-            self._leave_a_part()
+            self._leave_a_part(self._allowance)
             return
         if self._lost:  # what they were to have went to one that cannot go on, for a reason not known here
             self._lost = False
@@ -114,14 +115,14 @@ class ChunkDoors(BlockNumbers, AllowanceDoors):
         self._bring_forward(self.kv_holding_waiting, going_on)
         self._sharing = [request.request_id for request in begun]
 
-    def _leave_a_part(self) -> None:
+    def _leave_a_part(self, allowance: Allowance) -> None:
         """In steps of which only so much is for prompts, long ones leave a part to those that need no more than a part
         of a whole step, and all get the same of the rest."""
-        if not self._inflight_prefills or self._allowance is None:
+        if not self._inflight_prefills:
             return
         share = self._share
         rest = self.max_num_scheduled_tokens - self._decode_tokens()  # some that decode may run behind prompts
-        self._allowance.tokens = min(self._allowance.tokens, max(rest, share))
+        allowance.tokens = min(allowance.tokens, max(rest, share))
         prompts = [*self._inflight_prefills, *islice(self.kv_holding_waiting, _LOOKED_AT)]
         long = [request for request in prompts if _left(request) > share]
         if not long or (self.whole_chunk and any(map(self._is_part, long))):
